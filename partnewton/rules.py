@@ -1,0 +1,199 @@
+"""From a summary to learning rates, and to what they promise.
+
+A rule is a plain function ``rule(summary) -> Proposal``. One of your own:
+
+    def cauchy(summary):  # steepest descent on the sum of all subsets
+        eta = jnp.sum(summary.gradient) / jnp.sum(summary.hessian)
+        rates = jnp.full_like(summary.gradient, eta)
+        return Proposal(rates, 0.5 * eta * jnp.sum(summary.gradient))
+
+    cauchy.third_order = False  # it does not read summary.third: leave that out
+
+Rules never see parameters. Whatever is not finite in a proposal is refused by the
+transformation that asked for it, so a rule need not guard against that.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.cubic import CubicStatus, solve_cubic
+from partnewton.summary import Summary
+
+__all__ = ["Proposal", "Rule", "cubic", "diagonal", "newton"]
+
+
+class Proposal(NamedTuple):
+    """What a rule proposes.
+
+    Attributes:
+      learning_rates: eta, shape (S,).
+      predicted_decrease: by how much the rule's model of the loss falls when the step
+        is ``sum_s eta_s * u_s``, shape ().
+      status: a :class:`~partnewton.CubicStatus`, shape (), 0 where all is well.
+    """
+
+    learning_rates: jax.Array
+    predicted_decrease: jax.Array
+    status: jax.typing.ArrayLike = 0
+
+
+Rule = Callable[[Summary], Proposal]
+
+
+def cubic(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -> Rule:
+    """The rule of the paper: the minimiser of the cubic model.
+
+    With D = diag(|third_s|^(1/3)), it minimises over eta
+
+        - gradient . eta + 1/2 eta' hessian eta + damping/6 ||D eta||^3.
+
+    Args:
+      damping: the factor of the third-order term, positive; the paper's lambda_int.
+      nonnegative: whether negative learning rates are set to zero, as they are in the
+        paper. The predicted decrease is that of the rates that result.
+
+    Returns:
+      A rule.
+
+    Raises:
+      ValueError: a negative damping.
+
+    Example:
+      >>> summary = Summary(jnp.array(1.0), jnp.array([2.0]), jnp.eye(1), jnp.zeros(1))
+      >>> print(cubic()(summary).learning_rates)
+      [2.]
+
+    References:
+      P. Wolinski, arXiv 2312.03885.
+    """
+    _check_not_negative("damping", damping)
+
+    def rule(summary: Summary) -> Proposal:
+        scale = jnp.cbrt(jnp.abs(summary.third))
+        solution = solve_cubic(summary.gradient, summary.hessian, scale, damping)
+        eta = _clip(solution.learning_rates, nonnegative)
+        third_order_term = damping / 6 * jnp.sum((scale * eta) ** 2) ** 1.5
+        decrease = _quadratic_decrease(summary, eta) - third_order_term
+        return Proposal(eta, decrease, solution.status)
+
+    return rule
+
+
+def newton(ridge: jax.typing.ArrayLike = 0.0, *, nonnegative: bool = True) -> Rule:
+    """Newton's method on the partition: it needs no third order and computes none.
+
+        (hessian + ridge * I) eta = gradient
+
+    On one subset this is Cauchy's steepest descent, on one subset an entry Newton's
+    step. Like Newton's step it goes to a saddle point or a maximum where the Hessian is
+    not positive definite, and a singular Hessian gives rates that are not finite. A
+    subset that has neither gradient nor curvature gets the rate zero.
+
+    Args:
+      ridge: what is added to the diagonal of the Hessian, not negative; it has the
+        units of the Hessian.
+      nonnegative: whether negative learning rates are set to zero.
+
+    Returns:
+      A rule.
+
+    Raises:
+      ValueError: a negative ridge.
+
+    Example:
+      >>> hessian = jnp.diag(jnp.array([2.0, 4.0]))
+      >>> summary = Summary(jnp.array(1.0), jnp.ones(2), hessian, None)
+      >>> print(newton()(summary).learning_rates)
+      [0.5  0.25]
+    """
+    _check_not_negative("ridge", ridge)
+
+    def rule(summary: Summary) -> Proposal:
+        gradient, hessian, _ = summary[1:]
+        matrix = hessian + ridge * jnp.eye(len(gradient), dtype=hessian.dtype)
+        inert = (gradient == 0) & jnp.all(matrix == 0, axis=1)
+        matrix = matrix + jnp.diag(inert.astype(matrix.dtype))
+        # Scaled to a diagonal of ones: subsets may differ by many orders of magnitude.
+        diagonal = jnp.abs(jnp.diagonal(matrix))
+        scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+        scaled = scale[:, None] * matrix * scale
+        eta = scale * jnp.linalg.solve(scaled, scale * gradient)
+        eta = _clip(eta, nonnegative)
+        return Proposal(eta, _quadratic_decrease(summary, eta))
+
+    rule.third_order = False  # type: ignore[attr-defined]
+    return rule
+
+
+def diagonal(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -> Rule:
+    """Each subset alone: the cubic model without any interaction.
+
+    It minimises, for each subset by itself,
+
+        - gradient_s eta_s + 1/2 hessian_ss eta_s^2 + damping/6 |third_s| |eta_s|^3,
+
+    which is what one gets from tuning each subset while all others stand still.
+
+    Args:
+      damping: the factor of the third-order term, not negative.
+      nonnegative: whether negative learning rates are set to zero.
+
+    Returns:
+      A rule. A subset whose model has no minimum gets the rate zero, and the status
+      says so.
+
+    Raises:
+      ValueError: a negative damping.
+
+    Example:
+      >>> hessian = jnp.array([[2.0, 9.0], [9.0, 4.0]])
+      >>> summary = Summary(jnp.array(1.0), jnp.ones(2), hessian, jnp.zeros(2))
+      >>> print(diagonal()(summary).learning_rates)
+      [0.5  0.25]
+    """
+    _check_not_negative("damping", damping)
+
+    def rule(summary: Summary) -> Proposal:
+        g, h = summary.gradient, jnp.diagonal(summary.hessian)
+        c = damping * jnp.abs(summary.third)
+        # The positive root of c/2 x^2 + h x - |g| = 0, x = |eta|, in the form without
+        # cancellation for either sign of h.
+        root = jnp.hypot(h, jnp.sqrt(2 * c) * jnp.sqrt(jnp.abs(g)))
+        numerator = jnp.where(h > 0, 2 * jnp.abs(g), root - h)
+        denominator = jnp.where(h > 0, h + root, c)
+        bounded = (denominator > 0) | (g == 0)
+        x = jnp.where(
+            denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0
+        )
+        eta = _clip(jnp.sign(g) * x, nonnegative)
+        decrease = jnp.sum(eta * g - h / 2 * eta**2 - c / 6 * jnp.abs(eta) ** 3)
+        status = jnp.where(
+            jnp.all(bounded), CubicStatus.INTERIOR, CubicStatus.KERNEL_FROZEN
+        )
+        return Proposal(eta, decrease, status)
+
+    return rule
+
+
+def needs_third_order(rule: Rule) -> bool:
+    """Whether a rule reads `summary.third`: yes, unless it says otherwise."""
+    return getattr(rule, "third_order", True)
+
+
+def _clip(eta: jax.Array, nonnegative: bool) -> jax.Array:
+    return jnp.maximum(eta, 0) if nonnegative else eta
+
+
+def _quadratic_decrease(summary: Summary, eta: jax.Array) -> jax.Array:
+    """gradient . eta - 1/2 eta' hessian eta."""
+    quadratic = jnp.sum(eta[:, None] * summary.hessian * eta)
+    return jnp.sum(summary.gradient * eta) - quadratic / 2
+
+
+def _check_not_negative(name: str, value: jax.typing.ArrayLike) -> None:
+    if isinstance(value, int | float | np.number) and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")

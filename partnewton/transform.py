@@ -1,0 +1,412 @@
+"""The optax transformation: updates in, updates with their learning rates out.
+
+Data flows one way: the updates are the direction; with the parameters and the loss
+they make a summary; an average and a rule turn it into learning rates; each subset of
+the updates is multiplied by its own. The method is P. Wolinski's (arXiv 2312.03885).
+What differs from the paper: rates that cannot be trusted (not finite) are refused and
+counted, and a subset whose direction is zero keeps its last rate.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from partnewton import averaging, partitions, rules
+from partnewton.summary import Summary, checked_direction, summarize
+
+__all__ = [
+    "ScaleByPartitionNewtonState",
+    "learning_rates",
+    "partition_newton",
+    "scale_by_partition_newton",
+]
+
+
+class ScaleByPartitionNewtonState(NamedTuple):
+    """State of :func:`scale_by_partition_newton`. S is the number of subsets.
+
+    `state.summary` gives the last four measurements as one
+    :class:`~partnewton.Summary`.
+
+    Attributes:
+      count: how many updates were made, shape (), int32.
+      loss: the loss at the last refresh, shape ().
+      gradient: <dL/dparams, u_s> at the last refresh, shape (S,).
+      hessian: <u_s, H u_t> at the last refresh, shape (S, S).
+      third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), or None with a rule
+        that does not read it.
+      learning_rates: eta, shape (S,), before any factor that stands later in a chain.
+      predicted_decrease: by how much the rule expected the loss to fall with these
+        rates in full, shape ().
+      status: a :class:`~partnewton.CubicStatus`, shape (), int32.
+      refused: at how many updates something was not finite and was refused: a refresh,
+        which leaves the last good rates in force, or the updates themselves, which are
+        then zero; shape (), int32.
+      average: the state of the running average, or an empty tuple.
+      subsets: ``{"0 first name": None, "1 second name": None, ...}``, the subsets in
+        the order of every axis: part of the structure, not of the arrays.
+    """
+
+    count: jax.Array
+    loss: jax.Array
+    gradient: jax.Array
+    hessian: jax.Array
+    third: jax.Array | None
+    learning_rates: jax.Array
+    predicted_decrease: jax.Array
+    status: jax.Array
+    refused: jax.Array
+    average: Any
+    subsets: dict[str, None]
+
+    @property
+    def summary(self) -> Summary:
+        """The last summary that was accepted."""
+        return Summary(self.loss, self.gradient, self.hessian, self.third)
+
+
+def scale_by_partition_newton(
+    rule: rules.Rule | None = None,
+    *,
+    param_labels: partitions.ParamLabels | None = None,
+    update_interval: jax.typing.ArrayLike = 1,
+    average: averaging.Average | None = None,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale each subset of the updates by a learning rate that is solved for.
+
+    The incoming updates are a direction u, gradient-like, and the outgoing updates are
+    ``eta_s * u_s``, without a change of sign. The rates eta come from the exact summary
+    of the loss along u (see :func:`partnewton.summarize`) by way of the rule.
+
+    The update function needs `params` and the extra argument `value_fn`, the loss as a
+    function of the parameters. Its further arguments are given by keyword, as to the
+    line searches of optax: the names in its signature are picked, and all other extra
+    arguments are ignored.
+
+    Inside :func:`optax.masked` and :func:`optax.partition`, `value_fn` is given
+    parameters with holes, :class:`optax.MaskedNode`, and fails unless it fills them in
+    itself. To leave parameters as they are, label them :data:`partitions.FROZEN`
+    instead. Inside :class:`optax.MultiSteps` only the last micro-step counts:
+    `value_fn` sees its micro-batch alone, `update_interval` counts accumulated updates,
+    and an update at which the rates are due is paid for at each of its micro-steps.
+
+    Args:
+      rule: from a summary to learning rates, see :mod:`partnewton.rules`; by default
+        ``rules.cubic()``.
+      param_labels: the partition, see :mod:`partnewton.partitions`; by default each
+        leaf is a subset.
+      update_interval: refresh the rates at every so many updates, and keep them in
+        between. While all rates are zero they are refreshed at each update, since
+        nothing moves until then.
+      average: a running average of the summaries, see :mod:`partnewton.averaging`; by
+        default the newest summary alone.
+      engine: how summaries are computed, see :func:`partnewton.summarize`.
+      batch_size: how many subsets are processed at once, see
+        :func:`partnewton.summarize`.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`, whose state is a
+      :class:`ScaleByPartitionNewtonState`.
+
+    Raises:
+      ValueError, TypeError: from `init` and `update`, at trace time, if an argument
+        does not fit; the message names the argument and the leaf.
+
+    Example:
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(),
+      ...     scale_by_partition_newton(),
+      ...     optax.scale_by_learning_rate(0.3),
+      ... )
+      >>> loss = lambda params, x: jnp.mean((params["w"] * x - 1.0) ** 2)
+      >>> params, x = {"w": jnp.array(3.0)}, jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(loss)(params, x)
+      >>> updates, state = tx.update(grads, state, params, value_fn=loss, x=x)
+      >>> print(optax.apply_updates(params, updates)["w"])
+      2.28
+
+    References:
+      P. Wolinski, arXiv 2312.03885.
+    """
+    rule = rules.cubic() if rule is None else rule
+    param_labels = partitions.per_tensor if param_labels is None else param_labels
+    average = averaging.none() if average is None else average
+    if isinstance(update_interval, int | np.integer) and update_interval < 1:
+        raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
+
+    def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
+        if type(params).__name__ == "_ParamsPlaceholder":
+            # optax.tree.map_params looks for parameters in the state: there are none.
+            return initial_state(1, np.dtype(np.float32), subsets=jnp.zeros(()))
+        partition = partitions.partition_of(params, param_labels)
+        names = {f"{s} {name}": None for s, name in enumerate(partition.names)}
+        return initial_state(partition.size, partition.dtype, names)
+
+    def initial_state(
+        S: int, dtype: np.dtype, subsets: Any
+    ) -> ScaleByPartitionNewtonState:
+        third = jnp.zeros(S, dtype) if rules.needs_third_order(rule) else None
+        zeros = Summary(
+            jnp.zeros((), dtype), jnp.zeros(S, dtype), jnp.zeros((S, S), dtype), third
+        )
+        return ScaleByPartitionNewtonState(
+            jnp.zeros((), jnp.int32),
+            *zeros,
+            learning_rates=jnp.zeros(S, dtype),
+            predicted_decrease=jnp.zeros((), dtype),
+            status=jnp.zeros((), jnp.int32),
+            refused=jnp.zeros((), jnp.int32),
+            average=average.init(zeros),
+            subsets=subsets,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByPartitionNewtonState,
+        params: optax.Params | None = None,
+        *,
+        value_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByPartitionNewtonState]:
+        if params is None:
+            raise ValueError(
+                "params: scale_by_partition_newton needs the parameters; call "
+                "tx.update(updates, state, params, value_fn=loss)."
+            )
+        if value_fn is None:
+            raise ValueError(
+                "value_fn: scale_by_partition_newton needs the loss as a function of "
+                "the parameters; call tx.update(updates, state, params, value_fn=loss)."
+            )
+        checked_direction(updates, params, "updates")
+        partition = partitions.partition_of(params, param_labels)
+        loss_args = _picked(value_fn, extra_args)
+
+        def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
+            measured = summarize(
+                lambda x: value_fn(x, **loss_args),
+                params,
+                updates,
+                param_labels=param_labels,
+                third_order=rules.needs_third_order(rule),
+                engine=engine,
+                batch_size=batch_size,
+                has_aux=has_aux,
+            )
+            if has_aux:
+                measured, _ = measured
+            averaged, average_state = average.update(measured, old.average)
+            proposal = rule(averaged)
+            # A subset that did not move tells nothing of its rate.
+            silent = (measured.gradient == 0) & jnp.all(measured.hessian == 0, axis=1)
+            eta = jnp.where(silent, old.learning_rates, proposal.learning_rates)
+            new = old._replace(
+                loss=measured.value,
+                gradient=measured.gradient,
+                hessian=measured.hessian,
+                third=measured.third,
+                learning_rates=eta,
+                predicted_decrease=proposal.predicted_decrease,
+                status=proposal.status,
+                average=average_state,
+            )
+            good = _all_finite((measured, average_state, proposal))
+            refused = old._replace(refused=optax.safe_increment(old.refused))
+            return _select(good, new, refused)
+
+        at_rest = jnp.all(state.learning_rates == 0)
+        due = (state.count % update_interval == 0) | at_rest
+        refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
+        scaled = _scaled(updates, params, partition, refreshed.learning_rates)
+        usable = _all_finite(scaled)
+        scaled = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), scaled)
+        # At most one refusal an update, whatever was not finite.
+        refused = jnp.where(
+            usable, refreshed.refused, optax.safe_increment(state.refused)
+        )
+        count = optax.safe_increment(state.count)
+        return scaled, refreshed._replace(count=count, refused=refused)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def partition_newton(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    momentum: jax.typing.ArrayLike = 0.9,
+    rule: rules.Rule | None = None,
+    param_labels: partitions.ParamLabels | None = None,
+    update_interval: jax.typing.ArrayLike = 1,
+    average: averaging.Average | None = None,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """One learning rate per subset, for a momentum direction: a whole optimizer.
+
+    A chain of an average of the gradients as in :func:`optax.ema`,
+    :func:`scale_by_partition_newton` and :func:`optax.scale_by_learning_rate`. A
+    gradient that is not finite is left out of the average and refused.
+
+    Args:
+      learning_rate: the factor on all rates, a number or a schedule; the paper's
+        lambda_1. 1 is for full batches; on mini-batches 0.1 to 0.3, with an
+        `update_interval` of 10, is what the paper uses.
+      momentum: the decay of the average of gradients; 0 for the gradient itself.
+      rule, param_labels, update_interval, average, engine, batch_size, has_aux: as in
+        :func:`scale_by_partition_newton`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its update function needs
+      `params` and `value_fn`.
+
+    Raises:
+      ValueError, TypeError: as in :func:`scale_by_partition_newton`.
+
+    Example:
+      >>> loss = lambda params: (1 - params["x"]) ** 2 + 2 * (params["y"] + 3) ** 2
+      >>> params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
+      >>> tx = partition_newton()
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(loss)(params)
+      >>> updates, state = tx.update(grads, state, params, value_fn=loss)
+      >>> print(optax.apply_updates(params, updates))
+      {'x': Array(1., dtype=float32), 'y': Array(-3., dtype=float32)}
+      >>> print(learning_rates(state, params))
+      {'x': Array(0.5, dtype=float32), 'y': Array(0.25, dtype=float32)}
+
+    References:
+      P. Wolinski, arXiv 2312.03885.
+    """
+    return optax.chain(
+        _momentum(momentum),
+        scale_by_partition_newton(
+            rule,
+            param_labels=param_labels,
+            update_interval=update_interval,
+            average=average,
+            engine=engine,
+            batch_size=batch_size,
+            has_aux=has_aux,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def learning_rates(
+    state: optax.OptState, params: optax.Params | None = None
+) -> dict[str, jax.Array]:
+    """The learning rate of each subset, wherever in a state it stands.
+
+    Args:
+      state: the state of an optimizer that contains one
+        :func:`scale_by_partition_newton`, in a chain or a wrapper.
+      params: not needed, since the state knows the names of its subsets; accepted
+        because what reads a state is usually called with both.
+
+    Returns:
+      ``{subset name: eta}``, in the order of :func:`partnewton.subset_names`; arrays of
+      shape (), also under a trace.
+
+    Raises:
+      ValueError: `state` contains no such state, or several.
+
+    Example:
+      >>> params = {"w": jnp.zeros(2)}
+      >>> learning_rates(partition_newton().init(params), params)
+      {'w': Array(0., dtype=float32)}
+    """
+    del params
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, ScaleByPartitionNewtonState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain exactly one ScaleByPartitionNewtonState, found "
+            f"{len(found)}."
+        )
+    (ours,) = found
+    numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
+    names = sorted((int(s), name) for s, name in numbered)
+    return {name: ours.learning_rates[..., s] for s, name in names}
+
+
+def _momentum(decay: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """The average of :func:`optax.ema`, which gradients that are not finite pass by.
+
+    They go on as they are, for :func:`scale_by_partition_newton` to refuse, and the
+    average stays. `ema` in the state is corrected for its bias, and a traced decay does
+    not change its dtypes.
+    """
+
+    def init_fn(params: optax.Params) -> optax.EmaState:
+        return optax.EmaState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.EmaState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.EmaState]:
+        del params
+        count = optax.safe_increment(state.count)
+        kept = jnp.asarray(decay, jnp.float32)
+        gain = (1 - kept) / (1 - kept**count)
+        ema = jax.tree.map(lambda m, g: (1 - gain) * m + gain * g, state.ema, updates)
+        good = _all_finite(updates)
+        new_state = _select(good, optax.EmaState(count, ema), state)
+        return _select(good, ema, updates), new_state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `fn` names in its signature, as optax's line searches do."""
+    names = inspect.signature(fn).parameters
+    return {name: x for name, x in arguments.items() if name in names}
+
+
+def _scaled(
+    updates: optax.Updates,
+    params: optax.Params,
+    partition: partitions.Partition,
+    eta: jax.Array,
+) -> optax.Updates:
+    """eta_s * u_s, in the dtypes of the parameters; zero where frozen."""
+
+    def scale(
+        u: jax.Array, leaf: jax.Array, rate: jax.Array, label: int | np.ndarray
+    ) -> jax.Array:
+        frozen = label == partitions.FROZEN
+        if np.all(frozen):
+            return jnp.zeros_like(leaf)
+        return jnp.where(frozen, 0, rate * u).astype(jnp.result_type(leaf))
+
+    updates_leaves, treedef = jax.tree.flatten(updates)
+    rates = partition.spread(eta)
+    columns = (updates_leaves, jax.tree.leaves(params), rates, partition.labels)
+    scaled = [scale(*row) for row in zip(*columns, strict=True)]
+    return jax.tree.unflatten(treedef, scaled)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite))
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` or `old`, in the dtypes of `old`: a state never changes its types."""
+    return jax.tree.map(
+        lambda x, y: jnp.where(condition, jnp.asarray(x).astype(y.dtype), y), new, old
+    )

@@ -1,0 +1,594 @@
+"""Partitions: which entry belongs to which subset, and what the subsets are called."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import partnewton as pn
+from partnewton import partitions
+from partnewton.partitions import FROZEN, partition_of
+
+
+def network():
+    return {
+        "embedding": jnp.ones((4, 2)),
+        "layers": [
+            {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))},
+            {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))},
+        ],
+        "scale": jnp.ones(()),
+    }
+
+
+NETWORK_NAMES = (
+    "embedding",
+    "layers/0/bias",
+    "layers/0/kernel",
+    "layers/1/bias",
+    "layers/1/kernel",
+    "scale",
+)
+
+
+def numbers(params, param_labels):
+    """The number of the subset of each entry, as a list of nested lists."""
+    leaves = jax.tree.leaves(params)
+    labels = partition_of(params, param_labels).labels
+    return [
+        np.broadcast_to(label, np.shape(leaf)).tolist()
+        for label, leaf in zip(labels, leaves, strict=True)
+    ]
+
+
+# --- Labels of every kind ------------------------------------------------------------
+
+
+def test_each_leaf_is_a_subset_by_default():
+    assert pn.subset_names(network()) == NETWORK_NAMES
+
+
+def test_equal_labels_form_one_subset():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    labels = {"a": "outer", "b": "inner", "c": "outer"}
+    assert pn.subset_names(params, labels) == ("outer", "inner")
+    assert numbers(params, labels) == [[0, 0], [1, 1], [0, 0]]
+
+
+def test_a_label_serves_all_leaves_below_its_place():
+    labels = {"embedding": "in", "layers": ["first", "second"], "scale": "in"}
+    assert pn.subset_names(network(), labels) == ("in", "first", "second")
+    assert partition_of(network(), labels).labels == (0, 1, 1, 2, 2, 0)
+    assert pn.subset_names(network(), "everything") == ("everything",)
+    assert pn.subset_names(network(), 7) == ("7",)
+
+
+def test_a_function_of_the_parameters_makes_labels():
+    def by_rank(params):
+        return jax.tree.map(lambda leaf: f"rank {leaf.ndim}", params)
+
+    names = pn.subset_names(network(), by_rank)
+    assert names == ("rank 2", "rank 1", "rank 0")
+
+
+def test_integers_are_labels_and_need_not_be_consecutive():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    labels = {"a": 40, "b": np.int64(-3), "c": 40}
+    assert pn.subset_names(params, labels) == ("40", "-3")
+    assert partition_of(params, labels).labels == (0, 1, 0)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_an_array_of_labels_splits_a_leaf(array):
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))}
+    labels = {"bias": "b", "kernel": array([[5, 5], [2, 5], [2, 2]])}
+    assert pn.subset_names(params, labels) == ("b", "kernel[2]", "kernel[5]")
+    assert numbers(params, labels) == [[0, 0], [[2, 2], [1, 2], [1, 1]]]
+
+
+def test_an_array_of_labels_broadcasts_to_its_leaf():
+    params = {"kernel": jnp.ones((3, 2))}
+    rows, columns = np.arange(3)[:, None], np.arange(2)
+    assert numbers(params, {"kernel": rows}) == [[[0, 0], [1, 1], [2, 2]]]
+    assert numbers(params, {"kernel": columns}) == [[[0, 1], [0, 1], [0, 1]]]
+
+
+@pytest.mark.parametrize("label", [np.array(3), np.int32(3), jnp.array(3), 3])
+def test_a_zero_dimensional_array_is_an_integer(label):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    labels = {"a": label, "b": np.array([3, 4])}
+    assert pn.subset_names(params, labels) == ("3", "b[4]")
+    assert numbers(params, labels) == [[0, 0], [0, 1]]
+
+
+def test_a_label_in_the_arrays_of_two_leaves_is_one_subset():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    labels = {"a": np.array([0, 1]), "b": np.array([1, 2, 1])}
+    assert pn.subset_names(params, labels) == ("a[0]", "1", "b[2]")
+    assert numbers(params, labels) == [[0, 1], [1, 2, 1]]
+
+
+def test_an_array_of_one_label_is_as_good_as_the_label():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    labels = {"a": np.full((2, 2), 6), "b": 6}
+    assert partition_of(params, labels).labels == (0, 0)
+
+
+def test_a_lone_array_has_a_name_too():
+    assert pn.subset_names(jnp.ones(3)) == ("params",)
+    assert pn.subset_names(jnp.ones(3), np.array([1, 0, 1])) == (
+        "params[0]",
+        "params[1]",
+    )
+
+
+def test_labels_can_be_computed_with_jax_under_jit():
+    def rows(params):
+        return jax.tree.map(lambda leaf: jnp.arange(len(leaf))[:, None] % 2, params)
+
+    @jax.jit
+    def sums(params):
+        leaves = jax.tree.leaves(params)
+        return partition_of(params, rows).inner(leaves, leaves)
+
+    kernel = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    np.testing.assert_array_equal(sums({"kernel": kernel}), [66.0, 25.0])
+
+
+# --- Frozen entries ------------------------------------------------------------------
+
+
+def test_a_frozen_leaf_is_in_no_subset():
+    labels = {"a": FROZEN, "b": "b", "c": np.array([FROZEN, FROZEN])}
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    partition = partition_of(params, labels)
+    assert partition.names == ("b",)
+    assert partition.labels == (FROZEN, 0, FROZEN)
+    assert partition.active == (1,)
+    assert partition.of_active().labels == (0,)
+
+
+def test_single_entries_can_be_frozen():
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    labels = {"a": np.array([0, FROZEN, 1]), "b": "b"}
+    partition = partition_of(params, labels)
+    assert partition.names == ("a[0]", "a[1]", "b")
+    assert partition.labels[0].tolist() == [0, FROZEN, 1]
+    assert partition.active == (0, 1)
+
+
+def test_leaves_of_any_type_can_be_frozen():
+    params = {
+        "a": jnp.ones(2),
+        "complex": jnp.ones(2, jnp.complex64),
+        "count": jnp.int32(3),
+        "flag": np.array([True]),
+        "key": jax.random.key(0),
+    }
+    labels = jax.tree.map(lambda _: FROZEN, params) | {"a": "a"}
+    assert pn.subset_names(params, labels) == ("a",)
+
+
+# --- Containers ----------------------------------------------------------------------
+
+
+class _LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1, name="tail")(linen.Dense(3, name="head")(x))
+
+
+class _NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.head = nnx.Linear(2, 3, rngs=rngs)
+        self.tail = nnx.Linear(3, 1, rngs=rngs)
+
+
+MODEL_NAMES = ("head/bias", "head/kernel", "tail/bias", "tail/kernel")
+
+
+def containers():
+    linen_params = _LinenModel().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    state = nnx.state(_NnxModel(nnx.Rngs(0)), nnx.Param)
+    abstract = nnx.eval_shape(lambda: _NnxModel(nnx.Rngs(0)))
+    return {
+        "nested dict": jax.tree.map(np.asarray, dict(linen_params)),
+        "linen": linen_params,
+        "nnx.State": state,
+        "pure dict of nnx.State": nnx.to_pure_dict(state),
+        "abstract nnx.State": nnx.state(abstract, nnx.Param),
+        "ShapeDtypeStructs": jax.eval_shape(lambda tree: tree, linen_params),
+    }
+
+
+@pytest.mark.parametrize("container", sorted(containers()))
+def test_containers_of_the_same_parameters_give_the_same_partition(container):
+    params = containers()[container]
+    assert pn.subset_names(params) == MODEL_NAMES
+    assert pn.subset_names(params, partitions.per_layer) == ("head", "tail")
+    assert partition_of(params, partitions.weights_biases).labels == (0, 1, 0, 1)
+    labels = {
+        "head": "first",
+        "tail": {"bias": FROZEN, "kernel": np.arange(3)[:, None]},
+    }
+    names = ("first", "tail/kernel[0]", "tail/kernel[1]", "tail/kernel[2]")
+    assert pn.subset_names(params, labels) == names
+
+
+@pytest.mark.parametrize("container", sorted(containers()))
+def test_labels_may_be_in_another_container_than_the_parameters(container):
+    labels = partitions.per_layer(containers()[container])
+    params = containers()["nested dict"]
+    assert partition_of(params, labels).labels == (0, 0, 1, 1)
+
+
+def test_boxed_linen_parameters_are_named_without_the_box():
+    init = linen.with_partitioning(linen.initializers.ones, (None, "model"))
+    params = linen.Dense(2, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 3)))
+    assert pn.subset_names(params["params"]) == ("bias", "kernel")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Heads:
+    query: jax.Array
+    value: jax.Array
+
+
+def test_a_field_called_value_is_a_name_like_any_other():
+    params = {"heads": _Heads(jnp.ones(2), jnp.ones(2)), "tail": jnp.ones(2)}
+    assert pn.subset_names(params) == ("heads/query", "heads/value", "tail")
+    assert pn.subset_names(params, partitions.per_layer) == ("heads", "params")
+    labels = {"heads": _Heads("q", "v"), "tail": "t"}
+    assert pn.subset_names(params, labels) == ("q", "v", "t")
+
+
+# --- Ready-made partitions -----------------------------------------------------------
+
+
+def test_per_tensor_is_the_path_of_each_leaf():
+    labels = partitions.per_tensor(network())
+    assert jax.tree.structure(labels) == jax.tree.structure(network())
+    assert tuple(jax.tree.leaves(labels)) == NETWORK_NAMES
+
+
+def test_whole_is_one_subset():
+    partition = partition_of(network(), partitions.whole)
+    assert partition.names == ("params",)
+    assert partition.labels == (0,) * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "label"),
+    [
+        ("kernel", (2, 3), "weights"),
+        ("weight", (3,), "weights"),  # the name goes before the rank
+        ("embedding", (3, 2), "weights"),
+        ("w", (3,), "weights"),
+        ("w1", (3,), "weights"),
+        ("W_2", (3,), "weights"),
+        ("bias", (3, 2), "biases"),
+        ("attention_bias", (3, 2), "biases"),
+        ("b", (2, 2), "biases"),
+        ("b12", (2, 2), "biases"),
+        ("scale", (3,), "biases"),
+        ("gate", (3, 3), "weights"),
+        ("temperature", (), "biases"),
+    ],
+)
+def test_weights_biases_goes_by_name_and_else_by_rank(name, shape, label):
+    params = {"layer": {name: jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    assert partitions.weights_biases(params) == {"layer": {name: label}}
+
+
+def test_weights_biases_of_leaves_without_names_goes_by_rank():
+    params = [(jnp.ones((2, 3)), jnp.ones(3)), (jnp.ones((3, 1)), jnp.ones(1))]
+    assert pn.subset_names(params, partitions.weights_biases) == ("weights", "biases")
+    assert partition_of(params, partitions.weights_biases).labels == (0, 1, 0, 1)
+
+
+def test_per_layer_joins_leaves_that_share_a_parent():
+    names = pn.subset_names(network(), partitions.per_layer)
+    assert names == ("params", "layers/0", "layers/1")
+    assert partition_of(network(), partitions.per_layer).labels == (0, 1, 1, 2, 2, 0)
+
+
+def test_per_element_numbers_all_entries():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(()), "c": jnp.ones(0)}
+    partition = partition_of(params, partitions.per_element)
+    assert partition.size == 5
+    assert partition.names == ("a[0]", "a[1]", "a[2]", "a[3]", "4")
+    assert numbers(params, partitions.per_element) == [[[0, 1], [2, 3]], 4, []]
+
+
+def test_by_path_takes_the_first_pattern_that_matches():
+    labels = partitions.by_path(
+        [("embed", FROZEN), ("^layers/0", "first"), ("bias$", "bias"), ("", 9)]
+    )
+    assert jax.tree.leaves(labels(network())) == [
+        FROZEN,
+        "first",
+        "first",
+        "bias",
+        9,
+        9,
+    ]
+    assert pn.subset_names(network(), labels) == ("first", "bias", "9")
+
+
+def test_by_path_may_take_its_rules_from_an_iterator():
+    labels = partitions.by_path(iter([("bias", "b"), ("", "rest")]))
+    assert labels(network()) == labels(network())
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1, [0, 0, 0, 0, 0]), (2, [0, 0, 0, 1, 1]), (5, [0, 1, 2, 3, 4])],
+)
+def test_blocks_are_runs_of_nearly_equal_length(n, expected):
+    params = [jnp.ones(2)] * 5
+    assert partition_of(params, partitions.blocks(n)).labels == tuple(expected)
+    assert pn.subset_names(params, partitions.blocks(n))[-1] == f"block {n - 1}"
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_blocks_differ_in_length_by_one_at_most(count):
+    params = [jnp.ones(2)] * count
+    for n in range(1, count + 1):
+        labels = partition_of(params, partitions.blocks(n)).labels
+        assert list(labels) == sorted(labels)
+        lengths = np.bincount(labels, minlength=n)
+        assert len(lengths) == n
+        assert lengths.max() - lengths.min() <= 1
+
+
+def test_alternate_takes_turns():
+    params = [jnp.ones(2)] * 5
+    assert partition_of(params, partitions.alternate(2)).labels == (0, 1, 0, 1, 0)
+    assert pn.subset_names(params, partitions.alternate(2)) == ("turn 0", "turn 1")
+
+
+@pytest.mark.parametrize("grouping", [partitions.blocks, partitions.alternate])
+def test_groupings_can_group_layers_and_leave_out_what_is_frozen(grouping):
+    def layers(params):
+        return partitions.per_layer(params) | {"embedding": FROZEN, "scale": FROZEN}
+
+    labels = partition_of(network(), grouping(2, of=layers)).labels
+    assert labels == (FROZEN, 0, 0, 1, 1, FROZEN)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        partitions.per_tensor,
+        partitions.whole,
+        partitions.weights_biases,
+        partitions.per_layer,
+        partitions.by_path([("kernel", "kernels"), ("", FROZEN)]),
+        partitions.blocks(3),
+        partitions.alternate(2, of=partitions.per_layer),
+    ],
+)
+def test_optax_takes_the_same_labels(labels):
+    params = network()
+    factors = {label: n for n, label in enumerate({*jax.tree.leaves(labels(params))})}
+    tx = optax.partition({x: optax.scale(n) for x, n in factors.items()}, labels)
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected = [factors[label] for label in jax.tree.leaves(labels(params))]
+    assert [float(x.mean()) for x in jax.tree.leaves(updates)] == expected
+
+
+@pytest.mark.parametrize(
+    "labels", [partitions.per_tensor, partitions.per_element, partitions.blocks(2)]
+)
+def test_shapes_are_enough(labels):
+    abstract = jax.eval_shape(lambda tree: tree, network())
+    assert numbers(abstract, labels) == numbers(network(), labels)
+
+
+# --- Sums per subset -----------------------------------------------------------------
+
+
+def mixed_partition(dtype=jnp.float32):
+    params = {
+        "a": jnp.ones((2, 3), dtype),
+        "b": jnp.ones(2, dtype),
+        "c": jnp.ones(4, dtype),
+        "d": jnp.ones(2, dtype),
+    }
+    labels = {"a": np.array([4, FROZEN, 0]), "b": "x", "c": FROZEN, "d": 4}
+    return params, partition_of(params, labels)
+
+
+MIXED_NUMBERS = [[[1, -1, 0]] * 2, [2, 2], [-1] * 4, [1, 1]]
+
+
+def random_leaves(seed):
+    rng = np.random.default_rng(seed)
+    return [
+        jnp.asarray(rng.normal(size=np.shape(x)), jnp.float32) for x in MIXED_NUMBERS
+    ]
+
+
+def test_inner_products_are_taken_on_each_subset():
+    _, partition = mixed_partition()
+    assert partition.names == ("a[0]", "4", "x")
+    xs, ys = random_leaves(0), random_leaves(1)
+    expected = [
+        sum(
+            np.sum(np.where(np.array(n) == s, np.float64(x) * np.float64(y), 0))
+            for x, y, n in zip(xs, ys, MIXED_NUMBERS, strict=True)
+        )
+        for s in range(3)
+    ]
+    np.testing.assert_allclose(partition.inner(xs, ys), expected, rtol=1e-6)
+
+
+def test_parts_are_the_leaves_on_one_subset_and_zero_elsewhere():
+    _, partition = mixed_partition()
+    xs = random_leaves(0)
+    parts = jax.vmap(lambda s: partition.part(xs, s))(jnp.arange(3))
+    for x, part, n in zip(xs, parts, MIXED_NUMBERS, strict=True):
+        for s in range(3):
+            np.testing.assert_array_equal(part[s], np.where(np.array(n) == s, x, 0))
+
+
+def test_values_are_spread_to_the_entries_of_their_subset():
+    _, partition = mixed_partition()
+    spread = partition.spread(jnp.array([10.0, 20.0, 30.0]))
+    table = np.array([10.0, 20.0, 30.0, 0.0])
+    for x, n in zip(spread, MIXED_NUMBERS, strict=True):
+        np.testing.assert_array_equal(np.broadcast_to(x, np.shape(n)), table[n])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_sums_over_low_precision_are_taken_in_float32(dtype):
+    x = jnp.full(3000, 1.0, dtype)
+    partition = partition_of(x, "x")
+    assert partition.dtype == np.float32
+    assert partition.inner([x], [x]).tolist() == [3000.0]
+
+
+def test_sums_are_taken_in_float64_if_an_active_leaf_has_it():
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(2, jnp.float64)}
+        assert partition_of(params, partitions.per_tensor).dtype == np.float64
+        assert partition_of(params, {"a": "a", "b": FROZEN}).dtype == np.float32
+
+
+# --- Mistakes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            {"a": "x"},
+            ValueError,
+            r"param_labels: the leaf 'b/c' of params has no label",
+        ),
+        ({"a": "x", "b": {}}, ValueError, r"param_labels: the leaf 'b/c'"),
+        (
+            {"a": "x", "b": "y", "z": "oops"},
+            ValueError,
+            r"param_labels: 'z' matches no leaf of params; the leaves are 'a', 'b/c'",
+        ),
+        (
+            {"a": "x", "b": {"c": {"d": "deeper"}}},
+            ValueError,
+            r"param_labels: the leaf 'b/c'",
+        ),
+        (
+            {"a": np.arange(2), "b": "y"},
+            ValueError,
+            r"param_labels: the labels of leaf 'a' have shape \(2,\), .* \(3,\)",
+        ),
+        (
+            {"a": np.zeros((2, 3), int), "b": "y"},
+            ValueError,
+            r"param_labels: the labels of leaf 'a' have shape \(2, 3\)",
+        ),
+        (
+            {"a": 1.5, "b": "y"},
+            TypeError,
+            r"param_labels: the label of leaf 'a' .*float",
+        ),
+        (
+            {"a": None, "b": "y"},
+            TypeError,
+            r"param_labels: the label of leaf 'a' .*None",
+        ),
+        (
+            {"a": True, "b": "y"},
+            TypeError,
+            r"param_labels: the label of leaf 'a' .*bool",
+        ),
+        (
+            {"a": "x", "b": np.array([True, False])},
+            TypeError,
+            r"param_labels: the label of leaf 'b/c' .*bool",
+        ),
+        (
+            {"a": np.ones(3, np.float32), "b": "y"},
+            TypeError,
+            r"param_labels: the label of leaf 'a' .*float32",
+        ),
+        (
+            {"a": FROZEN, "b": np.array([FROZEN, FROZEN])},
+            ValueError,
+            r"param_labels: the partition is empty: params has only frozen leaves",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, error, message):
+    params = {"a": jnp.ones(3), "b": {"c": jnp.ones(2)}}
+    with pytest.raises(error, match=message):
+        pn.subset_names(params, labels)
+
+
+def test_parameters_without_leaves_are_refused():
+    with pytest.raises(ValueError, match="partition is empty: params has no leaves"):
+        pn.subset_names({})
+
+
+def test_two_subsets_of_one_name_are_refused():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"param_labels: .*'1'"):
+        pn.subset_names(params, {"a": "1", "b": 1})
+    with pytest.raises(ValueError, match=r"param_labels: .*'a\[0\]'"):
+        pn.subset_names(params, {"a": np.array([0, 1]), "b": "a[0]"})
+
+
+def test_traced_labels_are_refused():
+    @jax.jit
+    def f(labels):
+        return partition_of({"a": jnp.ones(3)}, {"a": labels}).inner([], [])
+
+    with pytest.raises(
+        TypeError, match=r"param_labels: the labels of leaf 'a'.*traced"
+    ):
+        f(jnp.arange(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_, jnp.complex64])
+def test_leaves_that_cannot_be_trained_must_be_frozen(dtype):
+    params = {"a": jnp.ones(3), "b": jnp.ones(2, dtype)}
+    with pytest.raises(TypeError, match=r"params: the leaf 'b' has dtype .*FROZEN"):
+        pn.subset_names(params)
+    with pytest.raises(TypeError, match="params: the leaf 'b'"):
+        pn.subset_names(params, {"a": "a", "b": np.array([FROZEN, 0])})
+
+
+def test_leaves_of_one_name_are_refused_unless_labels_tell_them_apart():
+    params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="params: two leaves are both called 'a/b'"):
+        pn.subset_names(params)
+    labels = {"a": {"b": "nested"}, "a/b": "flat"}
+    assert pn.subset_names(params, labels) == ("nested", "flat")
+
+
+def test_a_pattern_that_matches_no_leaf_is_refused():
+    labels = partitions.by_path([("kernal", "weights"), ("", "rest")])
+    with pytest.raises(ValueError, match=r"by_path: .*'kernal'.*matches no leaf"):
+        pn.subset_names(network(), labels)
+
+
+def test_a_leaf_that_no_pattern_matches_is_refused():
+    labels = partitions.by_path([("kernel|bias|scale", "layers")])
+    with pytest.raises(ValueError, match=r"by_path: no pattern matches .*'embedding'"):
+        pn.subset_names(network(), labels)
+
+
+@pytest.mark.parametrize("grouping", [partitions.blocks, partitions.alternate])
+def test_groupings_into_too_many_or_too_few_are_refused(grouping):
+    name = grouping.__name__
+    with pytest.raises(ValueError, match=f"{name}: n must be at least 1, got 0"):
+        grouping(0)
+    with pytest.raises(ValueError, match=f"{name}: n = 7, .* only 6 subsets"):
+        pn.subset_names(network(), grouping(7))
+    with pytest.raises(TypeError, match=f"{name}: of= must give one label a leaf"):
+        pn.subset_names(network(), grouping(2, of=partitions.per_element))

@@ -1,0 +1,304 @@
+"""Rules against closed forms, numpy, and a search over the model they minimise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partnewton import CubicStatus, Summary, rules, solve_cubic
+
+DTYPES = (jnp.float32, jnp.float64)
+RULES = {"cubic": rules.cubic, "newton": rules.newton, "diagonal": rules.diagonal}
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def drawn(seed=0, S=4, dtype=np.float64, scale=1.0):
+    """A summary with a positive definite Hessian, in units of `scale` a subset."""
+    rng = np.random.default_rng(seed)
+    units = scale ** rng.uniform(-1, 1, S)
+    root = rng.normal(size=(S, S)) + 2 * np.eye(S)
+    gradient = rng.uniform(0.5, 2, S) * units
+    hessian = units[:, None] * (root @ root.T) * units
+    third = rng.normal(size=S) * units**3
+    arrays = (np.array(1.0), gradient, hessian, third)
+    return Summary(*(jnp.asarray(x, dtype) for x in arrays))
+
+
+def one(g, h, t, dtype=jnp.float64):
+    """The summary of a single subset."""
+    arrays = (1.0, [g], [[h]], [t])
+    return Summary(*(jnp.asarray(x, dtype) for x in arrays))
+
+
+def as_float64(summary):
+    return [None if x is None else np.asarray(x, np.float64) for x in summary[1:]]
+
+
+def model_decrease(summary, eta, damping):
+    """gradient . eta - eta' hessian eta / 2 - damping/6 ||D eta||^3, in numpy."""
+    g, h, t = as_float64(summary)
+    eta = np.asarray(eta, np.float64)
+    cubic = np.sum((np.cbrt(np.abs(t)) * eta) ** 2) ** 1.5
+    return g @ eta - eta @ h @ eta / 2 - damping / 6 * cubic
+
+
+# --- newton ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ridge", [0.0, 0.7])
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_solves_the_linear_system(seed, ridge, dtype):
+    summary = drawn(seed, dtype=dtype)
+    g, h, _ = as_float64(summary)
+    expected = np.linalg.solve(h + ridge * np.eye(len(g)), g)
+    proposal = rules.newton(ridge, nonnegative=False)(summary)
+    rtol = 1e-4 if dtype == jnp.float32 else 1e-10
+    np.testing.assert_allclose(proposal.learning_rates, expected, rtol=rtol)
+    np.testing.assert_allclose(
+        proposal.predicted_decrease, model_decrease(summary, expected, 0.0), rtol=rtol
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_is_accurate_in_float32_when_subsets_differ_by_a_millionfold(seed):
+    summary = drawn(seed, dtype=np.float32, scale=1e6)
+    g, h, _ = as_float64(summary)
+    proposal = rules.newton(nonnegative=False)(summary)
+    # Compared in the units of each subset, where the system is well conditioned.
+    units = np.sqrt(np.diag(h))
+    expected = np.linalg.solve(h / np.outer(units, units), g / units)
+    error = np.asarray(proposal.learning_rates, np.float64) * units - expected
+    assert np.max(np.abs(error)) < 1e-4 * np.max(np.abs(expected))
+
+
+def test_newton_goes_to_the_saddle_point_of_an_indefinite_model():
+    summary = Summary(jnp.ones(()), jnp.ones(2), jnp.diag(jnp.array([2.0, -4.0])), None)
+    proposal = rules.newton(nonnegative=False)(summary)
+    np.testing.assert_allclose(proposal.learning_rates, [0.5, -0.25])
+    np.testing.assert_allclose(rules.newton()(summary).learning_rates, [0.5, 0.0])
+
+
+def test_newton_gives_a_subset_without_gradient_and_curvature_the_rate_zero():
+    hessian = jnp.array([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 2.0]])
+    summary = Summary(jnp.ones(()), jnp.array([3.0, 0.0, 3.0]), hessian, None)
+    np.testing.assert_allclose(rules.newton()(summary).learning_rates, [1, 0, 1])
+
+
+def test_newton_on_a_singular_hessian_is_not_finite_and_a_ridge_repairs_it():
+    summary = Summary(jnp.ones(()), jnp.array([1.0, 2.0]), jnp.ones((2, 2)), None)
+    assert not np.all(np.isfinite(rules.newton()(summary).learning_rates))
+    assert np.all(np.isfinite(rules.newton(0.1)(summary).learning_rates))
+
+
+# --- diagonal --------------------------------------------------------------------
+
+CASES = {
+    "convex": (1.3, 2.0, 0.7),
+    "convex, against the direction": (-1.3, 2.0, 0.7),
+    "convex, negative third": (1.3, 2.0, -0.7),
+    "flat": (1.3, 0.0, 0.7),
+    "concave": (1.3, -2.0, 0.7),
+    "concave, against the direction": (-1.3, -2.0, 0.7),
+    "nearly quadratic": (1.3, 2.0, 1e-9),
+    "nearly linear": (1.3, 1e-9, 0.7),
+    "quadratic": (1.3, 2.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("damping", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("case", CASES)
+def test_diagonal_beats_every_rate_on_a_fine_grid(case, damping, dtype):
+    summary = one(*CASES[case], dtype)
+    proposal = rules.diagonal(damping, nonnegative=False)(summary)
+    found = float(proposal.learning_rates[0])
+    around = np.linspace(-3, 3, 6001) * max(abs(found), 1e-3)
+    grid = np.concatenate([around, np.geomspace(1e-6, 1e6, 500)])
+    best = max(model_decrease(summary, [x], damping) for x in grid)
+    decrease = model_decrease(summary, [found], damping)
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-12
+    assert decrease >= best - tolerance * abs(best)
+    # A grid of this step comes so near to the best, so a wrong rate would show.
+    assert decrease <= best + 1e-5 * abs(best)
+    np.testing.assert_allclose(proposal.predicted_decrease, decrease, rtol=10 * 1e-6)
+    assert proposal.status == CubicStatus.INTERIOR
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_diagonal_is_equivariant_over_the_range_of_float32(case):
+    g, h, t = CASES[case]
+    expected = rules.diagonal(nonnegative=False)(one(g, h, t)).learning_rates
+    for scale in (1e-9, 1e-3, 1e3, 1e9):
+        summary = one(g * scale, h * scale**2, t * scale**3, jnp.float32)
+        rates = rules.diagonal(nonnegative=False)(summary).learning_rates
+        np.testing.assert_allclose(rates * scale, expected, rtol=1e-5)
+
+
+def test_diagonal_sees_no_interaction():
+    summary = drawn(1)
+    alone = summary._replace(hessian=jnp.diag(jnp.diagonal(summary.hessian)))
+    np.testing.assert_array_equal(
+        rules.diagonal()(summary).learning_rates,
+        rules.diagonal()(alone).learning_rates,
+    )
+
+
+def test_diagonal_minimises_each_subset_by_itself():
+    summary = drawn(2)
+    together = rules.diagonal(0.3, nonnegative=False)(summary)
+    for s in range(4):
+        single = one(summary.gradient[s], summary.hessian[s, s], summary.third[s])
+        rates = rules.diagonal(0.3, nonnegative=False)(single).learning_rates
+        np.testing.assert_allclose(together.learning_rates[s], rates[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h", [0.0, -2.0])
+def test_diagonal_gives_a_subset_without_a_minimum_the_rate_zero(h, dtype):
+    arrays = (1.0, [1.0, 1.0], [[h, 0.0], [0.0, 2.0]], [0.0, 0.0])
+    proposal = rules.diagonal()(Summary(*(jnp.asarray(x, dtype) for x in arrays)))
+    np.testing.assert_allclose(proposal.learning_rates, [0.0, 0.5])
+    assert proposal.status == CubicStatus.KERNEL_FROZEN
+
+
+@pytest.mark.parametrize("h", [2.0, 0.0, -2.0])
+@pytest.mark.parametrize("t", [0.0, 0.7])
+def test_diagonal_without_a_gradient_does_not_move(h, t):
+    proposal = rules.diagonal()(one(0.0, h, t))
+    np.testing.assert_array_equal(proposal.learning_rates, [0.0])
+    np.testing.assert_array_equal(proposal.predicted_decrease, 0.0)
+
+
+# --- cubic -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("damping", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_cubic_is_stationary_for_the_cubic_model(seed, damping, dtype):
+    summary = drawn(seed, dtype=dtype)
+    g, h, t = as_float64(summary)
+    proposal = rules.cubic(damping, nonnegative=False)(summary)
+    eta = np.asarray(proposal.learning_rates, np.float64)
+    d = np.cbrt(np.abs(t))
+    matrix = h + damping / 2 * np.linalg.norm(d * eta) * np.diag(d**2)
+    assert np.linalg.eigvalsh(matrix)[0] > 0
+    rtol = 1e-3 if dtype == jnp.float32 else 1e-8
+    np.testing.assert_allclose(matrix @ eta, g, rtol=rtol)
+    decrease = model_decrease(summary, eta, damping)
+    np.testing.assert_allclose(proposal.predicted_decrease, decrease, rtol=rtol)
+
+
+def test_cubic_hands_on_what_solve_cubic_finds():
+    summary = drawn(3)
+    proposal = rules.cubic(2.0, nonnegative=False)(summary)
+    scale = jnp.cbrt(jnp.abs(summary.third))
+    solution = solve_cubic(summary.gradient, summary.hessian, scale, 2.0)
+    np.testing.assert_array_equal(proposal.learning_rates, solution.learning_rates)
+    np.testing.assert_array_equal(proposal.status, solution.status)
+    np.testing.assert_allclose(
+        proposal.predicted_decrease, solution.model_decrease, rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("g", [1.3, -1.3])
+@pytest.mark.parametrize("h", [2.0, -2.0])
+def test_cubic_and_diagonal_agree_on_one_subset(g, h):
+    summary = one(g, h, 0.7)
+    for damping in (0.1, 1.0):
+        theirs = rules.cubic(damping, nonnegative=False)(summary)
+        ours = rules.diagonal(damping, nonnegative=False)(summary)
+        np.testing.assert_allclose(
+            theirs.learning_rates, ours.learning_rates, rtol=1e-6
+        )
+
+
+def test_cubic_without_third_order_is_newton():
+    summary = drawn(4)._replace(third=jnp.zeros(4))
+    np.testing.assert_allclose(
+        rules.cubic(nonnegative=False)(summary).learning_rates,
+        rules.newton(nonnegative=False)(summary).learning_rates,
+        rtol=1e-8,
+    )
+
+
+# --- all rules -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RULES)
+def test_negative_rates_are_set_to_zero_unless_told_not_to(name, dtype):
+    rule = RULES[name]
+    hessian = jnp.diag(jnp.array([2.0, 4.0]))
+    summary = Summary(jnp.ones(()), jnp.array([1.0, -1.0]), hessian, jnp.ones(2))
+    summary = Summary(*(jnp.asarray(x, dtype) for x in summary))
+    free = rule(nonnegative=False)(summary).learning_rates
+    assert free[0] > 0
+    assert free[1] < 0
+    np.testing.assert_array_equal(rule()(summary).learning_rates, [free[0], 0.0])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_predicted_decrease_is_that_of_the_clipped_rates(name):
+    hessian = jnp.array([[2.0, 1.0], [1.0, 4.0]])
+    summary = Summary(jnp.ones(()), jnp.array([1.0, -2.0]), hessian, jnp.ones(2))
+    proposal = RULES[name]()(summary)
+    assert proposal.learning_rates[1] == 0
+    seen = summary
+    if name == "diagonal":
+        seen = summary._replace(hessian=jnp.diag(jnp.diagonal(hessian)))
+    expected = model_decrease(seen, proposal.learning_rates, float(name != "newton"))
+    np.testing.assert_allclose(proposal.predicted_decrease, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rates_have_the_dtype_of_the_summary(name, dtype):
+    proposal = RULES[name](0.5)(drawn(0, dtype=dtype))
+    assert proposal.learning_rates.dtype == dtype
+    assert proposal.predicted_decrease.dtype == dtype
+    assert jnp.issubdtype(jnp.result_type(proposal.status), jnp.integer)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_parameter_of_a_rule_may_be_traced(name):
+    summary = drawn(0)
+    traced = jax.jit(lambda x: RULES[name](x)(summary))(0.5)
+    concrete = RULES[name](0.5)(summary)
+    for x, y in zip(traced, concrete, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    other = RULES[name](50.0)(summary)
+    assert not np.allclose(other.learning_rates, concrete.learning_rates, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_can_be_mapped_over_summaries(name):
+    summaries = [drawn(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *summaries)
+    together = jax.vmap(RULES[name]())(stacked)
+    for i, summary in enumerate(summaries):
+        alone = RULES[name]()(summary)
+        np.testing.assert_allclose(
+            together.learning_rates[i], alone.learning_rates, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("number", [-1, -0.5, np.float32(-1.0), float("nan")])
+def test_a_negative_parameter_is_an_error(name, number):
+    argument = "ridge" if name == "newton" else "damping"
+    with pytest.raises(ValueError, match=f"{argument} must not be negative"):
+        RULES[name](number)
+
+
+def test_only_newton_does_without_the_third_order():
+    assert rules.needs_third_order(rules.cubic())
+    assert rules.needs_third_order(rules.diagonal())
+    assert not rules.needs_third_order(rules.newton())
+    assert rules.needs_third_order(lambda summary: None)
