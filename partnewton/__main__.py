@@ -1,0 +1,160 @@
+"""`python -m partnewton`: the demonstration, from a command line."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+DESCRIPTION = """\
+Train a small Flax NNX network three times, with partition_newton, Adam and
+SGD with momentum: the same initial weights, the same batches. Prints a table
+and the learning rate of each tensor, and writes two pictures and the curves.
+
+The images are the scanned digits of scikit-learn, or those in a folder that
+you have. Nothing is downloaded and no pickle is loaded.
+"""
+
+EPILOG = """\
+files of --data-dir:
+  MNIST, Fashion-MNIST   train-images-idx3-ubyte, train-labels-idx1-ubyte,
+                         t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte,
+                         plain or .gz
+  CIFAR-10, binary       data_batch_1.bin to data_batch_5.bin, test_batch.bin,
+                         there or in cifar-10-batches-bin
+"""
+
+PARTITIONS = ("per_tensor", "whole", "weights_biases", "per_layer")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and exits with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parser() -> Parser:
+    """The parser of the command line; its names are those of `demo.Config`."""
+    result = Parser(
+        prog="partnewton",
+        usage="python -m partnewton [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = result.add_argument
+    add(
+        "--model",
+        choices=("cnn", "mlp"),
+        default="cnn",
+        help="a convolutional network (default) or a multilayer perceptron",
+    )
+    add(
+        "--steps",
+        type=_integer(1),
+        default=600,
+        metavar="N",
+        help="steps of each optimizer (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=_integer(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of split, weights and batches (default: %(default)s)",
+    )
+    add(
+        "--partition",
+        type=_partition,
+        default="per_tensor",
+        metavar="NAME",
+        help="which parameters share a learning rate: per_tensor (default), whole, "
+        "weights_biases, per_layer, blocks:N or alternate:N",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="train on the images in this folder (default: the digits)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("partnewton-demo"),
+        metavar="FOLDER",
+        help="where losses.png, partition.png and curves.json are written "
+        "(default: %(default)s)",
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demonstration.
+
+    Args:
+      argv: the arguments of the command line, without the name of the program.
+
+    Returns:
+      The exit code: 0, or 130 if the keyboard interrupted it.
+
+    Raises:
+      SystemExit: with code 2 after one line on standard error where something is wrong
+        with the arguments or with the files that they name; with 0 after ``--help``.
+    """
+    arguments = parser()
+    options = arguments.parse_args(argv)
+    try:
+        return _demonstrate(arguments, options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _demonstrate(arguments: Parser, options: argparse.Namespace) -> int:
+    try:
+        # Only now: help and errors need not wait for what the demonstration imports.
+        from partnewton import demo
+
+        experiment = demo.prepare(demo.Config(**vars(options)))
+    except ImportError as error:
+        arguments.error(f'{error}; try: pip install "partnewton[demo]"')
+    except (OSError, ValueError) as error:
+        arguments.error(str(error))
+    results = demo.run(experiment)
+    print(f"\n{demo.report(results)}\n")
+    try:
+        paths = demo.write(results)
+    except OSError as error:
+        arguments.error(str(error))
+    print(f"Wrote {', '.join(map(str, paths))} in {results.wall_seconds:.0f} seconds.")
+    return 0
+
+
+def _integer(least: int, most: int | None = None) -> type:
+    """A type of argument: an integer in a range."""
+    wanted = f"an integer from {least}" + ("" if most is None else f" to {most}")
+
+    def integer(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return integer
+
+
+def _partition(text: str) -> str:
+    """A type of argument: the name of a partition."""
+    if text in PARTITIONS or re.fullmatch(r"(blocks|alternate):[1-9]\d{0,8}", text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"must be one of {', '.join(PARTITIONS)}, blocks:N or alternate:N with N at "
+        f"least 1, got {text!r}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

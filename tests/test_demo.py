@@ -1,0 +1,336 @@
+"""The demonstration, end to end, and what its command line says when it cannot run."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import partnewton
+from partnewton import demo
+from partnewton.__main__ import main
+
+PICTURES = ("losses.png", "partition.png")
+
+
+@pytest.fixture(scope="module")
+def no_network():
+    def refuse(*_):
+        pytest.fail("a connection was attempted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket.socket, "connect_ex", refuse)
+        yield
+
+
+def loads_strictly(path):
+    def refuse(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, no_network):
+    """The folder of a very short run."""
+    folder = tmp_path_factory.mktemp("demo") / "made" / "by the run"
+    arguments = ["--model", "mlp", "--steps", "4", "--seed", "7"]
+    assert main([*arguments, "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(short_run):
+    return loads_strictly(short_run / "curves.json")
+
+
+# --- End to end ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_written(short_run, name):
+    content = (short_run / name).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert len(content) > 20_000
+
+
+def test_nothing_else_is_written(short_run):
+    assert {path.name for path in short_run.iterdir()} == {*PICTURES, "curves.json"}
+
+
+def test_all_optimizers_start_from_the_same_weights(record):
+    curves = record["optimizers"]
+    assert list(curves) == ["partition_newton", "adam", "sgd"]
+    starts = {(c["train_loss"][0], c["test_accuracy"][0]) for c in curves.values()}
+    assert len(starts) == 1
+    ends = {c["train_loss"][-1] for c in curves.values()}
+    assert len(ends) == 3
+
+
+def test_the_record_is_complete(record):
+    curves = record["optimizers"]
+    for curve in curves.values():
+        assert curve["steps"] == [0, 4]
+        assert len(curve["train_loss"]) == len(curve["test_accuracy"]) == 2
+        assert curve["seconds"][0] == 0
+        assert curve["compile_seconds"] > 0
+    tensors = ("hidden1", "hidden2", "output")
+    names = [f"{tensor}/{x}" for tensor in tensors for x in ("bias", "kernel")]
+    assert record["subsets"] == names
+    rates = curves["partition_newton"]["learning_rates"]
+    assert {name: len(values) for name, values in rates.items()} == dict.fromkeys(
+        names, 1
+    )
+    assert curves["adam"]["learning_rates"] == {}
+    assert np.shape(record["summary"]["hessian"]) == (6, 6)
+    np.testing.assert_allclose(np.abs(np.diagonal(record["correlation"])), 1)
+
+
+def test_gradient_equivalents_count_refreshes_at_their_measured_cost(record):
+    ratio = record["summary_seconds"] / record["gradient_seconds"]
+    curves = record["optimizers"]
+    assert curves["adam"]["gradient_equivalents"] == [0, 4]
+    np.testing.assert_allclose(
+        curves["partition_newton"]["gradient_equivalents"], [0, 4 + ratio]
+    )
+
+
+def test_the_same_seed_gives_the_same_curves(record, tmp_path):
+    arguments = ["--model", "mlp", "--steps", "4", "--seed", "7"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    again = loads_strictly(tmp_path / "curves.json")
+    for name, curve in record["optimizers"].items():
+        for key in ("train_loss", "test_accuracy", "learning_rates"):
+            assert again["optimizers"][name][key] == curve[key]
+
+
+def test_what_is_printed(no_network, tmp_path, capsys):
+    arguments = ["--partition", "blocks:2", "--steps", "12"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    for word in ("train loss", "test accuracy", "seconds", "gradient-equivalents"):
+        assert word in out
+    for word in ("learning rate 0.001", "learning rate 0.01, momentum 0.9", "factor"):
+        assert word in out
+    assert "block 0" in out
+    assert "median rate" in out
+    assert str(tmp_path / "losses.png") in out
+    assert "12/12" in err  # the progress bar
+
+
+def write_idx(folder):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("t10k", 5)):
+        for kind, shape in (("images-idx3", (count, 6, 5)), ("labels-idx1", (count,))):
+            header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+            entries = rng.integers(0, 10, shape, dtype=np.uint8).tobytes()
+            (folder / f"{split}-{kind}-ubyte").write_bytes(header + entries)
+
+
+def test_training_on_the_files_of_a_folder(no_network, tmp_path):
+    write_idx(tmp_path)
+    output = tmp_path / "output"
+    arguments = ["--model", "mlp", "--steps", "1", "--partition", "whole"]
+    folders = ["--data-dir", str(tmp_path), "--output", str(output)]
+    assert main([*arguments, *folders]) == 0
+    assert loads_strictly(output / "curves.json")["dataset"] == tmp_path.name
+
+
+# --- Its parts -------------------------------------------------------------------
+
+
+def config(tmp_path, **changes):
+    asked = demo.Config("cnn", 3, 0, "per_tensor", None, tmp_path)
+    return asked._replace(**changes)
+
+
+@pytest.mark.parametrize("model", demo.MODELS)
+def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, model):
+    experiment = demo.prepare(config(tmp_path, model=model))
+    train_images, train_labels, test_images, test_labels, _ = experiment.dataset
+    loss, accuracy = demo._evaluation(experiment)(experiment.params)
+    expected = experiment.value_fn(experiment.params, train_images, train_labels)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    predicted = experiment.logits_fn(experiment.params, test_images).argmax(axis=1)
+    np.testing.assert_allclose(accuracy, np.mean(predicted == test_labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (5, 6, 1)])
+@pytest.mark.parametrize("model", demo.MODELS)
+def test_networks_take_images_of_any_size(model, shape):
+    network = demo.MODELS[model](shape, demo.nnx.Rngs(0))
+    assert network(np.zeros((2, *shape), np.float32)).shape == (2, 10)
+
+
+def test_the_seed_decides_the_initial_weights(tmp_path):
+    one, same, other = (
+        jax.tree.leaves(demo.prepare(config(tmp_path, seed=seed)).params)
+        for seed in (1, 1, 2)
+    )
+    for x, y in zip(one, same, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(one[1], other[1])
+
+
+def test_an_epoch_sees_each_image_once():
+    batches = demo._batches(count=640, steps=25, seed=0)
+    assert batches.shape == (25, demo.BATCH)
+    for epoch in (batches[:10], batches[10:20]):
+        assert sorted(epoch.ravel()) == list(range(640))
+    assert not np.array_equal(batches[0], batches[10])
+
+
+def test_a_small_set_is_one_batch():
+    assert demo._batches(count=5, steps=3, seed=0).shape == (3, 5)
+
+
+def test_json_has_null_for_what_is_not_finite():
+    value = {"a": [1.0, math.nan, (math.inf, 2)], "b": None, "c": "text"}
+    assert demo._finite(value) == {"a": [1.0, None, [None, 2]], "b": None, "c": "text"}
+
+
+# --- The command line ------------------------------------------------------------
+
+
+def error_of(arguments, capsys):
+    """The one line that a command line ends with."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(x) for x in arguments])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("partnewton: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz", "3"], "--stepz"),
+        (["--step", "3"], "--step"),
+        (["--steps"], "--steps: expected one argument"),
+        (["--steps", "0"], "--steps: must be an integer from 1, got '0'"),
+        (["--steps", "-5"], "--steps: must be an integer from 1, got '-5'"),
+        (["--steps", "many"], "--steps: must be an integer from 1, got 'many'"),
+        (["--steps", "1.5"], "--steps: must be an integer from 1, got '1.5'"),
+        (["--seed", "-1"], "--seed: must be an integer from 0 to 4294967295, got '-1'"),
+        (["--seed", "4294967296"], "--seed: must be an integer from 0 to 4294967295"),
+        (["--model", "vit"], "--model: invalid choice: 'vit'"),
+        (["--partition", "half"], "--partition: must be one of per_tensor, whole"),
+        (["--partition", "blocks:0"], "blocks:N or alternate:N with N at least 1"),
+        (["--partition", "blocks"], "got 'blocks'"),
+        (["--partition", "FROZEN"], "got 'FROZEN'"),
+        (["--data-dir", "no/such/folder"], "no/such/folder: there is no such folder"),
+        (["spare"], "unrecognized arguments: spare"),
+    ],
+)
+def test_a_wrong_argument_gives_one_line(arguments, message, capsys):
+    assert message in error_of(arguments, capsys)
+
+
+def test_more_blocks_than_tensors_give_one_line(tmp_path, capsys):
+    arguments = ["--partition", "alternate:99", "--output", tmp_path]
+    error = error_of(arguments, capsys)
+    assert "--partition alternate:99: " in error
+    assert "only 8 subsets" in error
+
+
+def test_a_broken_file_gives_one_line(tmp_path, capsys):
+    write_idx(tmp_path)
+    broken = tmp_path / "t10k-images-idx3-ubyte"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    error = error_of(["--data-dir", tmp_path, "--output", tmp_path], capsys)
+    assert f"{broken}: truncated" in error
+
+
+def test_a_missing_file_gives_one_line(tmp_path, capsys):
+    write_idx(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    error = error_of(["--data-dir", tmp_path], capsys)
+    assert "train-labels-idx1-ubyte: missing" in error
+
+
+def test_an_output_that_is_a_file_gives_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    error = error_of(["--output", tmp_path / "file"], capsys)
+    assert f"--output {tmp_path / 'file'}: " in error
+
+
+def test_an_output_below_a_file_gives_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    error = error_of(["--output", tmp_path / "file" / "folder"], capsys)
+    assert f"--output {tmp_path / 'file' / 'folder'}: " in error
+
+
+def test_pictures_that_cannot_be_written_give_one_line(tmp_path, capsys, monkeypatch):
+    def write(results):
+        raise OSError(28, "No space left on device", "losses.png")
+
+    monkeypatch.setattr(demo, "run", lambda experiment: SimpleNamespace())
+    monkeypatch.setattr(demo, "report", lambda results: "a table")
+    monkeypatch.setattr(demo, "write", write)
+    with pytest.raises(SystemExit) as caught:
+        main(["--output", str(tmp_path)])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert "a table" in out
+    assert err.count("\n") == 1
+    assert "No space left on device" in err
+
+
+@pytest.mark.parametrize("module", ["flax", "matplotlib.figure", "tqdm"])
+def test_a_missing_extra_gives_one_line(module, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "partnewton.demo")
+    monkeypatch.delattr(partnewton, "demo")
+    monkeypatch.setitem(sys.modules, module, None)
+    error = error_of(["--steps", "1"], capsys)
+    assert module in error
+    assert 'pip install "partnewton[demo]"' in error
+
+
+def test_missing_scikit_learn_gives_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    error = error_of(["--output", tmp_path], capsys)
+    assert 'pip install "partnewton[demo]"' in error
+
+
+def test_the_keyboard_interrupts_quietly(tmp_path, capsys, monkeypatch):
+    def interrupted(experiment):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert main(["--output", str(tmp_path)]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_module_exits_with_code_2_and_no_traceback():
+    command = [sys.executable, "-m", "partnewton", "--steps", "zero"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "partnewton: error: argument --steps: must be an integer from 1, got 'zero'\n"
+    )
+
+
+def test_help_explains_every_flag_and_imports_nothing_for_it():
+    code = (
+        "import sys; from partnewton.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "heavy = {'flax', 'matplotlib', 'sklearn', 'tqdm', 'partnewton.demo'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    for flag in demo.Config._fields:
+        assert f"--{flag.replace('_', '-')} " in result.stdout

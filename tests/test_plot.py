@@ -1,0 +1,228 @@
+"""Pictures: what stands in the axes, and that it can be read."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from partnewton import plot
+
+
+def summary_of(hessian):
+    return SimpleNamespace(hessian=np.asarray(hessian))
+
+
+def random_hessian(S, seed=0, scales=1.0):
+    A = np.random.default_rng(seed).normal(size=(S, S))
+    return scales * (A @ A.T) * np.reshape(scales, (-1, 1))
+
+
+def names_of(S):
+    return [f"encoder/layer_{s}/kernel" for s in range(S)]
+
+
+def drawn(ax):
+    """The masked array of a heat map."""
+    (image,) = ax.get_images()
+    return image.get_array()
+
+
+# --- The correlation -------------------------------------------------------------
+
+
+def test_correlation_of_a_two_by_two_matrix_in_closed_form():
+    a, b, c = 2.0, -0.6, 8.0
+    expected = [[1, b / 4], [b / 4, 1]]
+    np.testing.assert_allclose(plot.correlation([[a, b], [b, c]]), expected)
+
+
+def test_correlation_keeps_the_sign_of_negative_curvature():
+    expected = [[-1, 3 / 6], [3 / 6, 1]]
+    np.testing.assert_allclose(plot.correlation([[-4, 3], [3, 9]]), expected)
+
+
+def test_correlation_does_not_see_the_scales_of_subsets():
+    scales = np.array([1e-18, 1e-6, 1.0, 1e9])
+    one = plot.correlation(random_hessian(4))
+    other = plot.correlation(random_hessian(4, scales=scales))
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+    assert np.abs(one).max() <= 1 + 1e-12
+
+
+def test_correlation_is_blank_where_there_is_no_curvature():
+    values = plot.correlation([[0, 1, 2], [1, 4, 2], [2, 2, 4]])
+    blank = np.array([[1, 1, 1], [1, 0, 0], [1, 0, 0]], bool)
+    np.testing.assert_array_equal(np.isnan(values), blank)
+    np.testing.assert_allclose(values[1:, 1:], [[1, 0.5], [0.5, 1]])
+
+
+def test_correlation_is_blank_where_the_hessian_is_not_finite():
+    values = plot.correlation([[np.inf, 1, 2], [1, 4, np.nan], [2, np.nan, 4]])
+    assert np.isnan(values[0]).all()
+    assert np.isnan(values[1, 2])
+    assert values[1, 1] == 1
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+def test_correlation_wants_a_square_matrix(shape):
+    with pytest.raises(ValueError, match=r"hessian must have shape \(S, S\)"):
+        plot.correlation(np.ones(shape))
+
+
+# --- The heat map ----------------------------------------------------------------
+
+
+def test_heat_map_shows_the_correlation_on_a_symmetric_scale():
+    hessian = random_hessian(4)
+    ax = plot.hessian(summary_of(hessian), names_of(4))
+    np.testing.assert_allclose(drawn(ax), plot.correlation(hessian))
+    (image,) = ax.get_images()
+    assert image.get_clim() == (-1, 1)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names_of(4)
+    assert [label.get_text() for label in ax.get_xticklabels()] == names_of(4)
+
+
+def test_heat_map_says_what_lies_beyond_its_scale():
+    ax = plot.hessian(summary_of([[1, 3], [3, 4]]), ["a", "b"])
+    assert "2 of 4 entries lie beyond ±1, up to 1.5" in ax.get_xlabel()
+    assert "grey" not in ax.get_xlabel()
+    assert ax.get_images()[0].colorbar.extend == "max"
+
+
+def test_heat_map_of_a_sound_hessian_needs_no_remark():
+    ax = plot.hessian(summary_of(random_hessian(5)), names_of(5))
+    assert ax.get_xlabel() == ""
+    assert ax.get_images()[0].colorbar.extend == "neither"
+
+
+def test_heat_map_leaves_subsets_without_curvature_blank():
+    ax = plot.hessian(summary_of([[0, 1], [1, 4]]), ["a", "b"])
+    np.testing.assert_array_equal(drawn(ax).mask, [[1, 1], [1, 0]])
+    assert "grey" in ax.get_xlabel()
+    assert [text.get_text() for text in ax.texts] == ["1.00"]
+
+
+def test_heat_map_of_nothing_but_zeros_is_blank():
+    ax = plot.hessian(summary_of(np.zeros((3, 3))), names_of(3))
+    ax.figure.draw_without_rendering()
+    assert drawn(ax).mask.all()
+
+
+@pytest.mark.parametrize("S", [1, 4, 10, 60, 200])
+def test_names_are_in_the_picture_and_do_not_overlap(S):
+    ax = plot.hessian(summary_of(random_hessian(S)), names_of(S))
+    ax.figure.draw_without_rendering()
+    for labels, axis in ((ax.get_yticklabels(), 1), (ax.get_xticklabels(), 0)):
+        boxes = [label.get_window_extent() for label in labels]
+        starts = np.array([box.min[axis] for box in boxes])
+        ends = np.array([box.max[axis] for box in boxes])
+        order = np.argsort(starts)
+        assert np.all(ends[order][:-1] <= starts[order][1:] + 1)
+        assert min(box.x0 for box in boxes) >= 0
+        assert min(box.y0 for box in boxes) >= 0
+    numbers = len(ax.texts)
+    assert numbers == (S * S if S <= 10 else 0)
+
+
+def test_heat_map_wants_a_name_for_each_subset():
+    with pytest.raises(ValueError, match="names: 3 names for 2 subsets"):
+        plot.hessian(summary_of(np.eye(2)), names_of(3))
+
+
+# --- Curves ----------------------------------------------------------------------
+
+
+def test_learning_rates_are_drawn_on_a_logarithmic_axis():
+    steps = np.arange(0, 50, 10)
+    rates = {"kernel": np.full(5, 0.1), "bias": np.array([1, 2, np.nan, 4, 5])}
+    ax = plot.learning_rates((steps, rates))
+    assert ax.get_yscale() == "log"
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["kernel", "bias"]
+    kernel, _, bias, _ = (line.get_ydata() for line in ax.get_lines())
+    np.testing.assert_array_equal(kernel, rates["kernel"])
+    np.testing.assert_array_equal(bias, rates["bias"])
+
+
+@pytest.mark.parametrize("other", [0.0, -2.0])
+def test_learning_rates_that_are_not_positive_have_a_place_too(other):
+    ax = plot.learning_rates((range(3), {"kernel": [0.3, other, 1e-20]}))
+    ax.figure.draw_without_rendering()
+    assert ax.get_yscale() == "symlog"
+    low, high = ax.get_ylim()
+    assert low < min(other, 0)
+    assert high > 0.3
+
+
+def test_running_medians_leave_out_what_is_missing():
+    values = np.array([1.0, 9.0, np.nan, 3.0, np.nan, np.nan, np.nan])
+    smooth = plot._running_median(values, 3)
+    np.testing.assert_array_equal(smooth, [5, 5, 6, 3, 3, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("values", [np.zeros(3), np.full(3, np.nan)])
+def test_learning_rates_without_any_positive_value_are_no_error(values):
+    ax = plot.learning_rates((range(3), {"kernel": values}))
+    ax.figure.draw_without_rendering()
+
+
+def test_many_learning_rates_are_drawn_in_shades():
+    rates = {name: np.full(3, 0.1) for name in names_of(60)}
+    ax = plot.learning_rates((range(3), rates))
+    ax.figure.draw_without_rendering()
+    assert len({line.get_color() for line in ax.get_lines()}) == 60
+
+
+def test_learning_rates_want_a_value_for_each_step():
+    with pytest.raises(ValueError, match="history: 'kernel' has 2 values for 3 steps"):
+        plot.learning_rates((range(3), {"kernel": [0.1, 0.2]}))
+
+
+def test_losses_draw_one_curve_each_and_leave_out_what_is_not_finite():
+    curves = {"adam": ([0, 1], [2.0, 1.0]), "sgd": ([0, 1], [2.0, np.inf])}
+    ax = plot.losses(curves, ylabel="test loss", log=False)
+    ax.figure.draw_without_rendering()
+    adam, sgd = ax.get_lines()
+    assert adam.get_ydata().tolist() == [2, 1]
+    np.testing.assert_array_equal(sgd.get_ydata(), [2, np.nan])
+    assert ax.get_ylabel() == "test loss"
+    assert ax.get_yscale() == "linear"
+
+
+# --- Composition -----------------------------------------------------------------
+
+PICTURES = {
+    "hessian": lambda ax: plot.hessian(summary_of(np.eye(3)), names_of(3), ax),
+    "learning_rates": lambda ax: plot.learning_rates((range(2), {"a": [1, 2]}), ax),
+    "losses": lambda ax: plot.losses({"adam": ([0, 1], [2.0, 1.0])}, ax),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_pictures_are_drawn_on_the_axes_they_are_given(picture):
+    left, right = Figure(layout="constrained").subplots(1, 2)
+    assert PICTURES[picture](right) is right
+    assert not left.has_data()
+    assert right.has_data()
+
+
+def test_pyplot_is_left_alone():
+    code = (
+        "import sys, types; from partnewton import plot\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "plot.hessian(types.SimpleNamespace(hessian=[[1.0]]), ['a'])\n"
+        "plot.learning_rates(([0], {'a': [1.0]}))\n"
+        "plot.losses({'a': ([0], [1.0])})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, picture):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "partnewton\[plot\]"'):
+        PICTURES[picture](None)
