@@ -188,6 +188,11 @@ def scale_by_partition_newton(
                 "value_fn: scale_by_partition_newton needs the loss as a function of "
                 "the parameters; call tx.update(updates, state, params, value_fn=loss)."
             )
+        if not callable(value_fn):
+            raise TypeError(
+                "value_fn must be a function from params to a scalar loss, got "
+                f"{type(value_fn).__name__}."
+            )
         checked_direction(updates, params, "updates")
         partition = partitions.partition_of(params, param_labels)
         loss_args = _picked(value_fn, extra_args)
