@@ -820,10 +820,10 @@ def test_learning_rates_are_found_in_wrappers():
 
 
 def test_learning_rates_of_no_state_or_of_two_are_an_error():
-    with pytest.raises(ValueError, match="state must contain exactly one .* found 0"):
+    with pytest.raises(ValueError, match=r"state must contain exactly one .* found 0"):
         pn.learning_rates(optax.adam(0.1).init(PARAMS))
     two = optax.chain(LINK, LINK).init(PARAMS)
-    with pytest.raises(ValueError, match="state must contain exactly one .* found 2"):
+    with pytest.raises(ValueError, match=r"state must contain exactly one .* found 2"):
         pn.learning_rates(two)
 
 
