@@ -357,7 +357,9 @@ def _momentum(decay: jax.typing.ArrayLike) -> optax.GradientTransformation:
     """
 
     def init_fn(params: optax.Params) -> optax.EmaState:
-        return optax.EmaState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+        # With a dtype of its own: no zeros that are weakly typed as a parameter may be.
+        ema = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.result_type(p)), params)
+        return optax.EmaState(jnp.zeros((), jnp.int32), ema)
 
     def update_fn(
         updates: optax.Updates,

@@ -15,7 +15,7 @@ from partnewton import averaging, partitions, rules
 
 PARAMS = {
     "dense": {"bias": jnp.array([0.5, -1.0]), "kernel": jnp.array([[1.0, 2.0]])},
-    "scale": jnp.array(1.5),
+    "scale": jnp.array(1.5, jnp.float32),
 }
 NAMES = ("dense/bias", "dense/kernel", "scale")
 
@@ -93,10 +93,10 @@ def test_each_subset_of_the_updates_is_multiplied_by_its_rate_without_change_of_
 
 
 def test_the_alias_is_a_momentum_the_link_and_a_factor():
-    alias = pn.partition_newton(0.3, momentum=0.5)
+    alias = pn.partition_newton(0.3, momentum=0.5, rule=rules.newton())
     chain = optax.chain(
         optax.ema(0.5),
-        pn.scale_by_partition_newton(),
+        scale_by_newton(),
         optax.scale_by_learning_rate(0.3),
     )
     ours, theirs = PARAMS, PARAMS
@@ -114,14 +114,17 @@ def test_the_parameters_of_the_alias_are_those_of_the_link():
     assert set(alias) == {*link, "learning_rate", "momentum"}
     for name in link:
         assert alias[name].default == link[name].default
-    alias = functools.partial(pn.partition_newton, momentum=0.0)
+    rates = set()
     for kwargs in (
+        {},
         {"rule": rules.diagonal()},
         {"param_labels": partitions.whole},
         {"update_interval": 2},
         {"average": averaging.exponential()},
     ):
-        tx, chain = alias(**kwargs), pn.scale_by_partition_newton(**kwargs)
+        kwargs = {"rule": rules.newton(), **kwargs}
+        tx = pn.partition_newton(momentum=0.0, **kwargs)
+        chain = pn.scale_by_partition_newton(**kwargs)
         chain = optax.chain(chain, optax.scale(-1.0))
         ours, theirs = PARAMS, PARAMS
         state, other = tx.init(PARAMS), chain.init(PARAMS)
@@ -129,6 +132,8 @@ def test_the_parameters_of_the_alias_are_those_of_the_link():
             ours, state = step(tx, ours, state)
             theirs, other = step(chain, theirs, other)
         assert_close(ours, theirs)
+        rates.add(tuple(link_of(state).learning_rates.tolist()))
+    assert len(rates) == 5  # each of them changes something
 
 
 def test_the_default_rule_is_cubic_with_damping_one():
@@ -390,7 +395,9 @@ def test_while_all_rates_are_zero_they_are_refreshed_at_each_update():
 
 
 def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit():
-    tx = pn.partition_newton(update_interval=3, average=averaging.exponential(0.5))
+    tx = pn.partition_newton(
+        rule=rules.newton(), update_interval=3, average=averaging.exponential(0.5)
+    )
     params, state = PARAMS, tx.init(PARAMS)
     for _ in range(2):
         params, state = step(tx, params, state)
@@ -446,12 +453,13 @@ BAD_LOSSES = {
     "nan gradient": lambda p: loss(p) + jnp.sum(jnp.sqrt(0.0 * p["dense"]["bias"])),
     "infinite curvature": lambda p: loss(p) * 1e38,
 }
+AVERAGED = scale_by_newton(average=averaging.exponential(0.5))
 BAD_NUMBERS = {"nan": jnp.nan, "infinite": jnp.inf, "minus infinite": -jnp.inf}
 
 
 @pytest.mark.parametrize("bad", BAD_LOSSES)
 def test_a_refresh_that_is_not_finite_keeps_the_last_good_rates(bad):
-    tx = pn.scale_by_partition_newton(average=averaging.exponential(0.5))
+    tx = AVERAGED
     _, good = step(tx, PARAMS, tx.init(PARAMS))
     grads = jax.grad(loss)(PARAMS)
     updates, after = update(tx, grads, good, PARAMS, BAD_LOSSES[bad])
@@ -533,7 +541,7 @@ def test_bad_gradients_never_reach_the_parameters(when, number, interval):
 
 
 def test_a_bad_gradient_leaves_no_trace_in_the_momentum():
-    tx = pn.partition_newton()
+    tx = pn.partition_newton(rule=rules.newton())
     _, good = step(tx, PARAMS, tx.init(PARAMS))
     bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
     _, after = step(tx, PARAMS, good, direction=bad)
@@ -542,7 +550,7 @@ def test_a_bad_gradient_leaves_no_trace_in_the_momentum():
 
 def test_the_momentum_is_the_average_of_optax():
     rng = np.random.default_rng(0)
-    tx, ema = pn.partition_newton(momentum=0.8), optax.ema(0.8)
+    tx, ema = pn.partition_newton(momentum=0.8, rule=rules.newton()), optax.ema(0.8)
     state, other = tx.init(PARAMS), ema.init(PARAMS)
     for _ in range(4):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), PARAMS)
@@ -552,10 +560,10 @@ def test_the_momentum_is_the_average_of_optax():
 
 
 def test_momentum_zero_is_the_gradient_itself():
-    tx = pn.partition_newton(momentum=0.0)
+    tx = newton_descent()
     state = tx.init(PARAMS)
-    for _ in range(3):
-        grads = jax.tree.map(jnp.sin, PARAMS)
+    for n in range(3):
+        grads = jax.tree.map(lambda x, n=n: jnp.sin(x + n), PARAMS)
         _, state = step(tx, PARAMS, state, direction=grads)
         assert_same(state[0].ema, grads)
 
