@@ -157,6 +157,11 @@ def row_of_gradient():
     return summary.Row("mlp", 2, 8, "", "gradient", compile_seconds=1.0, seconds=[1.0])
 
 
+def test_without_an_engine_the_gradient_alone_is_measured(tmp_path):
+    record = run(tmp_path, "--model", "mlp", "--engine")
+    assert [row["quantity"] for row in record["rows"]] == ["forward", "gradient"]
+
+
 def test_a_median_in_gradients():
     rows = [
         summary.Row("mlp", 2, 8, "", "forward", seconds=[1.0, 1.5, 9.0]),
