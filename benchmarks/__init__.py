@@ -1,0 +1,1 @@
+"""Measurements, run by hand as modules; see README.md in this folder."""

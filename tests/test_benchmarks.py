@@ -1,0 +1,200 @@
+"""The networks of the benchmark, and a very small run of it."""
+
+import doctest
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
+
+from benchmarks import models, summary
+
+SLOW = ("mlp_deep", "cnn", "vgg11", "resnet18")
+SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
+
+
+def run(folder, *arguments):
+    """The JSON of a very small run."""
+    assert summary.main([*arguments, *SMALL, "--output", str(folder)]) == 0
+    return json.loads((folder / "summary.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark") / "made by the run"
+
+
+@pytest.fixture(scope="module")
+def record(folder):
+    return run(folder, "--model", "mlp")
+
+
+# --- The networks ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_a_network_has_the_documented_number_of_tensors(name):
+    params = jax.eval_shape(lambda: models.make(name).params)
+    assert len(jax.tree.leaves(params)) == models.NETWORKS[name].tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # weights and biases of each layer, by hand
+        ("mlp_deep", 3072 * 1024 + 19 * 1024**2 + 20 * 1024 + 1024 * 10 + 10),
+        ("mlp", 784 * 1024 + 1024 * 200 + 200 * 100 + 100 * 10 + 1334),
+        ("vgg11", 9 * (192 + 8192 + 98304 + 131072 + 3 * 262144) + 2752 + 5130),
+        # the stem, 4 stages, their norms, the output: the usual ResNet-18 for CIFAR-10
+        ("resnet18", 11_173_962),
+        ("transformer", 256 * 128 + 64 * 128 + 2 * (12 * 128**2 + 10 * 128) + 256),
+        ("lstm", (64 + 128 + 1) * 4 * 128 + 128 * 10 + 10),
+        ("cnn", 27 * 16 + 144 * 32 + 288 * 64 + 16 + 32 + 64 + 1024 * 10 + 10),
+    ],
+)
+def test_a_network_has_the_parameters_of_its_description(name, count):
+    params = jax.eval_shape(lambda: models.make(name).params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x
+        for x in models.NETWORKS
+    ],
+)
+def test_every_tensor_matters_to_the_loss(name):
+    model = models.make(name, 2, scale=16)
+    value, gradient = jax.jit(jax.value_and_grad(model.loss))(model.params, model.batch)
+    assert np.isfinite(value)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf != 0)
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_the_batch_has_the_size_asked_for(name):
+    batch = jax.eval_shape(lambda: models.make(name, 3, scale=16).batch)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {3}
+
+
+# --- The measurement -------------------------------------------------------------
+
+
+def check_completeness(record, model, quantities):
+    engines = (*summary.ENGINES, summary.RIVAL)
+    assert [(row["engine"], row["quantity"]) for row in record["rows"]] == [
+        ("", "forward"),
+        ("", "gradient"),
+        *[(x, y) for x in engines for y in quantities],
+    ]
+    for row in record["rows"]:
+        assert row["skipped"] is None
+        assert (row["model"], row["batch"]) == (model, 2)
+        assert row["subsets"] == models.NETWORKS[model].tensors
+        assert len(row["seconds"]) == 2
+        assert row["compile_seconds"] > row["trace_seconds"] > 0
+        assert row["temp_bytes"] >= 0
+        assert row["flops"] > 0
+        # Engines and their rival compute the same.
+        assert (row["difference"] is None) == (row["engine"] == "")
+        assert (row["difference"] or 0) < 1e-4
+
+
+def test_everything_asked_for_is_measured(record):
+    check_completeness(record, "mlp", ("hessian", "third"))
+
+
+@pytest.mark.slow
+def test_everything_asked_for_is_measured_of_the_whole_third_order(tmp_path):
+    record = run(tmp_path, "--model", "lstm", "--tensor")
+    check_completeness(record, "lstm", ("hessian", "third", "tensor"))
+
+
+def test_the_table_is_written(record, folder):
+    lines = (folder / "summary.md").read_text("utf-8").splitlines()
+    assert record["machine"]["cpu"] in lines[0]
+    starts = [f"| mlp | 8 | {row['engine']} | " for row in record["rows"][2:]]
+    for start in starts:
+        assert sum(line.startswith(start) for line in lines) == 2
+
+
+def test_costs_are_told_in_gradients(record):
+    forward, gradient = (row["median"] for row in record["rows"][:2])
+    for row in record["rows"][2:]:
+        np.testing.assert_allclose(row["gradients"], row["median"] / gradient)
+        np.testing.assert_allclose(row["floor"], 1 + 8 / 2 * forward / gradient)
+
+
+def test_a_different_result_is_seen():
+    right = [np.array([1.0, 4.0]), np.zeros(2)]
+    assert summary._difference(right, right) == 0
+    wrong = [np.array([1.0, 3.0]), np.zeros(2)]
+    assert summary._difference(wrong, right) == 0.25
+    assert summary._difference([right[0], np.array([0, 0.5])], right) == 0.5
+    assert np.isnan(summary._difference([right[0], np.array([0, np.nan])], right))
+
+
+def test_what_is_too_large_or_too_slow_is_skipped_with_a_reason():
+    model = models.make("mlp", 2, scale=16)
+    options = {"repeats": 1, "engines": ["jvp_of_grad"]}
+    *_, large = summary.measure(model, max_gib=1e-9, **options)
+    assert "GiB (--max-gib)" in large.skipped
+    assert large.temp_bytes > 0
+    *_, slow = summary.measure(model, max_seconds=1e-9, **options)
+    assert "(--max-seconds)" in slow.skipped
+    for row in (large, slow):
+        assert row.seconds == []
+        assert row.skipped in summary.table([row_of_gradient(), row])
+
+
+def row_of_gradient():
+    return summary.Row("mlp", 2, 8, "", "gradient", compile_seconds=1.0, seconds=[1.0])
+
+
+def test_without_an_engine_the_gradient_alone_is_measured(tmp_path):
+    record = run(tmp_path, "--model", "mlp", "--engine")
+    assert [row["quantity"] for row in record["rows"]] == ["forward", "gradient"]
+
+
+def test_a_median_in_gradients():
+    rows = [
+        summary.Row("mlp", 2, 8, "", "forward", seconds=[1.0, 1.5, 9.0]),
+        summary.Row("mlp", 2, 8, "", "gradient", seconds=[3.0, 1.0, 9.0]),
+        summary.Row("mlp", 2, 8, "jvp_of_grad", "hessian", seconds=[30.0, 9.0, 12.0]),
+    ]
+    summary._in_gradients(rows)
+    assert rows[2].gradients == 4
+    assert rows[2].floor == 1 + 4 * 0.5
+
+
+def test_examples():
+    results = doctest.testmod(summary)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--model", "alexnet"], "alexnet"),
+        (["--engine", "guess"], "guess"),
+        (["--batch", "0"], "must be an integer from 1"),
+        (["--repeats", "two"], "must be an integer from 1"),
+        (["--max-gib", "-1"], "--max-gib"),
+        (["--max-seconds", "nan"], "must be a positive number"),
+        (["--output", __file__], "--output"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, word, capsys):
+    with pytest.raises(SystemExit) as error:
+        summary.main(arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert word in message
