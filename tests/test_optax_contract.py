@@ -387,8 +387,8 @@ def test_multi_steps_takes_the_mean_gradient_and_the_last_micro_batch(name):
 def test_reduce_on_plateau_scales_what_we_return(name):
     tx = OPTIMIZERS[name]
     loss, params, minimum = parabola()
-    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
-    after, state = train(optax.chain(tx, plateau), loss, params, 200)
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=20)
+    after, state = train(optax.chain(tx, plateau), loss, params, 400)
     assert_close(after, minimum, rtol=0, atol=0.05)
     assert state[-1].scale < 1  # at the minimum nothing improves any more
 
@@ -431,7 +431,8 @@ def test_a_line_search_may_follow_and_never_goes_uphill(name, line_search):
         params, state = call(params, state, shift)
         values.append(loss(params, shift))
     assert np.all(np.diff(values) <= 1e-6)
-    assert values[-1] < 0.1 * values[0]
+    # 24.2 at the start; the floor of the valley is at (1 + 1.2)^2 = 4.84 there.
+    assert values[-1] < 4.84
 
 
 # --- with models -----------------------------------------------------------------
