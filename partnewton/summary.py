@@ -69,9 +69,13 @@ def summarize(
       param_labels: the partition, as :func:`optax.partition` takes it; see
         :mod:`partnewton.partitions`. By default each leaf is a subset.
       third_order: whether to compute `third`.
-      engine: "jvp_of_grad" or "auto"; see :mod:`partnewton.engines`.
+      engine: "adjoint", the fast one, which "auto" stands for; or "jvp_of_grad", the
+        reference, by one Hessian-vector product after the other.
       batch_size: how many subsets are processed at once: more is faster and takes more
-        memory. None leaves it to the engine.
+        memory. By default the fast engine takes all, or, where the tangents that some
+        operation writes would take more than 1 GiB, as many as that holds. With fewer
+        than all of them, it goes through the loss once for each pair of blocks of half
+        that size. The reference takes one by one.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -131,8 +135,10 @@ def derivative_tensors(
       direction: the direction u.
       order: the highest order, at least 1; the loss must be differentiable so often.
       param_labels: the partition.
-      engine: "jvp_of_grad" or "auto".
-      batch_size: how many passes are made at once. None leaves it to the engine.
+      engine: "adjoint", "jvp_of_grad" or "auto", the first of them, which makes S passes
+        for the third order where the other makes S (S + 1) / 2. From the fourth order
+        on the reference does the work in any case.
+      batch_size: how many subsets, and how many passes, are processed at once.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:

@@ -17,7 +17,7 @@ from types import ModuleType
 from partnewton.engines import adjoint, jvp_of_grad
 
 ENGINES: dict[str, ModuleType] = {"adjoint": adjoint, "jvp_of_grad": jvp_of_grad}
-AUTO = "jvp_of_grad"
+AUTO = "adjoint"
 
 
 def get(name: str) -> ModuleType:

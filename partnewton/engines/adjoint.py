@@ -164,14 +164,15 @@ class _Problem:
         for numbers in self._meetings(batch_size):
             moving = np.zeros(S, bool)
             moving[[self.order[n] for n in numbers]] = True
-            new = [moving, np.outer(moving, moving), moving]
+            now = [moving, np.outer(moving, moving), moving]
+            new = [x & ~y for x, y in zip(now, known, strict=True)]
 
             def sweep(
                 found: list[jax.Array],
                 record: Record,
                 adjoints: dict[int, Any],
                 numbers: tuple[int, ...] = numbers,
-                new: list[np.ndarray] = [x & ~y for x, y in zip(new, known)],
+                new: Sequence[np.ndarray] = tuple(new),
             ) -> list[jax.Array]:
                 more = self.sweep(record, adjoints, third_order, numbers=numbers)
                 columns = zip(new, more, found, strict=True)
@@ -187,7 +188,7 @@ class _Problem:
             else:
                 finite = jnp.isfinite(value)
                 found = jax.lax.cond(finite, sweep, give_up, found, record, adjoints)
-            known = [x | y for x, y in zip(known, new, strict=True)]
+            known = [x | y for x, y in zip(known, now, strict=True)]
         gradient, hessian, third = found
         return gradient, hessian, third if third_order else None
 

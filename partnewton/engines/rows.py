@@ -115,8 +115,9 @@ def map_rows(
         subsets.extend(run)
     if not parts:
         return None
-    columns = [x[0] if len(x) == 1 else jnp.concatenate(x) for x in zip(*parts)]
-    return [Rows(tuple(subsets), x) for x in columns]
+    results = zip(*parts, strict=True)
+    joined = [x[0] if len(x) == 1 else jnp.concatenate(x) for x in results]
+    return [Rows(tuple(subsets), x) for x in joined]
 
 
 def apply(function: Callable, *columns: jax.Array) -> list[jax.Array]:

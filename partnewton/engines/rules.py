@@ -30,7 +30,7 @@ __all__ = ["RULES", "Sums", "Tangents"]
 
 
 class Tangents(NamedTuple):
-    """The tangents of some values, first and second order, or None where there are none.
+    """The tangents of some values, of first and second order; None for none at all.
 
     Attributes:
       first: xdot of each.
@@ -367,8 +367,8 @@ def local(
 ) -> Tangents:
     """z = f(x1, x2, ...) for any f that jax can differentiate.
 
-    With F(x) = lambda . f(x), hessian_st += <xdot_s, D2F xdot_t>, from the derivative of
-    the gradient of F along each tangent.
+    With F(x) = lambda . f(x), hessian_st += <xdot_s, D2F xdot_t>, from the derivative
+    of the gradient of F along each tangent.
     """
     nothing = [None] * len(step.active_outputs)
     if all(rows is None for rows in tangents.first):

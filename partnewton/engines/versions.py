@@ -77,7 +77,7 @@ def inlined(equation: Equation) -> Any | None:
 
 
 def varying_axes(x: jax.Array | Variable) -> tuple[str, ...]:
-    """The mesh axes of a `shard_map` along which an array differs from device to device.
+    """The mesh axes of a `shard_map` along which an array differs by device.
 
     None outside of `shard_map`, and inside of one with ``check_vma=False``.
     """
