@@ -137,7 +137,9 @@ def _supervised(
     steps: int = 1000,
 ) -> Problem:
     train, test = data()
-    metric = metric or (error_rate if loss in (cross_entropy, one_hot_squared) else loss)
+    metric = metric or (
+        error_rate if loss in (cross_entropy, one_hot_squared) else loss
+    )
     return Problem(
         name,
         network.init,
@@ -151,7 +153,8 @@ def _supervised(
 
 
 def _problem(*args: Any, **kwargs: Any) -> Callable[[str], Problem]:
-    return functools.partial(_supervised, **dict(zip(_FIELDS, args)), **kwargs)
+    named = dict(zip(_FIELDS, args, strict=False))
+    return functools.partial(_supervised, **named, **kwargs)
 
 
 _FIELDS = ("data", "network", "loss", "metric", "batch", "steps")
@@ -186,10 +189,10 @@ FIRST: dict[str, Callable[[str], Problem]] = {
         batch=32,
     ),
     "transformer": _problem(
-        functools.partial(windows, length=32, count=4096),
-        models.transformer(vocabulary=64, width=32, heads=2, layers=2, length=32),
+        functools.partial(windows, length=24, count=512),
+        models.transformer(vocabulary=64, width=32, heads=2, layers=1, length=24),
         batch=16,
-        steps=600,
+        steps=400,
     ),
     "lstm": _problem(
         functools.partial(windows, length=24, count=4096),

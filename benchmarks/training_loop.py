@@ -1,6 +1,7 @@
 """One compiled run of an optimizer on a problem, for many rates and seeds."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import optax
 
 from benchmarks.problems import Problem
 
-__all__ = ["Curves", "batches", "train"]
+__all__ = ["Curves", "batches", "seconds_a_step", "train"]
 
 EVALUATIONS = 25
 MOST_EVALUATED = 1500
@@ -70,17 +71,37 @@ def batches(problem: Problem, seed: int) -> np.ndarray:
     return np.concatenate(epochs)[: problem.steps].astype(np.int32)
 
 
+def seconds_a_step(problem: Problem, make: MakeOptimizer, rate: float) -> float:
+    """The time of a step, the best of 3 runs of some hundred without evaluation."""
+    order = jnp.asarray(batches(problem, 0))[:200]
+    params = problem.init(jax.random.key(0))
+
+    @jax.jit
+    def run(params: Any, order: jax.Array) -> Any:
+        tx = optax.with_extra_args_support(make(jnp.float32(rate), problem.steps))
+        step = _stepper(problem, tx)
+        return jax.lax.scan(step, (params, tx.init(params)), order)[0]
+
+    jax.block_until_ready(run(params, order))
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(params, order))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds) / len(order)
+
+
 def _run(
     problem: Problem,
     make: MakeOptimizer,
     rate: jax.Array,
     seed: jax.Array,
     order: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     tx = optax.with_extra_args_support(make(rate, problem.steps))
-    train_x, train_y = map(jnp.asarray, problem.train)
     seen_x, seen_y = map(jnp.asarray, _spread(problem.train))
     test_x, test_y = map(jnp.asarray, _spread(problem.test))
+    step = _stepper(problem, tx)
 
     def evaluate(params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return (
@@ -88,6 +109,26 @@ def _run(
             problem.loss(params, test_x, test_y),
             problem.metric(params, test_x, test_y),
         )
+
+    def chunk(carry: Any, places: jax.Array) -> tuple[Any, Any]:
+        carry, _ = jax.lax.scan(step, carry, places)
+        return carry, evaluate(carry[0])
+
+    params = problem.init(jax.random.key(seed))
+    length = problem.steps // EVALUATIONS
+    order = order[: length * EVALUATIONS].reshape(EVALUATIONS, length, -1)
+    _, curves = jax.lax.scan(chunk, (params, tx.init(params)), order)
+    first = evaluate(params)
+    return tuple(
+        jnp.concatenate([a[None], b]) for a, b in zip(first, curves, strict=True)
+    )
+
+
+def _stepper(
+    problem: Problem, tx: optax.GradientTransformationExtraArgs
+) -> Callable[[Any, jax.Array], tuple[Any, None]]:
+    """A step for `scan`, from the places of a batch."""
+    train_x, train_y = map(jnp.asarray, problem.train)
 
     def step(carry: Any, places: jax.Array) -> tuple[Any, None]:
         params, state = carry
@@ -102,18 +143,7 @@ def _run(
         )
         return (optax.apply_updates(params, updates), state), None
 
-    def chunk(carry: Any, places: jax.Array) -> tuple[Any, Any]:
-        carry, _ = jax.lax.scan(step, carry, places)
-        return carry, evaluate(carry[0])
-
-    params = problem.init(jax.random.key(seed))
-    length = problem.steps // EVALUATIONS
-    order = order[: length * EVALUATIONS].reshape(EVALUATIONS, length, -1)
-    _, curves = jax.lax.scan(chunk, (params, tx.init(params)), order)
-    first = evaluate(params)
-    return tuple(
-        jnp.concatenate([a[None], b]) for a, b in zip(first, curves, strict=True)
-    )
+    return step
 
 
 def _spread(data: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -636,9 +636,7 @@ ERRORS = {
         r"^value_fn: .*needs the loss",
     ),
     "no params in the alias": (
-        lambda: paper().update(
-            PARAMS, paper().init(PARAMS), value_fn=loss
-        ),
+        lambda: paper().update(PARAMS, paper().init(PARAMS), value_fn=loss),
         ValueError,
         r"^params: .*needs the parameters",
     ),
