@@ -1,5 +1,6 @@
 """Small networks as pairs of pure functions, in plain JAX."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def mlp(widths: Sequence[int], activation: Callable) -> Network:
 
     def init(key: jax.Array) -> PyTree:
         keys = jax.random.split(key, len(names))
-        shapes = zip(widths[:-1], widths[1:], strict=True)
+        shapes = itertools.pairwise(widths)
         return {
             name: _dense(key, *shape)
             for name, key, shape in zip(names, keys, shapes, strict=True)

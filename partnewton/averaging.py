@@ -22,8 +22,8 @@ from partnewton.summary import Summary
 __all__ = [
     "Average",
     "exponential",
-    "nonnegative",
     "none",
+    "nonnegative",
     "relative",
     "uniform",
 ]
@@ -199,22 +199,23 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
 
 
 def relative(average: Average) -> Average:
-    """An average in which each summary counts relative to its own curvature.
+    """An average in which each summary counts relative to its own gradient.
 
-    Late batches have a smaller loss than early ones, and would be drowned by them. So
-    each summary is divided by the norm of its Hessian before it enters the average, and
-    the average is multiplied by that of the newest. Learning rates do not depend on the
-    scale of a loss, and a norm of second derivatives does not change when a constant is
-    added to the loss, whatever its sign, as a division by the loss itself would. The
-    Hessian is what one batch tells best: among batches it varies by a third, where the
-    gradient varies by several times its mean. Directions should have unit norms, see
+    Late batches have a smaller loss than early ones, and would be drowned by them; one
+    exploding batch would drown all others. So each summary is divided by the norm of
+    its gradient before it enters the average, and the average is multiplied by that of
+    the newest. Learning rates do not depend on the scale of a loss, and derivatives do
+    not change when a constant is added to it, whatever its sign: a division by the loss
+    itself would. (The norm of the Hessian in its place is not safe: where a softmax is
+    saturated the curvature vanishes and the gradient does not, and such batches would
+    promise ever longer steps.) Directions should have unit norms, see
     :func:`partnewton.directions.normalize_by_subset`, or the norm measures them.
 
     Args:
       average: what averages the summaries so divided.
 
     Returns:
-      An average; a summary without curvature enters it as it is.
+      An average; a summary without gradient enters it as it is.
 
     Example:
       >>> summary = lambda x: Summary(x, x[None], x[None, None] ** 2, None)
@@ -223,16 +224,16 @@ def relative(average: Average) -> Average:
       >>> for x in (1.0, 2.0):
       ...     mean, state = average.update(summary(jnp.array(x)), state)
       >>> print(mean.gradient, mean.hessian)
-      [2.6666667] [[4.]]
+      [2.] [[3.3333333]]
     """
 
     def scaled(summary: Summary, factor: jax.Array) -> Summary:
         return jax.tree.map(lambda x: x * factor, summary)
 
     def update(summary: Summary, state: Any) -> tuple[Summary, Any]:
-        largest = jnp.max(jnp.abs(summary.hessian))
+        largest = jnp.max(jnp.abs(summary.gradient))
         largest = jnp.where(largest > 0, largest, 1)  # no square may overflow
-        norm = largest * jnp.linalg.norm(summary.hessian / largest)
+        norm = largest * jnp.linalg.norm(summary.gradient / largest)
         norm = jnp.where(norm > 0, norm, 1)
         mean, state = average.update(scaled(summary, 1 / norm), state)
         return scaled(mean, norm)._replace(value=summary.value), state

@@ -14,7 +14,7 @@ __all__ = ["paper_newton", "partition_newton"]
 
 
 def partition_newton(
-    learning_rate: optax.ScalarOrSchedule = 0.15,
+    learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
     direction: optax.GradientTransformation | None = None,
     rule: rules.Rule | None = None,
@@ -39,7 +39,7 @@ def partition_newton(
         that of Muon: orthogonalised momentum for matrices, Adam for all other leaves.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust`.
       average: a running average of the summaries; by default an exponential one of
-        decay 0.9, each summary relative to its own curvature.
+        decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the lengths at every so many updates.

@@ -191,9 +191,9 @@ def robust(
 
         - gradient . eta + 1/2 eta' |hessian| eta + damping/6 ||D eta||^3,
 
-    where |hessian| = D |D^-1 hessian D^-1| D has the eigenvalues of the Hessian, seen in
-    the units of D, replaced by their magnitudes: a direction of negative curvature is
-    as far as one of positive curvature, instead of as far as the third order allows.
+    where |hessian| = D |D^-1 hessian D^-1| D has the eigenvalues of the Hessian, seen
+    in the units of D, replaced by their magnitudes: along negative curvature the step
+    is as long as along positive, instead of as long as the third order allows.
     With the decrease N = sum_s gradient_s^2 / |hessian_ss| that the subsets would
     promise one by one,
 

@@ -1,0 +1,295 @@
+"""Whole optimizers: what they are made of, and what cannot break them."""
+
+import functools
+import inspect
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import partnewton as pn
+from partnewton import averaging, directions, partitions, rules
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(64, 3)), jnp.float32)
+Y = jnp.asarray(np.tanh(np.asarray(X) @ RNG.normal(size=(3, 2))), jnp.float32)
+PARAMS = {"b": jnp.zeros(2), "w": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32)}
+DIRECTIONS = {
+    "muon": lambda: None,
+    "adam": optax.scale_by_adam,
+    "momentum": lambda: optax.ema(0.9),
+}
+
+
+def loss(params, shift=0.0, factor=1.0):
+    """A least squares problem whose minimum is near zero."""
+    error = jnp.tanh(X @ params["w"] + params["b"]) - Y
+    return factor * jnp.mean(error**2) + shift
+
+
+def train(tx, steps, params=PARAMS, state=None, first=0, disturb=None, **arguments):
+    """Parameters, state and losses; `disturb(n)` gives arguments of the loss."""
+
+    def step(carry, n):
+        params, state = carry
+        more = arguments if disturb is None else disturb(n)
+        grads = jax.grad(loss)(params, **more)
+        updates, state = tx.update(grads, state, params, value_fn=loss, **more)
+        params = optax.apply_updates(params, updates)
+        return (params, state), loss(params)
+
+    @jax.jit
+    def run(carry):
+        return jax.lax.scan(step, carry, first + jnp.arange(steps))
+
+    state = tx.init(params) if state is None else state
+    (params, state), losses = run((params, state))
+    return params, state, np.asarray(losses)
+
+
+def link_of(state):
+    def is_ours(x):
+        return isinstance(x, pn.ScaleByPartitionNewtonState)
+
+    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# --- what they are ---------------------------------------------------------------
+
+
+def test_partition_newton_is_a_chain_of_four():
+    ours, _, _ = train(pn.partition_newton(0.3, update_interval=3), 7)
+    chain = optax.chain(
+        optax.contrib.muon(1.0),
+        optax.scale(-1.0),
+        directions.normalize_by_subset(),
+        pn.scale_by_partition_newton(
+            rules.robust(),
+            update_interval=3,
+            average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
+        ),
+        optax.scale(-0.3),
+    )
+    theirs, _, _ = train(chain, 7)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", [pn.partition_newton, pn.paper_newton])
+def test_every_argument_of_the_link_can_be_given_to_a_preset(preset):
+    link = set(inspect.signature(pn.scale_by_partition_newton).parameters)
+    if preset is pn.partition_newton:
+        link -= {"smoothing"}  # it smooths the summaries, not the rates
+    assert link <= set(inspect.signature(preset).parameters)
+
+
+def test_between_refreshes_the_length_of_a_step_is_kept():
+    tx = pn.partition_newton(0.3, update_interval=10)
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(functools.partial(tx.update, value_fn=loss))
+    for n in range(5):
+        updates, state = update(jax.grad(loss)(params), state, params)
+        lengths = [jnp.linalg.norm(u) for u in jax.tree.leaves(updates)]
+        np.testing.assert_allclose(
+            lengths, 0.3 * link_of(state).learning_rates, rtol=1e-5
+        )
+        if n == 0:
+            first = lengths
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(lengths, first, rtol=1e-5)
+
+
+def published(clip_first):
+    """Ten steps of the published method with averaged rates, in numpy's words."""
+    params, momentum, eta = PARAMS, None, np.zeros(2)
+    weight = 0.0
+    for n in range(1, 7):
+        grads = jax.grad(loss)(params)
+        if momentum is None:
+            momentum = jax.tree.map(jnp.zeros_like, grads)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, momentum, grads)
+        u = jax.tree.map(lambda m, n=n: m / (1 - 0.9**n), momentum)
+        if n % 2 == 1:
+            s = pn.summarize(loss, params, u)
+            scale = jnp.cbrt(jnp.abs(s.third))
+            new = pn.solve_cubic(s.gradient, s.hessian, scale, 3.0).learning_rates
+            new = np.maximum(new, 0) if clip_first else np.asarray(new)
+            weight = 0.5 * weight + 1
+            eta = 0.5 * eta + new
+        rates = np.maximum(eta / weight, 0)
+        params = {
+            "b": params["b"] - 0.2 * rates[0] * u["b"],
+            "w": params["w"] - 0.2 * rates[1] * u["w"],
+        }
+    return params
+
+
+@pytest.mark.parametrize("clip_first", [True, False])
+def test_the_published_method_with_averaged_rates_clipped_before_or_after(clip_first):
+    smoothing = averaging.exponential(0.5)
+    tx = pn.paper_newton(
+        rule=rules.cubic(3.0, nonnegative=clip_first),
+        smoothing=smoothing if clip_first else averaging.nonnegative(smoothing),
+        update_interval=2,
+    )
+    params, _, _ = train(tx, 6)
+    expected = published(clip_first)
+    for name in PARAMS:
+        np.testing.assert_allclose(params[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_published_variants_run_and_lower_the_loss():
+    variants = {
+        "unit": {"unit_directions": True},
+        "uniform": {"average": averaging.uniform(3, 3)},
+        "average of D alone": {
+            "average": averaging.exponential(pn.Summary(0.0, 0.0, 0.0, 0.5))
+        },
+    }
+    for name, kwargs in variants.items():
+        _, state, losses = train(pn.paper_newton(**kwargs), 40)
+        assert losses[-1] < 0.5 * float(loss(PARAMS)), name
+        assert link_of(state).refused == 0, name
+
+
+# --- nothing breaks them ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_defaults_train(direction):
+    tx = pn.partition_newton(direction=DIRECTIONS[direction]())
+    _, state, losses = train(tx, 300)
+    assert losses[-1] < 0.02 * float(loss(PARAMS))
+    assert link_of(state).refused == 0
+
+
+@pytest.mark.parametrize("when", [0, 20, 23])  # the first, at a refresh and between
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_batch_of_nans_costs_a_step_and_nothing_else(direction, when):
+    tx = pn.partition_newton(direction=DIRECTIONS[direction]())
+
+    def bad(n):
+        return {"factor": jnp.where(n == when, jnp.nan, 1.0)}
+
+    params, state, losses = train(tx, 200, disturb=bad)
+    _, _, undisturbed = train(tx, 200)
+    assert np.all(np.isfinite(losses))
+    assert link_of(state).refused == 1
+    before = losses[when - 1] if when else float(loss(PARAMS))
+    assert losses[when] == pytest.approx(before, rel=1e-6)
+    assert losses[-1] < max(3 * undisturbed[-1], 0.02 * float(loss(PARAMS)))
+
+
+@pytest.mark.parametrize("direction", ["muon", "adam"])
+def test_an_exploding_batch_does_not_throw_the_parameters_away(direction):
+    tx = pn.partition_newton(direction=DIRECTIONS[direction]())
+
+    def exploding(n):
+        return {"factor": jnp.where(n == 20, 1e6, 1.0)}
+
+    _, _, losses = train(tx, 300, disturb=exploding)
+    assert np.max(losses[20:]) < float(loss(PARAMS))
+    assert losses[-1] < 0.05 * float(loss(PARAMS))
+
+
+@pytest.mark.parametrize("shift", [-0.25, -8.0, 8.0])
+def test_a_constant_added_to_the_loss_trains_the_same(shift):
+    tx = pn.partition_newton()
+    plain, _, _ = train(tx, 60)
+    shifted, state, _ = train(tx, 60, shift=shift)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(shifted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+    assert link_of(state).refused == 0
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_a_loss_in_other_units_trains_the_same(factor):
+    tx = pn.partition_newton(direction=optax.ema(0.9))
+    plain, _, _ = train(tx, 60)
+    scaled, _, _ = train(tx, 60, factor=factor)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(scaled), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_thousands_of_steps_at_the_optimum_stay_there(direction):
+    def value_fn(p):
+        return jnp.sum((p["w"] - 1.0) ** 2) + jnp.sum(p["b"] ** 2)
+
+    params = {"b": jnp.zeros(2), "w": jnp.ones((3, 2))}
+    tx = pn.partition_newton(direction=DIRECTIONS[direction]())
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=3000)[0])
+    after, state = run((params, tx.init(params)))
+    assert_same(after, params)
+    assert link_of(state).refused == 0
+
+
+def test_a_dead_subset_does_not_disturb_the_others():
+    def value_fn(p):
+        return loss({"b": p["b"], "w": p["w"]}) + 0.0 * jnp.sum(p["dead"])
+
+    params = {**PARAMS, "dead": jnp.ones(4)}
+    tx = pn.partition_newton()
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=60)[0])
+    after, state = run((params, tx.init(params)))
+    alone, _, _ = train(tx, 60)
+    np.testing.assert_array_equal(after["dead"], 1.0)
+    for name in PARAMS:
+        np.testing.assert_allclose(after[name], alone[name], rtol=1e-3, atol=1e-4)
+    assert pn.learning_rates(state)["dead"] == 0
+
+
+def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit():
+    tx = pn.partition_newton()
+    through, _, _ = train(tx, 34)
+    params, state, _ = train(tx, 17)
+    params, state = pickle.loads(pickle.dumps(jax.device_get((params, state))))
+    resumed, _, _ = train(tx, 17, params, state, first=17)
+    assert_same(resumed, through)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_trains(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    after, state, losses = train(pn.partition_newton(), 100, params)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(after))
+    assert losses[-1] < 0.2 * float(loss(PARAMS))
+
+
+def test_the_factor_may_be_a_schedule_or_injected():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.2, 10, 100)
+    _, _, losses = train(pn.partition_newton(schedule), 100)
+    assert losses[-1] < 0.1 * float(loss(PARAMS))
+    tx = optax.inject_hyperparams(pn.partition_newton)(learning_rate=0.2)
+    injected, _, _ = train(tx, 20)
+    plain, _, _ = train(pn.partition_newton(0.2), 20)
+    for x, y in zip(jax.tree.leaves(injected), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_leaves_stay_and_may_be_left_to_another_optimizer():
+    labels = {"b": partitions.FROZEN, "w": "w"}
+    after, _, _ = train(pn.partition_newton(param_labels=labels), 30)
+    np.testing.assert_array_equal(after["b"], PARAMS["b"])
+    assert np.any(after["w"] != PARAMS["w"])
