@@ -21,6 +21,7 @@ def partition_newton(
     average: averaging.Average | None = None,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
+    backtracking: int = 6,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -43,6 +44,8 @@ def partition_newton(
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the lengths at every so many updates.
+      backtracking: how often lengths are halved, at most, while they do not lower the
+        loss as they should, see :func:`scale_by_partition_newton`.
       engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -79,6 +82,7 @@ def partition_newton(
             param_labels=labels,
             update_interval=update_interval,
             average=average,
+            backtracking=backtracking,
             engine=engine,
             batch_size=batch_size,
             has_aux=has_aux,
@@ -102,6 +106,7 @@ def paper_newton(
     unit_directions: bool = False,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
+    backtracking: int = 0,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -121,7 +126,7 @@ def paper_newton(
         by default none.
       unit_directions: whether each subset of the direction is given the norm 1, so that
         rates are lengths.
-      param_labels, engine, batch_size, has_aux: as in
+      param_labels, backtracking, engine, batch_size, has_aux: as in
         :func:`scale_by_partition_newton`.
       update_interval: refresh the rates at every so many updates.
 
@@ -157,6 +162,7 @@ def paper_newton(
             update_interval=update_interval,
             average=average,
             smoothing=smoothing,
+            backtracking=backtracking,
             engine=engine,
             batch_size=batch_size,
             has_aux=has_aux,

@@ -79,6 +79,7 @@ def scale_by_partition_newton(
     update_interval: jax.typing.ArrayLike = 1,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
+    backtracking: int = 0,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -113,6 +114,12 @@ def scale_by_partition_newton(
         default the newest summary alone.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
         one array; by default the newest rates alone.
+      backtracking: how often new rates are halved, at most, while a step with them in
+        full does not lower the loss by a tenth of what its slope promises (or, against
+        the slope, raises it by more than half as much again). The loss is evaluated
+        once, and once more for each halving, at refreshes only and on the data that
+        `value_fn` sees; by default not at all. It catches a model that is wrong, such
+        as the flat curvature of a saturated softmax.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
       batch_size: how many subsets are processed at once, see
         :func:`partnewton.summarize`.
@@ -204,6 +211,23 @@ def scale_by_partition_newton(
         partition = partitions.partition_of(params, param_labels)
         loss_args = _picked(value_fn, extra_args)
 
+        def loss_at(eta: jax.Array) -> jax.Array:
+            step = _scaled(updates, params, partition, -eta)
+            value = value_fn(optax.apply_updates(params, step), **loss_args)
+            return value[0] if has_aux else value
+
+        def trusted_part(
+            eta: jax.Array, value: jax.Array, slope: jax.Array
+        ) -> jax.Array:
+            allowed = jnp.where(slope > 0, -0.1 * slope, -1.5 * slope)
+
+            def fails(part: jax.Array) -> jax.Array:
+                rise = loss_at(part * eta) - value
+                return ~(rise <= part * allowed) & (part > 0.5**backtracking)
+
+            one = jnp.ones((), eta.dtype)
+            return jax.lax.while_loop(fails, lambda part: part / 2, one)
+
         def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
             measured = summarize(
                 lambda x: value_fn(x, **loss_args),
@@ -224,6 +248,9 @@ def scale_by_partition_newton(
             # A subset that did not move tells nothing of its rate.
             silent = (measured.gradient == 0) & jnp.all(measured.hessian == 0, axis=1)
             eta = jnp.where(silent, old.learning_rates, rates)
+            if backtracking:
+                slope = jnp.sum(measured.gradient * eta)
+                eta = eta * trusted_part(eta, measured.value, slope)
             new = old._replace(
                 loss=measured.value,
                 gradient=measured.gradient,

@@ -74,6 +74,7 @@ def test_partition_newton_is_a_chain_of_four():
             rules.robust(),
             update_interval=3,
             average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
+            backtracking=6,
         ),
         optax.scale(-0.3),
     )
@@ -178,7 +179,7 @@ def test_a_batch_of_nans_costs_a_step_and_nothing_else(direction, when):
     def bad(n):
         return {"factor": jnp.where(n == when, jnp.nan, 1.0)}
 
-    params, state, losses = train(tx, 200, disturb=bad)
+    _, state, losses = train(tx, 200, disturb=bad)
     _, _, undisturbed = train(tx, 200)
     assert np.all(np.isfinite(losses))
     assert link_of(state).refused == 1
@@ -272,7 +273,7 @@ def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit()
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_trains(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-    after, state, losses = train(pn.partition_newton(), 100, params)
+    after, _, losses = train(pn.partition_newton(), 100, params)
     assert all(x.dtype == dtype for x in jax.tree.leaves(after))
     assert losses[-1] < 0.2 * float(loss(PARAMS))
 

@@ -859,3 +859,66 @@ def test_a_subset_may_be_called_like_a_field_that_optax_looks_up():
     assert optax.tree.get(state, "value") is state[-1].value
     assert optax.tree.get(state, "grad") is state[-1].grad
     assert tuple(pn.learning_rates(state)) == ("value", "grad")
+
+
+# --- backtracking ----------------------------------------------------------------
+
+
+def nearly_linear(params):
+    """A hinge, rounded: next to no curvature on its slope, and a wall behind it."""
+    return jnp.sum(jnp.abs(params) + 1e-4 * params**2)
+
+
+def first_rate(value_fn, start, backtracking):
+    tx = scale_by_newton(backtracking=backtracking)
+    params = jnp.array([start])
+    _, state = step(tx, params, tx.init(params), value_fn)
+    return float(state.learning_rates[0])
+
+
+def test_rates_are_halved_until_the_loss_falls_by_a_tenth_of_what_the_slope_promises():
+    start = 3.0
+    newton = first_rate(nearly_linear, start, 0)
+    slope = 1 + 2e-4 * start
+    assert newton == pytest.approx(slope / 2e-4 / slope, rel=1e-3)
+
+    def loss_at(rate):
+        x = start - rate * slope
+        return abs(x) + 1e-4 * x**2
+
+    halvings = 0
+    while loss_at(newton / 2**halvings) - loss_at(0) > -0.1 * slope**2 * (
+        newton / 2**halvings
+    ):
+        halvings += 1
+    assert halvings > 5
+    rate = first_rate(nearly_linear, start, 30)
+    assert rate == pytest.approx(newton / 2**halvings, rel=1e-6)
+    assert first_rate(nearly_linear, start, 2) == pytest.approx(newton / 4, rel=1e-6)
+
+
+def test_rates_that_lower_the_loss_as_they_should_are_not_halved():
+    tx, plain = scale_by_newton(backtracking=5), scale_by_newton()
+    _, ours = step(tx, PARAMS, tx.init(PARAMS))
+    _, theirs = step(plain, PARAMS, plain.init(PARAMS))
+    assert_same(ours.learning_rates, theirs.learning_rates)
+
+
+def test_rates_are_halved_where_the_loss_is_not_finite():
+    def walled(params):  # not a number beyond the wall
+        return jnp.sum(nearly_linear(params) + 0 * jnp.sqrt(params + 2))
+
+    rate = first_rate(walled, 3.0, 30)
+    assert 0 < rate < 5
+
+
+def test_backtracking_sees_a_loss_with_aux():
+    tx = scale_by_newton(backtracking=3, has_aux=True)
+    params = jnp.array([3.0])
+    grads = jax.grad(nearly_linear)(params)
+    _, state = tx.update(
+        grads, tx.init(params), params, value_fn=lambda p: (nearly_linear(p), p)
+    )
+    assert float(state.learning_rates[0]) == pytest.approx(
+        first_rate(nearly_linear, 3.0, 3), rel=1e-6
+    )
