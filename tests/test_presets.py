@@ -294,3 +294,68 @@ def test_frozen_leaves_stay_and_may_be_left_to_another_optimizer():
     after, _, _ = train(pn.partition_newton(param_labels=labels), 30)
     np.testing.assert_array_equal(after["b"], PARAMS["b"])
     assert np.any(after["w"] != PARAMS["w"])
+
+
+# --- the recipes of docs/how_to_choose.md ----------------------------------------
+
+RECIPES = {
+    "weight decay": lambda: optax.chain(
+        pn.partition_newton(), optax.add_decayed_weights(-1e-4)
+    ),
+    "gradient clipping": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), pn.partition_newton()
+    ),
+    "another direction": lambda: pn.partition_newton(direction=optax.scale_by_adam()),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains(recipe):
+    _, state, losses = train(RECIPES[recipe](), 200)
+    assert losses[-1] < 0.05 * float(loss(PARAMS))
+    assert link_of(state).refused == 0
+
+
+def test_weight_decay_stands_behind_and_is_decoupled():
+    tx = RECIPES["weight decay"]()
+    grads = jax.grad(loss)(PARAMS)
+    ours, _ = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=loss)
+    plain = pn.partition_newton()
+    theirs, _ = plain.update(grads, plain.init(PARAMS), PARAMS, value_fn=loss)
+    for name in PARAMS:
+        np.testing.assert_allclose(
+            ours[name], theirs[name] - 1e-4 * PARAMS[name], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_embeddings_are_left_to_adam_by_frozen_labels():
+    labels = {"b": partitions.FROZEN, "w": 0}
+    newton = pn.partition_newton(param_labels=labels)
+    adam = optax.chain(
+        optax.adam(1e-2), optax.masked(optax.set_to_zero(), {"b": False, "w": True})
+    )
+    params, one, other = PARAMS, newton.init(PARAMS), adam.init(PARAMS)
+    grads = jax.grad(loss)(params)
+    body, one = newton.update(grads, one, params, value_fn=loss)
+    rest, other = adam.update(grads, other, params)
+    updates = jax.tree.map(jnp.add, body, rest)
+    alone, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params), params)
+    np.testing.assert_allclose(updates["b"], alone["b"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["w"], body["w"])
+
+
+def test_the_curvature_may_be_measured_on_other_data_than_the_gradient():
+    def on(rows, params):
+        error = jnp.tanh(X[rows] @ params["w"] + params["b"]) - Y[rows]
+        return jnp.mean(error**2)
+
+    def first(params):
+        return on(slice(0, 32), params)
+
+    def both(params):
+        return 0.5 * (first(params) + on(slice(32, 64), params))
+
+    tx = pn.partition_newton()
+    grads = jax.grad(first)(PARAMS)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=both)
+    np.testing.assert_allclose(link_of(state).loss, loss(PARAMS), rtol=1e-6)
