@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import problems, training_report
 from benchmarks.training_loop import seconds_a_step, train
-from benchmarks.training_optimizers import OPTIMIZERS, OURS
+from benchmarks.training_optimizers import OPTIMIZERS, OURS, SWEEPS
 
 QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
 TIMED = ("adam_c", "muon_c", *OURS)
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         QUICK if options.quick else (*problems.FIRST, *problems.SECOND)
     )
     seeds = 1 if options.quick else options.seeds
-    jobs = [(p, o) for p in names for o in options.optimizers or OPTIMIZERS]
+    optimizers = options.optimizers or [x for x in OPTIMIZERS if x not in SWEEPS]
+    jobs = [(p, o) for p in names for o in optimizers]
     for name, optimizer in tqdm(jobs, unit="run"):
         row = results.setdefault(name, {})
         if optimizer not in row:

@@ -11,7 +11,7 @@ from optax import contrib
 
 import partnewton as pn
 
-__all__ = ["OPTIMIZERS", "OURS", "TUNED", "UNTUNED", "Optimizer"]
+__all__ = ["OPTIMIZERS", "OURS", "SWEEPS", "TUNED", "UNTUNED", "Optimizer"]
 
 
 class Optimizer(NamedTuple):
@@ -83,8 +83,24 @@ OURS: dict[str, Optimizer] = {
     "paper_newton": _fixed(lambda: pn.paper_newton(rule=pn.rules.cubic(10.0))),
 }
 
+_FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
+
+SWEEPS: dict[str, Optimizer] = {
+    "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
+    "factor_adam": Optimizer(
+        lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),
+        _FACTORS,
+    ),
+    "factor_momentum": Optimizer(
+        lambda rate, steps: pn.partition_newton(rate, direction=optax.ema(0.9)),
+        _FACTORS,
+    ),
+}
+"""What the defaults were chosen by; run only when they are named."""
+
 OPTIMIZERS: dict[str, Optimizer] = {
     **OURS,
+    **SWEEPS,
     **{
         f"{name}_{schedule}": optimizer
         for name, (make, rates) in _GRIDS.items()

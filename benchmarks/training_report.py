@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.training_optimizers import OURS, TUNED, UNTUNED
+from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED
 
 __all__ = ["FLOOR", "markdown", "picture"]
 
@@ -32,6 +32,10 @@ def markdown(results: dict[str, Row]) -> str:
         "of all seeds; tuned rivals at their best rate.",
         _table(results, _divergences, "{:d}"),
     ]
+    for sweep in SWEEPS:
+        if any(sweep in row for row in results.values()):
+            parts += [f"Final training loss by the factor: `{sweep}`."]
+            parts += [_sweep(results, sweep)]
     if all("seconds" in row for row in results.values()):
         parts += ["Milliseconds a step, all but evaluation.", _times(results)]
     return "\n\n".join(parts) + "\n"
@@ -114,6 +118,22 @@ def _table(
         ]
         cells = [form.format(x) for x in means]
         lines.append(f"| **geometric mean** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sweep(results: dict[str, Row], sweep: str) -> str:
+    rates = list(SWEEPS[sweep].rates)
+    header = " | ".join(f"{rate:g}" for rate in rates)
+    lines = [
+        f"| problem | {header} | adam, tuned |",
+        "| --- " * (len(rates) + 2) + "|",
+    ]
+    for problem, row in results.items():
+        if sweep in row:
+            cells = [f"{x:.3g}" for x in _finals(row[sweep])]
+            adam = _loss(row, "adam")
+            cells.append("" if adam is None else f"{adam:.3g}")
+            lines.append(f"| {problem} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
