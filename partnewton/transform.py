@@ -79,7 +79,7 @@ def scale_by_partition_newton(
     update_interval: jax.typing.ArrayLike = 1,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
-    backtracking: int = 0,
+    backtracking: jax.typing.ArrayLike = 0,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -156,6 +156,10 @@ def scale_by_partition_newton(
     smoothing = averaging.none() if smoothing is None else smoothing
     if isinstance(update_interval, int | np.integer) and update_interval < 1:
         raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
+    if isinstance(backtracking, int | np.integer) and backtracking < 0:
+        raise ValueError(f"backtracking must not be negative, got {backtracking}.")
+    # A number that is traced, as optax.inject_hyperparams makes it, may be any.
+    checks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
         if type(params).__name__ == "_ParamsPlaceholder":
@@ -248,7 +252,7 @@ def scale_by_partition_newton(
             # A subset that did not move tells nothing of its rate.
             silent = (measured.gradient == 0) & jnp.all(measured.hessian == 0, axis=1)
             eta = jnp.where(silent, old.learning_rates, rates)
-            if backtracking:
+            if checks:
                 slope = jnp.sum(measured.gradient * eta)
                 eta = eta * trusted_part(eta, measured.value, slope)
             new = old._replace(

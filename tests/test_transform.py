@@ -720,6 +720,11 @@ ERRORS = {
         ValueError,
         "update_interval must be at least 1, got 0",
     ),
+    "a negative number of halvings": (
+        lambda: paper(backtracking=-1),
+        ValueError,
+        "backtracking must not be negative, got -1",
+    ),
     "negative damping": (
         lambda: rules.cubic(-1.0),
         ValueError,
