@@ -1,13 +1,13 @@
 """Second-order learning rates: one for each part of the parameters, solved for."""
 
-from partnewton import partitions, rules
+from partnewton import averaging, directions, partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.partitions import subset_names
+from partnewton.presets import paper_newton, partition_newton
 from partnewton.summary import Summary, derivative_tensors, summarize
 from partnewton.transform import (
     ScaleByPartitionNewtonState,
     learning_rates,
-    partition_newton,
     scale_by_partition_newton,
 )
 
@@ -18,8 +18,11 @@ __all__ = [
     "CubicStatus",
     "ScaleByPartitionNewtonState",
     "Summary",
+    "averaging",
     "derivative_tensors",
+    "directions",
     "learning_rates",
+    "paper_newton",
     "partition_newton",
     "partitions",
     "rules",

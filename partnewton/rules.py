@@ -23,7 +23,7 @@ import numpy as np
 from partnewton.cubic import CubicStatus, solve_cubic
 from partnewton.summary import Summary
 
-__all__ = ["Proposal", "Rule", "cubic", "diagonal", "newton"]
+__all__ = ["Proposal", "Rule", "cubic", "diagonal", "newton", "robust"]
 
 
 class Proposal(NamedTuple):
@@ -177,6 +177,84 @@ def diagonal(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -
         return Proposal(eta, decrease, status)
 
     return rule
+
+
+def robust(
+    damping: jax.typing.ArrayLike = 1.0,
+    *,
+    floor: jax.typing.ArrayLike = 1.0,
+    nonnegative: bool = True,
+) -> Rule:
+    """The cubic model with a curvature that is nowhere negative and a D nowhere small.
+
+    It minimises over eta
+
+        - gradient . eta + 1/2 eta' |hessian| eta + damping/6 ||D eta||^3,
+
+    where |hessian| = D |D^-1 hessian D^-1| D has the eigenvalues of the Hessian, seen
+    in the units of D, replaced by their magnitudes: along negative curvature the step
+    is as long as along positive, instead of as long as the third order allows.
+    With the decrease N = sum_s gradient_s^2 / |hessian_ss| that the subsets would
+    promise one by one,
+
+        D_s = max(|third_s|^(1/3), floor * N^(1/3) max(sqrt(|hessian_ss| / N),
+                                                       |gradient_s| / N)).
+
+    Where the third order is small or, as in piecewise linear networks, zero, the second
+    term stands in for it: no step promises more than a few times N. All of this is
+    equivariant when a subset or the loss is rescaled, and does not see a constant that
+    is added to the loss.
+
+    Args:
+      damping: the factor of the third-order term, not negative.
+      floor: how large D is at least, not negative; 0 for the third order alone.
+      nonnegative: whether negative learning rates are set to zero.
+
+    Returns:
+      A rule. A subset that has no gradient and no curvature gets the rate zero, and
+      without any curvature there is no unit to measure steps in: all rates are zero.
+
+    Raises:
+      ValueError: a negative damping or floor.
+
+    Example:
+      >>> hessian = jnp.diag(jnp.array([2.0, -2.0]))
+      >>> summary = Summary(jnp.array(1.0), jnp.ones(2), hessian, jnp.zeros(2))
+      >>> print(robust()(summary).learning_rates)
+      [0.36602542 0.36602542]
+    """
+    _check_not_negative("damping", damping)
+    _check_not_negative("floor", floor)
+
+    def rule(summary: Summary) -> Proposal:
+        D = _floored_scale(summary, floor)
+        inverse = jnp.where(D > 0, 1 / jnp.where(D > 0, D, 1), 0)
+        values, vectors = jnp.linalg.eigh(
+            inverse[:, None] * summary.hessian * inverse, symmetrize_input=True
+        )
+        magnitude = (vectors * jnp.abs(values)) @ vectors.T
+        hessian = D[:, None] * magnitude * D
+        solution = solve_cubic(summary.gradient, hessian, D, damping)
+        eta = _clip(solution.learning_rates, nonnegative)
+        third_order_term = damping / 6 * jnp.sum((D * eta) ** 2) ** 1.5
+        model = summary._replace(hessian=hessian)
+        decrease = _quadratic_decrease(model, eta) - third_order_term
+        return Proposal(eta, decrease, solution.status)
+
+    return rule
+
+
+def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
+    """D of :func:`robust`."""
+    g, h = jnp.abs(summary.gradient), jnp.abs(jnp.diagonal(summary.hessian))
+    # g / sqrt(h) before it is squared: numbers of any size.
+    alone = jnp.where(h > 0, g / jnp.sqrt(jnp.where(h > 0, h, 1)), 0)
+    root = jnp.sqrt(jnp.sum(alone**2))
+    known = root > 0
+    root = jnp.where(known, root, 1)
+    least = jnp.maximum(jnp.sqrt(h) / root, g / root / root) * jnp.cbrt(root) ** 2
+    least = jnp.where(known, floor * least, 0)
+    return jnp.maximum(jnp.cbrt(jnp.abs(summary.third)), least)
 
 
 def needs_third_order(rule: Rule) -> bool:

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 
 from partnewton import averaging, partitions, rules
+from partnewton.directions import all_finite, select
 from partnewton.summary import Summary, checked_direction, summarize
 
 __all__ = [
     "ScaleByPartitionNewtonState",
     "learning_rates",
-    "partition_newton",
     "scale_by_partition_newton",
 ]
 
@@ -47,7 +47,8 @@ class ScaleByPartitionNewtonState(NamedTuple):
       refused: at how many updates something was not finite and was refused: a refresh,
         which leaves the last good rates in force, or the updates themselves, which are
         then zero; shape (), int32.
-      average: the state of the running average, or an empty tuple.
+      average: the state of the running average of summaries, or an empty tuple.
+      smoothing: the state of the running average of rates, or an empty tuple.
       subsets: ``{"0 first name": None, "1 second name": None, ...}``, the subsets in
         the order of every axis: part of the structure, not of the arrays.
     """
@@ -62,6 +63,7 @@ class ScaleByPartitionNewtonState(NamedTuple):
     status: jax.Array
     refused: jax.Array
     average: Any
+    smoothing: Any
     subsets: dict[str, None]
 
     @property
@@ -76,6 +78,8 @@ def scale_by_partition_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 1,
     average: averaging.Average | None = None,
+    smoothing: averaging.Average | None = None,
+    backtracking: jax.typing.ArrayLike = 0,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -108,6 +112,14 @@ def scale_by_partition_newton(
         nothing moves until then.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary alone.
+      smoothing: a running average of the rates that the rule proposes, as a tuple of
+        one array; by default the newest rates alone.
+      backtracking: how often new rates are halved, at most, while a step with them in
+        full does not lower the loss by a tenth of what its slope promises (or, against
+        the slope, raises it by more than half as much again). The loss is evaluated
+        once, and once more for each halving, at refreshes only and on the data that
+        `value_fn` sees; by default not at all. It catches a model that is wrong, such
+        as the flat curvature of a saturated softmax.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
       batch_size: how many subsets are processed at once, see
         :func:`partnewton.summarize`.
@@ -141,8 +153,13 @@ def scale_by_partition_newton(
     rule = rules.cubic() if rule is None else rule
     param_labels = partitions.per_tensor if param_labels is None else param_labels
     average = averaging.none() if average is None else average
+    smoothing = averaging.none() if smoothing is None else smoothing
     if isinstance(update_interval, int | np.integer) and update_interval < 1:
         raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
+    if isinstance(backtracking, int | np.integer) and backtracking < 0:
+        raise ValueError(f"backtracking must not be negative, got {backtracking}.")
+    # A number that is traced, as optax.inject_hyperparams makes it, may be any.
+    checks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
         if type(params).__name__ == "_ParamsPlaceholder":
@@ -167,6 +184,7 @@ def scale_by_partition_newton(
             status=jnp.zeros((), jnp.int32),
             refused=jnp.zeros((), jnp.int32),
             average=average.init(zeros),
+            smoothing=smoothing.init((zeros.gradient,)),
             subsets=subsets,
         )
 
@@ -197,6 +215,23 @@ def scale_by_partition_newton(
         partition = partitions.partition_of(params, param_labels)
         loss_args = _picked(value_fn, extra_args)
 
+        def loss_at(eta: jax.Array) -> jax.Array:
+            step = _scaled(updates, params, partition, -eta)
+            value = value_fn(optax.apply_updates(params, step), **loss_args)
+            return value[0] if has_aux else value
+
+        def trusted_part(
+            eta: jax.Array, value: jax.Array, slope: jax.Array
+        ) -> jax.Array:
+            allowed = jnp.where(slope > 0, -0.1 * slope, -1.5 * slope)
+
+            def fails(part: jax.Array) -> jax.Array:
+                rise = loss_at(part * eta) - value
+                return ~(rise <= part * allowed) & (part > 0.5**backtracking)
+
+            one = jnp.ones((), eta.dtype)
+            return jax.lax.while_loop(fails, lambda part: part / 2, one)
+
         def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
             measured = summarize(
                 lambda x: value_fn(x, **loss_args),
@@ -212,9 +247,14 @@ def scale_by_partition_newton(
                 measured, _ = measured
             averaged, average_state = average.update(measured, old.average)
             proposal = rule(averaged)
+            proposed = (proposal.learning_rates,)
+            (rates,), smoothing_state = smoothing.update(proposed, old.smoothing)
             # A subset that did not move tells nothing of its rate.
             silent = (measured.gradient == 0) & jnp.all(measured.hessian == 0, axis=1)
-            eta = jnp.where(silent, old.learning_rates, proposal.learning_rates)
+            eta = jnp.where(silent, old.learning_rates, rates)
+            if checks:
+                slope = jnp.sum(measured.gradient * eta)
+                eta = eta * trusted_part(eta, measured.value, slope)
             new = old._replace(
                 loss=measured.value,
                 gradient=measured.gradient,
@@ -224,16 +264,17 @@ def scale_by_partition_newton(
                 predicted_decrease=proposal.predicted_decrease,
                 status=proposal.status,
                 average=average_state,
+                smoothing=smoothing_state,
             )
-            good = _all_finite((measured, average_state, proposal))
+            good = all_finite((measured, proposal, new))
             refused = old._replace(refused=optax.safe_increment(old.refused))
-            return _select(good, new, refused)
+            return select(good, new, refused)
 
         at_rest = jnp.all(state.learning_rates == 0)
         due = (state.count % update_interval == 0) | at_rest
         refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
         scaled = _scaled(updates, params, partition, refreshed.learning_rates)
-        usable = _all_finite(scaled)
+        usable = all_finite(scaled)
         scaled = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), scaled)
         # At most one refusal an update, whatever was not finite.
         refused = jnp.where(
@@ -243,69 +284,6 @@ def scale_by_partition_newton(
         return scaled, refreshed._replace(count=count, refused=refused)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def partition_newton(
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    *,
-    momentum: jax.typing.ArrayLike = 0.9,
-    rule: rules.Rule | None = None,
-    param_labels: partitions.ParamLabels | None = None,
-    update_interval: jax.typing.ArrayLike = 1,
-    average: averaging.Average | None = None,
-    engine: str = "auto",
-    batch_size: int | None = None,
-    has_aux: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """One learning rate per subset, for a momentum direction: a whole optimizer.
-
-    A chain of an average of the gradients as in :func:`optax.ema`,
-    :func:`scale_by_partition_newton` and :func:`optax.scale_by_learning_rate`. A
-    gradient that is not finite is left out of the average and refused.
-
-    Args:
-      learning_rate: the factor on all rates, a number or a schedule; the paper's
-        lambda_1. 1 is for full batches; on mini-batches 0.1 to 0.3, with an
-        `update_interval` of 10, is what the paper uses.
-      momentum: the decay of the average of gradients; 0 for the gradient itself.
-      rule, param_labels, update_interval, average, engine, batch_size, has_aux: as in
-        :func:`scale_by_partition_newton`.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its update function needs
-      `params` and `value_fn`.
-
-    Raises:
-      ValueError, TypeError: as in :func:`scale_by_partition_newton`.
-
-    Example:
-      >>> loss = lambda params: (1 - params["x"]) ** 2 + 2 * (params["y"] + 3) ** 2
-      >>> params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
-      >>> tx = partition_newton()
-      >>> state = tx.init(params)
-      >>> grads = jax.grad(loss)(params)
-      >>> updates, state = tx.update(grads, state, params, value_fn=loss)
-      >>> print(optax.apply_updates(params, updates))
-      {'x': Array(1., dtype=float32), 'y': Array(-3., dtype=float32)}
-      >>> print(learning_rates(state, params))
-      {'x': Array(0.5, dtype=float32), 'y': Array(0.25, dtype=float32)}
-
-    References:
-      P. Wolinski, arXiv 2312.03885.
-    """
-    return optax.chain(
-        _momentum(momentum),
-        scale_by_partition_newton(
-            rule,
-            param_labels=param_labels,
-            update_interval=update_interval,
-            average=average,
-            engine=engine,
-            batch_size=batch_size,
-            has_aux=has_aux,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-    )
 
 
 def learning_rates(
@@ -328,7 +306,7 @@ def learning_rates(
 
     Example:
       >>> params = {"w": jnp.zeros(2)}
-      >>> learning_rates(partition_newton().init(params), params)
+      >>> learning_rates(scale_by_partition_newton().init(params), params)
       {'w': Array(0., dtype=float32)}
     """
     del params
@@ -346,36 +324,6 @@ def learning_rates(
     numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
     names = sorted((int(s), name) for s, name in numbered)
     return {name: ours.learning_rates[..., s] for s, name in names}
-
-
-def _momentum(decay: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    """The average of :func:`optax.ema`, which gradients that are not finite pass by.
-
-    They go on as they are, for :func:`scale_by_partition_newton` to refuse, and the
-    average stays. `ema` in the state is corrected for its bias, and a traced decay does
-    not change its dtypes.
-    """
-
-    def init_fn(params: optax.Params) -> optax.EmaState:
-        # With a dtype of its own: no zeros that are weakly typed as a parameter may be.
-        ema = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.result_type(p)), params)
-        return optax.EmaState(jnp.zeros((), jnp.int32), ema)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.EmaState,
-        params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, optax.EmaState]:
-        del params
-        count = optax.safe_increment(state.count)
-        kept = jnp.asarray(decay, jnp.float32)
-        gain = (1 - kept) / (1 - kept**count)
-        ema = jax.tree.map(lambda m, g: (1 - gain) * m + gain * g, state.ema, updates)
-        good = _all_finite(updates)
-        new_state = _select(good, optax.EmaState(count, ema), state)
-        return _select(good, ema, updates), new_state
-
-    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -405,15 +353,3 @@ def _scaled(
     columns = (updates_leaves, jax.tree.leaves(params), rates, partition.labels)
     scaled = [scale(*row) for row in zip(*columns, strict=True)]
     return jax.tree.unflatten(treedef, scaled)
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
-
-
-def _select(condition: jax.Array, new: Any, old: Any) -> Any:
-    """`new` or `old`, in the dtypes of `old`: a state never changes its types."""
-    return jax.tree.map(
-        lambda x, y: jnp.where(condition, jnp.asarray(x).astype(y.dtype), y), new, old
-    )

@@ -92,3 +92,114 @@ def test_no_field_is_named_like_those_that_optax_looks_up():
 def test_a_decay_outside_its_range_is_an_error(decay):
     with pytest.raises(ValueError, match="decay must be in"):
         averaging.exponential(decay)
+
+
+def test_each_field_may_have_a_decay_of_its_own():
+    seen = summaries(4)
+    decay = Summary(0.0, 0.5, 0.9, 0.2)
+    mean = averages(averaging.exponential(decay), seen)[-1]
+    for k, field in enumerate(Summary._fields):
+        alone = averages(averaging.exponential(decay[k]), seen)[-1]
+        np.testing.assert_allclose(
+            getattr(mean, field), getattr(alone, field), rtol=1e-6
+        )
+
+
+def test_the_size_of_the_third_order_is_averaged_on_request():
+    seen = summaries(4)
+    ours = averages(averaging.exponential(0.7, absolute_third=True), seen)[-1]
+    sizes = [x._replace(third=jnp.abs(x.third)) for x in seen]
+    assert_close(ours, averages(averaging.exponential(0.7), sizes)[-1])
+    assert np.all(ours.third > 0)
+
+
+# --- uniform ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("third", [True, False])
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_the_uniform_average_is_the_mean_over_the_older_of_two_windows(period, third):
+    seen = summaries(8, third)
+    begin_used = begin_filling = 0  # the windows as lists of what they have seen
+    for n, mean in enumerate(
+        averages(averaging.uniform(period, warm_up=0), seen), start=1
+    ):
+        if n % period == 0:
+            begin_used, begin_filling = begin_filling, n
+        expected = jax.tree.map(
+            lambda *xs: np.mean(np.stack(xs), 0), *seen[begin_used:n]
+        )
+        assert_close(mean, expected)
+
+
+def test_during_the_warm_up_the_gradient_alone_is_zero():
+    seen = summaries(5)
+    means = averages(averaging.uniform(2, warm_up=3), seen)
+    without = averages(averaging.uniform(2, warm_up=0), seen)
+    for n, (mean, other) in enumerate(zip(means, without, strict=True), start=1):
+        gradient = np.zeros(3) if n <= 3 else other.gradient
+        assert_close(mean, other._replace(gradient=jnp.asarray(gradient)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"warm_up": -1}, "warm_up must not be negative, got -1"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        averaging.uniform(**arguments)
+
+
+# --- relative --------------------------------------------------------------------
+
+
+def scaled(summary, factor):
+    return jax.tree.map(lambda x: factor * x, summary)
+
+
+def test_the_relative_average_weighs_each_summary_by_its_inverse_gradient():
+    seen = summaries(4)
+    mean = averages(averaging.relative(averaging.exponential(0.5)), seen)[-1]
+    norms = [np.linalg.norm(x.gradient) for x in seen]
+    divided = [scaled(x, 1 / n) for x, n in zip(seen, norms, strict=True)]
+    expected = scaled(averages(averaging.exponential(0.5), divided)[-1], norms[-1])
+    assert_close(mean, expected._replace(value=seen[-1].value))
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6, 1e15])
+def test_an_exploding_batch_counts_no_more_than_another(factor):
+    seen = summaries(6)
+    exploded = [*seen[:3], scaled(seen[3], factor), *seen[4:]]
+    average = averaging.relative(averaging.exponential(0.9))
+    assert_close(averages(average, exploded)[-1], averages(average, seen)[-1])
+    plain = averaging.exponential(0.9)
+    drowned = averages(plain, exploded)[-1]
+    assert not np.allclose(drowned.gradient, averages(plain, seen)[-1].gradient)
+
+
+@pytest.mark.parametrize("shift", [-1e3, -1.0, 1e3])
+def test_a_constant_added_to_the_loss_does_not_enter_a_relative_average(shift):
+    seen = summaries(4)
+    shifted = [x._replace(value=x.value + shift) for x in seen]
+    average = averaging.relative(averaging.exponential(0.9))
+    ours, theirs = averages(average, shifted)[-1], averages(average, seen)[-1]
+    assert_close(ours._replace(value=theirs.value), theirs, rtol=1e-7)
+
+
+def test_a_summary_without_gradient_enters_a_relative_average_as_it_is():
+    (summary,) = summaries(1)
+    summary = summary._replace(gradient=jnp.zeros(3))
+    (mean,) = averages(averaging.relative(averaging.none()), [summary])
+    assert_close(mean, summary)
+
+
+def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
+    average = averaging.nonnegative(averaging.exponential(0.5))
+    state = average.init((jnp.zeros(2),))
+    (first,), state = average.update((jnp.array([-3.0, 3.0]),), state)
+    np.testing.assert_allclose(first, [0, 3])
+    (second,), state = average.update((jnp.array([3.0, 3.0]),), state)
+    np.testing.assert_allclose(second, [(-3 / 2 + 3) / 1.5, 3])

@@ -8,7 +8,12 @@ import pytest
 from partnewton import CubicStatus, Summary, rules, solve_cubic
 
 DTYPES = (jnp.float32, jnp.float64)
-RULES = {"cubic": rules.cubic, "newton": rules.newton, "diagonal": rules.diagonal}
+RULES = {
+    "cubic": rules.cubic,
+    "newton": rules.newton,
+    "diagonal": rules.diagonal,
+    "robust": rules.robust,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +249,7 @@ def test_negative_rates_are_set_to_zero_unless_told_not_to(name, dtype):
     np.testing.assert_array_equal(rule()(summary).learning_rates, [free[0], 0.0])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "robust"])
 def test_the_predicted_decrease_is_that_of_the_clipped_rates(name):
     hessian = jnp.array([[2.0, 1.0], [1.0, 4.0]])
     summary = Summary(jnp.ones(()), jnp.array([1.0, -2.0]), hessian, jnp.ones(2))
@@ -302,3 +307,130 @@ def test_only_newton_does_without_the_third_order():
     assert rules.needs_third_order(rules.diagonal())
     assert not rules.needs_third_order(rules.newton())
     assert rules.needs_third_order(lambda summary: None)
+
+
+# --- robust ----------------------------------------------------------------------
+
+
+def robust_model(summary, damping, floor):
+    """|hessian| and D of the robust rule, in float64 numpy."""
+    g, h, t = as_float64(summary)
+    diagonal = np.abs(np.diag(h))
+    alone = np.sum(g**2 / diagonal)
+    least = alone ** (1 / 3) * np.maximum(np.sqrt(diagonal / alone), np.abs(g) / alone)
+    D = np.maximum(np.cbrt(np.abs(t)), floor * least)
+    values, vectors = np.linalg.eigh(h / np.outer(D, D))
+    absolute = (vectors * np.abs(values)) @ vectors.T * np.outer(D, D)
+    return g, absolute, D
+
+
+def indefinite(seed=0, S=4, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(S, S))
+    arrays = (1.0, rng.normal(size=S), root + root.T, rng.normal(size=S))
+    return Summary(*(jnp.asarray(x, dtype) for x in arrays))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("floor", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("damping", [0.3, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_robust_is_stationary_for_its_own_model(seed, damping, floor, dtype):
+    summary = indefinite(seed, dtype=dtype)
+    g, h, D = robust_model(summary, damping, floor)
+    proposal = rules.robust(damping, floor=floor, nonnegative=False)(summary)
+    eta = np.asarray(proposal.learning_rates, np.float64)
+    matrix = h + damping / 2 * np.linalg.norm(D * eta) * np.diag(D**2)
+    rtol = 1e-3 if dtype == jnp.float32 else 1e-7
+    np.testing.assert_allclose(matrix @ eta, g, rtol=rtol, atol=rtol)
+    decrease = g @ eta - eta @ h @ eta / 2 - damping / 6 * np.sum((D * eta) ** 2) ** 1.5
+    np.testing.assert_allclose(proposal.predicted_decrease, decrease, rtol=rtol)
+    assert decrease > 0
+
+
+def test_robust_bounds_the_step_where_the_third_order_is_zero():
+    summary = one(1.0, 1e-3, 0.0)  # Newton's step would be 1000
+    newton = rules.cubic()(summary).learning_rates
+    ours = rules.robust()(summary).learning_rates
+    np.testing.assert_allclose(newton, [1000.0])
+    # In units of Newton's step x: x + x^2 / 2 = 1.
+    np.testing.assert_allclose(ours, 1000 * (np.sqrt(3) - 1), rtol=1e-6)
+
+
+def test_robust_takes_a_negative_curvature_for_a_positive_one():
+    for t in (0.0, 0.3):
+        np.testing.assert_allclose(
+            rules.robust()(one(1.3, -2.0, t)).learning_rates,
+            rules.robust()(one(1.3, 2.0, t)).learning_rates,
+            rtol=1e-9,
+        )
+
+
+@pytest.mark.parametrize("shift", [-5.0, -1.0, 1e3])
+def test_robust_does_not_see_a_constant_added_to_the_loss(shift):
+    summary = indefinite(1)
+    shifted = summary._replace(value=summary.value + shift)
+    for x, y in zip(rules.robust()(summary), rules.robust()(shifted), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e4, 1e12])
+def test_robust_rates_do_not_depend_on_the_scale_of_the_loss(scale):
+    summary = indefinite(2)
+    larger = jax.tree.map(lambda x: scale * x, summary)
+    np.testing.assert_allclose(
+        rules.robust()(larger).learning_rates,
+        rules.robust()(summary).learning_rates,
+        rtol=1e-6,
+    )
+
+
+def test_robust_is_equivariant_when_subsets_are_rescaled():
+    summary = indefinite(3)
+    c = jnp.array([1e-4, 1.0, 30.0, 1e5])
+    rescaled = Summary(
+        summary.value,
+        c * summary.gradient,
+        c[:, None] * summary.hessian * c,
+        c**3 * summary.third,
+    )
+    np.testing.assert_allclose(
+        c * rules.robust()(rescaled).learning_rates,
+        rules.robust()(summary).learning_rates,
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_robust_gives_a_dead_subset_the_rate_zero(dtype):
+    summary = indefinite(4, dtype=dtype)
+    dead = jnp.array([1.0, 0.0, 1.0, 1.0], dtype)
+    summary = Summary(
+        summary.value,
+        dead * summary.gradient,
+        dead[:, None] * summary.hessian * dead,
+        dead * summary.third,
+    )
+    rates = rules.robust(nonnegative=False)(summary).learning_rates
+    assert np.all(np.isfinite(rates))
+    assert rates[1] == 0
+    assert np.all(rates[np.array([0, 2, 3])] != 0)
+
+
+def test_robust_bounds_a_subset_without_curvature_by_the_others():
+    summary = Summary(
+        jnp.ones(()), jnp.ones(2), jnp.diag(jnp.array([2.0, 0.0])), jnp.zeros(2)
+    )
+    proposal = rules.robust()(summary)
+    assert np.all(np.isfinite(proposal.learning_rates))
+    assert 0 < proposal.predicted_decrease < 3 * 0.5  # N = 1/2
+
+
+def test_robust_without_any_curvature_stays_where_it_is():
+    summary = Summary(jnp.ones(()), jnp.ones(2), jnp.zeros((2, 2)), jnp.zeros(2))
+    np.testing.assert_array_equal(rules.robust()(summary).learning_rates, [0, 0])
+
+
+def test_a_negative_floor_is_an_error():
+    with pytest.raises(ValueError, match="floor must not be negative"):
+        rules.robust(floor=-1.0)

@@ -50,9 +50,14 @@ def scale_by_newton(**kwargs):
     return pn.scale_by_partition_newton(rules.newton(), **kwargs)
 
 
+def paper(learning_rate=1.0, update_interval=1, **kwargs):
+    """The published method for full batches: momentum, the link and the sign."""
+    return pn.paper_newton(learning_rate, update_interval=update_interval, **kwargs)
+
+
 def newton_descent(**kwargs):
     """A whole optimizer: the gradient, the link and the sign."""
-    return pn.partition_newton(momentum=0.0, rule=rules.newton(), **kwargs)
+    return paper(momentum=0.0, rule=rules.newton(), **kwargs)
 
 
 def link_of(state):
@@ -93,7 +98,7 @@ def test_each_subset_of_the_updates_is_multiplied_by_its_rate_without_change_of_
 
 
 def test_the_alias_is_a_momentum_the_link_and_a_factor():
-    alias = pn.partition_newton(0.3, momentum=0.5, rule=rules.newton())
+    alias = paper(0.3, momentum=0.5, rule=rules.newton())
     chain = optax.chain(
         optax.ema(0.5),
         scale_by_newton(),
@@ -123,7 +128,7 @@ def test_the_parameters_of_the_alias_are_those_of_the_link():
         {"average": averaging.exponential()},
     ):
         kwargs = {"rule": rules.newton(), **kwargs}
-        tx = pn.partition_newton(momentum=0.0, **kwargs)
+        tx = paper(momentum=0.0, **kwargs)
         chain = pn.scale_by_partition_newton(**kwargs)
         chain = optax.chain(chain, optax.scale(-1.0))
         ours, theirs = PARAMS, PARAMS
@@ -385,7 +390,7 @@ def test_while_all_rates_are_zero_they_are_refreshed_at_each_update():
     def failing_at_first(params, bad):
         return loss(params) + jnp.where(bad, jnp.nan, 0.0)
 
-    tx = pn.partition_newton(update_interval=100)
+    tx = paper(update_interval=100)
     params, state = PARAMS, tx.init(PARAMS)
     for bad in (True, False):
         grads = jax.grad(loss)(params)
@@ -395,7 +400,7 @@ def test_while_all_rates_are_zero_they_are_refreshed_at_each_update():
 
 
 def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit():
-    tx = pn.partition_newton(
+    tx = paper(
         rule=rules.newton(), update_interval=3, average=averaging.exponential(0.5)
     )
     params, state = PARAMS, tx.init(PARAMS)
@@ -424,7 +429,7 @@ def test_at_the_exact_optimum_nothing_moves(rule):
     def bowl(p):
         return jnp.sum(p["a"] ** 2) + p["b"] ** 2
 
-    tx = pn.partition_newton(rule=rule)
+    tx = paper(rule=rule)
     after, state = step(tx, params, tx.init(params), bowl)
     assert_same(after, params)
     assert link_of(state).refused == 0
@@ -512,7 +517,7 @@ def test_an_average_that_overflows_is_refused_and_not_remembered():
 @functools.cache
 def published(interval):
     """The setting of the paper for mini-batches, and 300 steps of it."""
-    tx = pn.partition_newton(0.3, update_interval=interval)
+    tx = paper(0.3, update_interval=interval)
 
     def train(params, state):
         return jax.lax.fori_loop(0, 300, lambda _, x: step(tx, *x), (params, state))
@@ -541,7 +546,7 @@ def test_bad_gradients_never_reach_the_parameters(when, number, interval):
 
 
 def test_a_bad_gradient_leaves_no_trace_in_the_momentum():
-    tx = pn.partition_newton(rule=rules.newton())
+    tx = paper(rule=rules.newton())
     _, good = step(tx, PARAMS, tx.init(PARAMS))
     bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
     _, after = step(tx, PARAMS, good, direction=bad)
@@ -550,7 +555,7 @@ def test_a_bad_gradient_leaves_no_trace_in_the_momentum():
 
 def test_the_momentum_is_the_average_of_optax():
     rng = np.random.default_rng(0)
-    tx, ema = pn.partition_newton(momentum=0.8, rule=rules.newton()), optax.ema(0.8)
+    tx, ema = paper(momentum=0.8, rule=rules.newton()), optax.ema(0.8)
     state, other = tx.init(PARAMS), ema.init(PARAMS)
     for _ in range(4):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), PARAMS)
@@ -631,9 +636,7 @@ ERRORS = {
         r"^value_fn: .*needs the loss",
     ),
     "no params in the alias": (
-        lambda: pn.partition_newton().update(
-            PARAMS, pn.partition_newton().init(PARAMS), value_fn=loss
-        ),
+        lambda: paper().update(PARAMS, paper().init(PARAMS), value_fn=loss),
         ValueError,
         r"^params: .*needs the parameters",
     ),
@@ -708,14 +711,19 @@ ERRORS = {
         "the partition is empty: params has no leaves",
     ),
     "an interval of zero": (
-        lambda: pn.partition_newton(update_interval=0),
+        lambda: paper(update_interval=0),
         ValueError,
         "update_interval must be at least 1, got 0",
     ),
     "an interval of zero from numpy": (
-        lambda: pn.partition_newton(update_interval=np.int64(0)),
+        lambda: paper(update_interval=np.int64(0)),
         ValueError,
         "update_interval must be at least 1, got 0",
+    ),
+    "a negative number of halvings": (
+        lambda: paper(backtracking=-1),
+        ValueError,
+        "backtracking must not be negative, got -1",
     ),
     "negative damping": (
         lambda: rules.cubic(-1.0),
@@ -774,7 +782,7 @@ LABELS = {
 @pytest.mark.parametrize("labels", LABELS)
 def test_learning_rates_are_named_in_the_order_of_the_subsets(labels, jit):
     param_labels, names = LABELS[labels]
-    tx = pn.partition_newton(rule=rules.newton(), param_labels=param_labels)
+    tx = paper(rule=rules.newton(), param_labels=param_labels)
 
     def rates_after_a_step(params):
         _, state = step(tx, params, tx.init(params))
@@ -804,18 +812,18 @@ def test_learning_rates_are_named_in_the_order_of_the_subsets(labels, jit):
 def test_names_stay_in_order_beyond_ten_subsets():
     params = {f"layer_{n}": jnp.ones(()) for n in range(25)}
     labels = {f"layer_{n}": f"{24 - n}" for n in range(25)}
-    state = pn.partition_newton(param_labels=labels).init(params)
+    state = paper(param_labels=labels).init(params)
     state = jax.tree.map(lambda x: x, state)  # a dict comes back with sorted keys
     expected = partitions.subset_names(params, labels)
     assert tuple(pn.learning_rates(state)) == expected
 
 
 def test_learning_rates_are_found_in_wrappers():
-    inner = pn.partition_newton(rule=rules.newton())
+    inner = paper(rule=rules.newton())
     wrappers = {
         "chain": optax.chain(optax.clip(1e3), inner),
         "named_chain": optax.named_chain(("a", optax.identity()), ("b", inner)),
-        "inject": optax.inject_hyperparams(pn.partition_newton)(learning_rate=1.0),
+        "inject": optax.inject_hyperparams(paper)(learning_rate=1.0),
         "multi_steps": optax.MultiSteps(inner, 1),
         "apply_if_finite": optax.apply_if_finite(inner, 3),
         "partition": optax.partition({"all": inner}, "all"),
@@ -856,3 +864,66 @@ def test_a_subset_may_be_called_like_a_field_that_optax_looks_up():
     assert optax.tree.get(state, "value") is state[-1].value
     assert optax.tree.get(state, "grad") is state[-1].grad
     assert tuple(pn.learning_rates(state)) == ("value", "grad")
+
+
+# --- backtracking ----------------------------------------------------------------
+
+
+def nearly_linear(params):
+    """A hinge, rounded: next to no curvature on its slope, and a wall behind it."""
+    return jnp.sum(jnp.abs(params) + 1e-4 * params**2)
+
+
+def first_rate(value_fn, start, backtracking):
+    tx = scale_by_newton(backtracking=backtracking)
+    params = jnp.array([start])
+    _, state = step(tx, params, tx.init(params), value_fn)
+    return float(state.learning_rates[0])
+
+
+def test_rates_are_halved_until_the_loss_falls_by_a_tenth_of_what_the_slope_promises():
+    start = 3.0
+    newton = first_rate(nearly_linear, start, 0)
+    slope = 1 + 2e-4 * start
+    assert newton == pytest.approx(slope / 2e-4 / slope, rel=1e-3)
+
+    def loss_at(rate):
+        x = start - rate * slope
+        return abs(x) + 1e-4 * x**2
+
+    halvings = 0
+    while loss_at(newton / 2**halvings) - loss_at(0) > -0.1 * slope**2 * (
+        newton / 2**halvings
+    ):
+        halvings += 1
+    assert halvings > 5
+    rate = first_rate(nearly_linear, start, 30)
+    assert rate == pytest.approx(newton / 2**halvings, rel=1e-6)
+    assert first_rate(nearly_linear, start, 2) == pytest.approx(newton / 4, rel=1e-6)
+
+
+def test_rates_that_lower_the_loss_as_they_should_are_not_halved():
+    tx, plain = scale_by_newton(backtracking=5), scale_by_newton()
+    _, ours = step(tx, PARAMS, tx.init(PARAMS))
+    _, theirs = step(plain, PARAMS, plain.init(PARAMS))
+    assert_same(ours.learning_rates, theirs.learning_rates)
+
+
+def test_rates_are_halved_where_the_loss_is_not_finite():
+    def walled(params):  # not a number beyond the wall
+        return jnp.sum(nearly_linear(params) + 0 * jnp.sqrt(params + 2))
+
+    rate = first_rate(walled, 3.0, 30)
+    assert 0 < rate < 5
+
+
+def test_backtracking_sees_a_loss_with_aux():
+    tx = scale_by_newton(backtracking=3, has_aux=True)
+    params = jnp.array([3.0])
+    grads = jax.grad(nearly_linear)(params)
+    _, state = tx.update(
+        grads, tx.init(params), params, value_fn=lambda p: (nearly_linear(p), p)
+    )
+    assert float(state.learning_rates[0]) == pytest.approx(
+        first_rate(nearly_linear, 3.0, 3), rel=1e-6
+    )

@@ -1,0 +1,97 @@
+"""Training small networks: ours by one fixed call, rivals over grids of their rates.
+
+    python -m benchmarks.training --output training_results
+    python -m benchmarks.training --quick
+
+Results are kept in the output folder, and a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import problems, training_report
+from benchmarks.training_loop import seconds_a_step, train
+from benchmarks.training_optimizers import OPTIMIZERS, OURS, SWEEPS
+
+QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
+TIMED = ("adam_c", "muon_c", *OURS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "training.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    names = options.problems or (
+        QUICK if options.quick else (*problems.FIRST, *problems.SECOND)
+    )
+    seeds = 1 if options.quick else options.seeds
+    optimizers = options.optimizers or [x for x in OPTIMIZERS if x not in SWEEPS]
+    jobs = [(p, o) for p in names for o in optimizers]
+    for name, optimizer in tqdm(jobs, unit="run"):
+        row = results.setdefault(name, {})
+        if optimizer not in row:
+            found = _entry(name, optimizer, seeds)
+            if found is not None:
+                row[optimizer] = found
+                path.write_text(json.dumps(results))
+    if options.time:
+        for name in names:
+            results[name]["seconds"] = _timings(name)
+            path.write_text(json.dumps(results))
+    text = training_report.markdown({k: results[k] for k in names})
+    (options.output / "training.md").write_text(text)
+    for name in names:
+        training_report.picture(name, results[name]).savefig(
+            options.output / f"{name}.png", dpi=110
+        )
+    print(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training")
+    parser.add_argument("--quick", action="store_true", help="4 problems, 1 seed")
+    parser.add_argument("--time", action="store_true", help="measure time per step too")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("training_results"))
+    known = [*problems.FIRST, *problems.SECOND]
+    parser.add_argument("--problems", nargs="+", choices=known, metavar="NAME")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME")
+    return parser
+
+
+def _entry(name: str, optimizer: str, seeds: int) -> dict[str, Any] | None:
+    problem, chosen = problems.make(name), OPTIMIZERS[optimizer]
+    if chosen.full_batch_only and not problem.is_full_batch:
+        return None
+    begin = time.perf_counter()
+    curves = train(problem, chosen.make, chosen.rates, seeds)
+    return {
+        "rates": chosen.rates.tolist(),
+        "train": curves.train_loss.tolist(),
+        "test": curves.test_loss.tolist(),
+        "metric": curves.test_metric.tolist(),
+        "wall_seconds": time.perf_counter() - begin,
+        "jax": jax.__version__,
+    }
+
+
+def _timings(name: str) -> dict[str, float]:
+    problem = problems.make(name)
+    return {x: seconds_a_step(problem, OPTIMIZERS[x].make, _middle(x)) for x in TIMED}
+
+
+def _middle(optimizer: str) -> float:
+    rates = OPTIMIZERS[optimizer].rates
+    return float(np.sort(rates)[len(rates) // 2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What is compared: ours, by one fixed call each, and the rivals over their grids."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax import contrib
+
+import partnewton as pn
+
+__all__ = ["OPTIMIZERS", "OURS", "SWEEPS", "TUNED", "UNTUNED", "Optimizer"]
+
+
+class Optimizer(NamedTuple):
+    """How an optimizer is made, and at which rates.
+
+    Attributes:
+      make: from a rate, which may be traced, and the number of steps.
+      rates: the grid, or a single 1 where there is nothing to choose.
+      full_batch_only: whether it needs the same loss at each step.
+    """
+
+    make: Callable[[jax.Array, int], Any]
+    rates: np.ndarray
+    full_batch_only: bool = False
+
+
+def _half_decades(low: float, high: float) -> np.ndarray:
+    return 10.0 ** np.arange(low, high + 0.1, 0.5)
+
+
+def _cosine(rate: jax.Array, steps: int) -> optax.Schedule:
+    def schedule(count: jax.Array) -> jax.Array:
+        return rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / steps, 1)))
+
+    return schedule
+
+
+def _over_grid(make: Callable[[Any], Any], rates: np.ndarray) -> dict[str, Optimizer]:
+    return {
+        "c": Optimizer(lambda rate, steps: make(rate), rates),
+        "s": Optimizer(lambda rate, steps: make(_cosine(rate, steps)), rates),
+    }
+
+
+def _fixed(make: Callable[[], Any]) -> Optimizer:
+    return Optimizer(lambda rate, steps: make(), np.ones(1))
+
+
+_GRIDS = {
+    "adam": (optax.adam, _half_decades(-3.5, -1)),
+    "sgdm": (lambda rate: optax.sgd(rate, 0.9), _half_decades(-3, 0.5)),
+    "muon": (contrib.muon, _half_decades(-3, -0.5)),
+}
+
+TUNED: dict[str, tuple[str, str]] = {
+    name: (f"{name}_c", f"{name}_s") for name in _GRIDS
+}
+"""Each tuned rival, and its two entries: constant and cosine schedules."""
+
+UNTUNED: dict[str, Optimizer] = {
+    "momo_adam": _fixed(contrib.momo_adam),
+    "prodigy": _fixed(contrib.prodigy),
+    "dog": _fixed(contrib.dog),
+    "dadapt_adamw": _fixed(contrib.dadapt_adamw),
+    "cocob": _fixed(contrib.cocob),
+    "mechanize": _fixed(lambda: contrib.mechanize(optax.adam(1e-3), weight_decay=0.0)),
+    "lbfgs": Optimizer(lambda rate, steps: optax.lbfgs(), np.ones(1), True),
+}
+"""Rivals without a rate to tune, at their defaults."""
+
+OURS: dict[str, Optimizer] = {
+    "partition_newton": _fixed(pn.partition_newton),
+    "partition_newton_adam": _fixed(
+        lambda: pn.partition_newton(direction=optax.scale_by_adam())
+    ),
+    "partition_newton_momentum": _fixed(
+        lambda: pn.partition_newton(direction=optax.ema(0.9))
+    ),
+    "paper_newton": _fixed(lambda: pn.paper_newton(rule=pn.rules.cubic(10.0))),
+}
+
+_FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
+
+SWEEPS: dict[str, Optimizer] = {
+    "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
+    "factor_adam": Optimizer(
+        lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),
+        _FACTORS,
+    ),
+    "factor_momentum": Optimizer(
+        lambda rate, steps: pn.partition_newton(rate, direction=optax.ema(0.9)),
+        _FACTORS,
+    ),
+}
+"""What the defaults were chosen by; run only when they are named."""
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    **OURS,
+    **SWEEPS,
+    **{
+        f"{name}_{schedule}": optimizer
+        for name, (make, rates) in _GRIDS.items()
+        for schedule, optimizer in _over_grid(make, rates).items()
+    },
+    **UNTUNED,
+}

@@ -1,0 +1,173 @@
+"""Results of the training benchmark as Markdown and pictures."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED
+
+__all__ = ["FLOOR", "markdown", "picture"]
+
+FLOOR = 1e-6
+"""Losses below this count as this: float32 does not tell them apart from zero."""
+
+Row = dict[str, Any]  # of one problem: optimizer -> rates and curves
+
+
+def markdown(results: dict[str, Row]) -> str:
+    """Tables of losses, of test metrics and of time, and what they come to."""
+    parts = [
+        "Final training loss, geometric mean over seeds; tuned rivals at their best "
+        "rate and schedule.",
+        _table(results, _loss, "{:.3g}"),
+        "The same over the loss of the best tuned Adam.",
+        _table(results, _ratio, "{:.3g}", geometric_mean=True),
+        "Test metric: error rate, or loss for regressions; mean over seeds, tuned "
+        "rivals where their training loss is best.",
+        _table(results, _metric, "{:.3g}"),
+        "Share of the steps until the final loss of the best tuned Adam is reached.",
+        _table(results, _share, "{:.2f}"),
+        "Runs that diverged (a loss that is not finite, or above 3 times the first), "
+        "of all seeds; tuned rivals at their best rate.",
+        _table(results, _divergences, "{:d}"),
+    ]
+    for sweep in SWEEPS:
+        if any(sweep in row for row in results.values()):
+            parts += [f"Final training loss by the factor: `{sweep}`."]
+            parts += [_sweep(results, sweep)]
+    if all("seconds" in row for row in results.values()):
+        parts += ["Milliseconds a step, all but evaluation.", _times(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def best(row: Row, name: str) -> tuple[str, int] | None:
+    """The entry and the place of the rate with the smallest final training loss."""
+    entries = [x for x in TUNED.get(name, (name,)) if x in row]
+    found = [(_finals(row[x]), x) for x in entries]
+    if not found:
+        return None
+    losses, entry = min(found, key=lambda pair: np.min(pair[0]))
+    return entry, int(np.argmin(losses))
+
+
+def _finals(entry: Row) -> np.ndarray:
+    """For each rate the geometric mean over seeds of the final training loss."""
+    final = np.array(entry["train"], float)[:, :, -1]
+    final = np.where(np.isfinite(final), np.clip(final, FLOOR, 1e9), 1e9)
+    return np.exp(np.log(final).mean(1))
+
+
+def _curves(row: Row, name: str, field: str) -> np.ndarray | None:
+    """(seeds, 1 + evaluations) of an optimizer at its best."""
+    place = best(row, name)
+    return None if place is None else np.array(row[place[0]][field], float)[place[1]]
+
+
+def _loss(row: Row, name: str) -> float | None:
+    place = best(row, name)
+    return None if place is None else float(_finals(row[place[0]])[place[1]])
+
+
+def _ratio(row: Row, name: str) -> float | None:
+    ours, adam = _loss(row, name), _loss(row, "adam")
+    return None if ours is None or adam is None else ours / adam
+
+
+def _metric(row: Row, name: str) -> float | None:
+    curves = _curves(row, name, "metric")
+    return None if curves is None else float(curves[:, -1].mean())
+
+
+def _share(row: Row, name: str) -> float | None:
+    curves, adam = _curves(row, name, "train"), _loss(row, "adam")
+    if curves is None or adam is None:
+        return None
+    mean = np.exp(np.log(np.maximum(curves, FLOOR)).mean(0))
+    reached = np.flatnonzero(mean <= adam * 1.001)
+    return reached[0] / (len(mean) - 1) if len(reached) else None
+
+
+def _divergences(row: Row, name: str) -> int | None:
+    curves = _curves(row, name, "train")
+    if curves is None:
+        return None
+    return int(np.sum(~(curves[:, -1] <= 3 * curves[:, 0])))
+
+
+def _table(
+    results: dict[str, Row], cell: Any, form: str, geometric_mean: bool = False
+) -> str:
+    columns = [
+        name
+        for name in (*OURS, *TUNED, *UNTUNED)
+        if any(best(row, name) for row in results.values())
+    ]
+    values = {p: [cell(row, name) for name in columns] for p, row in results.items()}
+    lines = [
+        f"| problem | {' | '.join(columns)} |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    for problem, row in values.items():
+        cells = ["" if x is None else form.format(x) for x in row]
+        lines.append(f"| {problem} | {' | '.join(cells)} |")
+    if geometric_mean:
+        means = [
+            np.exp(np.mean([np.log(x) for x in column if x is not None]))
+            for column in zip(*values.values(), strict=True)
+        ]
+        cells = [form.format(x) for x in means]
+        lines.append(f"| **geometric mean** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sweep(results: dict[str, Row], sweep: str) -> str:
+    rates = list(SWEEPS[sweep].rates)
+    header = " | ".join(f"{rate:g}" for rate in rates)
+    lines = [
+        f"| problem | {header} | adam, tuned |",
+        "| --- " * (len(rates) + 2) + "|",
+    ]
+    for problem, row in results.items():
+        if sweep in row:
+            cells = [f"{x:.3g}" for x in _finals(row[sweep])]
+            adam = _loss(row, "adam")
+            cells.append("" if adam is None else f"{adam:.3g}")
+            lines.append(f"| {problem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(results: dict[str, Row]) -> str:
+    columns = list(next(iter(results.values()))["seconds"])
+    lines = [
+        f"| problem | {' | '.join(columns)} |",
+        "| --- " * (len(columns) + 1) + "|",
+    ]
+    for problem, row in results.items():
+        cells = [f"{1e3 * row['seconds'][x]:.3g}" for x in columns]
+        lines.append(f"| {problem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(name: str, row: Row) -> Figure:
+    """The training losses of all optimizers at their best, ours in strong lines."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for optimizer in (*UNTUNED, *TUNED, *OURS):
+        curves = _curves(row, optimizer, "train")
+        if curves is not None:
+            mean = np.exp(np.log(np.clip(curves, FLOOR, 1e9)).mean(0))
+            ax.plot(
+                np.linspace(0, 1, len(mean)),
+                mean,
+                label=optimizer,
+                linewidth=2.2 if optimizer in OURS else 0.9,
+                linestyle="--" if optimizer in UNTUNED else "-",
+            )
+    top = np.array(next(iter(row.values()))["train"], float)[0, :, 0].mean()
+    ax.set(
+        yscale="log", xlabel="share of the steps", ylabel="training loss", title=name
+    )
+    ax.set_ylim(top=3 * top)
+    ax.legend(fontsize=6, ncols=2)
+    return figure

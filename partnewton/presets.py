@@ -1,0 +1,171 @@
+"""Whole optimizers: a direction, the link and a factor, each a chain to read.
+
+:func:`partition_newton` is for training without tuning; :func:`paper_newton` is the
+published method. Where the numbers come from: ``docs/how_to_choose.md``.
+"""
+
+import jax
+import optax
+
+from partnewton import averaging, directions, partitions, rules
+from partnewton.transform import scale_by_partition_newton
+
+__all__ = ["paper_newton", "partition_newton"]
+
+
+def partition_newton(
+    learning_rate: optax.ScalarOrSchedule = 0.2,
+    *,
+    direction: optax.GradientTransformation | None = None,
+    rule: rules.Rule | None = None,
+    average: averaging.Average | None = None,
+    param_labels: partitions.ParamLabels | None = None,
+    update_interval: jax.typing.ArrayLike = 10,
+    backtracking: jax.typing.ArrayLike = 6,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """One learning rate per subset, solved for: an optimizer to use as it is.
+
+    At every tenth update the exact summary of the loss along the unit directions of all
+    subsets enters a running average, and :func:`partnewton.rules.robust` solves it for
+    one length of step per subset, which is kept until the next. So
+    :func:`partnewton.learning_rates` of its state are lengths.
+
+    Args:
+      learning_rate: the factor on all lengths, a number or a schedule. The default is
+        for mini-batches, on all problems alike; with full batches 1 is right.
+      direction: any transformation whose outgoing updates are gradient-like; by default
+        that of Muon: orthogonalised momentum for matrices, Adam for all other leaves.
+      rule: from a summary to lengths; by default :func:`partnewton.rules.robust`.
+      average: a running average of the summaries; by default an exponential one of
+        decay 0.9, each summary relative to its own gradient.
+      param_labels: the partition, see :mod:`partnewton.partitions`; by default each
+        leaf is a subset.
+      update_interval: refresh the lengths at every so many updates.
+      backtracking: how often lengths are halved, at most, while they do not lower the
+        loss as they should, see :func:`scale_by_partition_newton`.
+      engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its update function needs
+      `params` and `value_fn`, see :func:`scale_by_partition_newton`.
+
+    Raises:
+      ValueError, TypeError: as in :func:`scale_by_partition_newton`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda params: (1 - params["x"]) ** 2 + 2 * (params["y"] + 3) ** 2
+      >>> params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
+      >>> tx = partition_newton()
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params, value_fn=loss)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(loss(params) < 1e-3))
+      True
+
+    References:
+      P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
+    """
+    if average is None:
+        average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
+    labels = partitions.per_tensor if param_labels is None else param_labels
+    return optax.chain(
+        directions.guarded(orthogonal_momentum() if direction is None else direction),
+        directions.normalize_by_subset(labels),
+        scale_by_partition_newton(
+            rules.robust() if rule is None else rule,
+            param_labels=labels,
+            update_interval=update_interval,
+            average=average,
+            backtracking=backtracking,
+            engine=engine,
+            batch_size=batch_size,
+            has_aux=has_aux,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def orthogonal_momentum() -> optax.GradientTransformation:
+    """The direction of :func:`optax.contrib.muon`, with the sign of a gradient."""
+    return optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0))
+
+
+def paper_newton(
+    learning_rate: optax.ScalarOrSchedule = 0.2,
+    *,
+    momentum: jax.typing.ArrayLike = 0.9,
+    rule: rules.Rule | None = None,
+    average: averaging.Average | None = None,
+    smoothing: averaging.Average | None = None,
+    unit_directions: bool = False,
+    param_labels: partitions.ParamLabels | None = None,
+    update_interval: jax.typing.ArrayLike = 10,
+    backtracking: jax.typing.ArrayLike = 0,
+    engine: str = "auto",
+    batch_size: int | None = None,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The published method: momentum, the cubic model of one batch, a factor.
+
+    Its variants are described in ``docs/published_method.md``. It needs tuning, of the
+    factor and of the damping of the rule.
+
+    Args:
+      learning_rate: the factor on all rates, a number or a schedule: lambda_1, 0.1 to
+        0.3 on mini-batches and 1 on full batches.
+      momentum: the decay of the average of gradients; 0 for the gradient itself.
+      rule: by default ``rules.cubic()``, with damping 1; 1 to 10 are published.
+      average: a running average of the summaries; by default none.
+      smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
+        by default none.
+      unit_directions: whether each subset of the direction is given the norm 1, so that
+        rates are lengths.
+      param_labels, backtracking, engine, batch_size, has_aux: as in
+        :func:`scale_by_partition_newton`.
+      update_interval: refresh the rates at every so many updates.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs`; its update function needs
+      `params` and `value_fn`.
+
+    Raises:
+      ValueError, TypeError: as in :func:`scale_by_partition_newton`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda params: (1 - params["x"]) ** 2 + 2 * (params["y"] + 3) ** 2
+      >>> params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
+      >>> tx = paper_newton(1.0)
+      >>> state = tx.init(params)
+      >>> grads = jax.grad(loss)(params)
+      >>> updates, state = tx.update(grads, state, params, value_fn=loss)
+      >>> print(optax.apply_updates(params, updates))
+      {'x': Array(1., dtype=float32), 'y': Array(-3., dtype=float32)}
+
+    References:
+      P. Wolinski, arXiv 2312.03885.
+    """
+    labels = partitions.per_tensor if param_labels is None else param_labels
+    unit = directions.normalize_by_subset(labels) if unit_directions else None
+    return optax.chain(
+        directions.guarded(optax.ema(momentum)),
+        unit or optax.identity(),
+        scale_by_partition_newton(
+            rules.cubic() if rule is None else rule,
+            param_labels=labels,
+            update_interval=update_interval,
+            average=average,
+            smoothing=smoothing,
+            backtracking=backtracking,
+            engine=engine,
+            batch_size=batch_size,
+            has_aux=has_aux,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

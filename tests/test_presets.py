@@ -1,0 +1,372 @@
+"""Whole optimizers: what they are made of, and what cannot break them."""
+
+import functools
+import inspect
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import partnewton as pn
+from partnewton import averaging, directions, partitions, rules
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(64, 3)), jnp.float32)
+Y = jnp.asarray(np.tanh(np.asarray(X) @ RNG.normal(size=(3, 2))), jnp.float32)
+PARAMS = {"b": jnp.zeros(2), "w": jnp.asarray(RNG.normal(size=(3, 2)), jnp.float32)}
+DIRECTIONS = {
+    "muon": lambda: None,
+    "adam": optax.scale_by_adam,
+    "momentum": lambda: optax.ema(0.9),
+}
+
+
+def loss(params, shift=0.0, factor=1.0):
+    """A least squares problem whose minimum is near zero."""
+    error = jnp.tanh(X @ params["w"] + params["b"]) - Y
+    return factor * jnp.mean(error**2) + shift
+
+
+STEPS = 300
+
+
+@functools.cache
+def preset(direction="muon", **kwargs):
+    """The same object for the same arguments, so that it is compiled once."""
+    return pn.partition_newton(direction=DIRECTIONS[direction](), **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames="tx")
+def _run(tx, carry, factors, shift):
+    def step(carry, factor):
+        params, state = carry
+        more = {"shift": shift, "factor": factor}
+        grads = jax.grad(loss)(params, **more)
+        updates, state = tx.update(grads, state, params, value_fn=loss, **more)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, loss(params))
+
+    return jax.lax.scan(step, carry, factors)
+
+
+def train(tx, params=PARAMS, state=None, steps=STEPS, factors=1.0, shift=0.0):
+    """Parameters after each step, the last state, and the losses after each step."""
+    state = jax.jit(tx.init)(params) if state is None else state
+    factors = jnp.broadcast_to(jnp.asarray(factors, jnp.float32), steps)
+    (_, state), (params, losses) = _run(
+        tx, (params, state), factors, jnp.float32(shift)
+    )
+    return params, state, np.asarray(losses)
+
+
+def at(n, params):
+    """The parameters after n steps."""
+    return jax.tree.map(lambda x: x[n - 1], params)
+
+
+def link_of(state):
+    def is_ours(x):
+        return isinstance(x, pn.ScaleByPartitionNewtonState)
+
+    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# --- what they are ---------------------------------------------------------------
+
+
+def test_partition_newton_is_a_chain_of_four():
+    ours, _, _ = train(pn.partition_newton(0.3, update_interval=3), steps=7)
+    chain = optax.chain(
+        optax.contrib.muon(1.0),
+        optax.scale(-1.0),
+        directions.normalize_by_subset(),
+        pn.scale_by_partition_newton(
+            rules.robust(),
+            update_interval=3,
+            average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
+            backtracking=6,
+        ),
+        optax.scale(-0.3),
+    )
+    theirs, _, _ = train(chain, steps=7)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chain", [pn.partition_newton, pn.paper_newton])
+def test_every_argument_of_the_link_can_be_given_to_a_preset(chain):
+    link = set(inspect.signature(pn.scale_by_partition_newton).parameters)
+    if chain is pn.partition_newton:
+        link -= {"smoothing"}  # it smooths the summaries, not the rates
+    assert link <= set(inspect.signature(chain).parameters)
+
+
+def test_between_refreshes_the_length_of_a_step_is_kept():
+    tx = pn.partition_newton(0.3, update_interval=10)
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(functools.partial(tx.update, value_fn=loss))
+    for n in range(5):
+        updates, state = update(jax.grad(loss)(params), state, params)
+        lengths = [jnp.linalg.norm(u) for u in jax.tree.leaves(updates)]
+        np.testing.assert_allclose(
+            lengths, 0.3 * link_of(state).learning_rates, rtol=1e-5
+        )
+        if n == 0:
+            first = lengths
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(lengths, first, rtol=1e-5)
+
+
+def published(clip_first):
+    """Ten steps of the published method with averaged rates, in numpy's words."""
+    params, momentum, eta = PARAMS, None, np.zeros(2)
+    weight = 0.0
+    for n in range(1, 7):
+        grads = jax.grad(loss)(params)
+        if momentum is None:
+            momentum = jax.tree.map(jnp.zeros_like, grads)
+        momentum = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, momentum, grads)
+        u = jax.tree.map(lambda m, n=n: m / (1 - 0.9**n), momentum)
+        if n % 2 == 1:
+            s = pn.summarize(loss, params, u)
+            scale = jnp.cbrt(jnp.abs(s.third))
+            new = pn.solve_cubic(s.gradient, s.hessian, scale, 3.0).learning_rates
+            new = np.maximum(new, 0) if clip_first else np.asarray(new)
+            weight = 0.5 * weight + 1
+            eta = 0.5 * eta + new
+        rates = np.maximum(eta / weight, 0)
+        params = {
+            "b": params["b"] - 0.2 * rates[0] * u["b"],
+            "w": params["w"] - 0.2 * rates[1] * u["w"],
+        }
+    return params
+
+
+@pytest.mark.parametrize("clip_first", [True, False])
+def test_the_published_method_with_averaged_rates_clipped_before_or_after(clip_first):
+    smoothing = averaging.exponential(0.5)
+    tx = pn.paper_newton(
+        rule=rules.cubic(3.0, nonnegative=clip_first),
+        smoothing=smoothing if clip_first else averaging.nonnegative(smoothing),
+        update_interval=2,
+    )
+    params = at(6, train(tx, steps=6)[0])
+    expected = published(clip_first)
+    for name in PARAMS:
+        np.testing.assert_allclose(params[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_published_variants_run_and_lower_the_loss():
+    variants = {
+        "unit": {"unit_directions": True},
+        "uniform": {"average": averaging.uniform(3, 3)},
+        "average of D alone": {
+            "average": averaging.exponential(pn.Summary(0.0, 0.0, 0.0, 0.5))
+        },
+    }
+    for name, kwargs in variants.items():
+        _, state, losses = train(pn.paper_newton(**kwargs), steps=40)
+        assert losses[-1] < 0.5 * float(loss(PARAMS)), name
+        assert link_of(state).refused == 0, name
+
+
+# --- nothing breaks them ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_defaults_train(direction):
+    _, state, losses = train(preset(direction))
+    assert losses[-1] < 0.02 * float(loss(PARAMS))
+    assert link_of(state).refused == 0
+
+
+@pytest.mark.parametrize("when", [0, 20, 23])  # the first, at a refresh and between
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_batch_of_nans_costs_a_step_and_nothing_else(direction, when):
+    factors = jnp.ones(STEPS).at[when].set(jnp.nan)
+    _, state, losses = train(preset(direction), factors=factors)
+    _, _, undisturbed = train(preset(direction))
+    assert np.all(np.isfinite(losses))
+    assert link_of(state).refused == 1
+    before = losses[when - 1] if when else float(loss(PARAMS))
+    assert losses[when] == pytest.approx(before, rel=1e-6)
+    assert losses[-1] < max(3 * undisturbed[-1], 0.05 * float(loss(PARAMS)))
+
+
+@pytest.mark.parametrize("direction", ["muon", "adam"])
+def test_an_exploding_batch_does_not_throw_the_parameters_away(direction):
+    factors = jnp.ones(STEPS).at[20].set(1e6)
+    _, _, losses = train(preset(direction), factors=factors)
+    # It fills the momentum for a hundred steps or more; their lengths are kept.
+    assert np.max(losses[20:]) < 0.5 * float(loss(PARAMS))
+    assert losses[-1] <= losses[19]
+
+
+@pytest.mark.parametrize("shift", [-0.25, -8.0, 8.0])
+def test_a_constant_added_to_the_loss_trains_the_same(shift):
+    plain = at(60, train(preset())[0])
+    shifted, state, _ = train(preset(), shift=shift)
+    shifted = at(60, shifted)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(shifted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+    assert link_of(state).refused == 0
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_a_loss_in_other_units_trains_the_same(factor):
+    plain = at(60, train(preset("momentum"))[0])
+    scaled = at(60, train(preset("momentum"), factors=factor)[0])
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(scaled), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_thousands_of_steps_at_the_optimum_stay_there(direction):
+    def value_fn(p):
+        return jnp.sum((p["w"] - 1.0) ** 2) + jnp.sum(p["b"] ** 2)
+
+    params = {"b": jnp.zeros(2), "w": jnp.ones((3, 2))}
+    tx = preset(direction)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=3000)[0])
+    after, state = run((params, tx.init(params)))
+    assert_same(after, params)
+    assert link_of(state).refused == 0
+
+
+def test_a_dead_subset_does_not_disturb_the_others():
+    def value_fn(p):
+        return loss({"b": p["b"], "w": p["w"]}) + 0.0 * jnp.sum(p["dead"])
+
+    params = {**PARAMS, "dead": jnp.ones(4)}
+    tx = pn.partition_newton()
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=60)[0])
+    after, state = run((params, tx.init(params)))
+    alone = at(60, train(preset())[0])
+    np.testing.assert_array_equal(after["dead"], 1.0)
+    for name in PARAMS:
+        np.testing.assert_allclose(after[name], alone[name], rtol=1e-3, atol=1e-4)
+    assert pn.learning_rates(state)["dead"] == 0
+
+
+def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit():
+    tx = preset("adam")
+    ones = functools.partial(train, tx, steps=17)
+    half, state, _ = ones()
+    carry = at(17, half), state
+    through, _, _ = ones(*carry)
+    resumed, _, _ = ones(*pickle.loads(pickle.dumps(jax.device_get(carry))))
+    assert_same(resumed, through)
+    whole, _, _ = train(tx, steps=34)
+    assert_same(at(34, whole), at(17, resumed))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_trains(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    after, _, losses = train(preset(), params)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(after))
+    assert losses[-1] < 0.2 * float(loss(PARAMS))
+
+
+def test_the_factor_may_be_a_schedule_or_injected():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.2, 10, 100)
+    _, _, losses = train(pn.partition_newton(schedule), steps=100)
+    assert losses[-1] < 0.1 * float(loss(PARAMS))
+    tx = optax.inject_hyperparams(pn.partition_newton)(learning_rate=0.2)
+    injected = at(20, train(tx, steps=20)[0])
+    plain = at(20, train(preset())[0])
+    for x, y in zip(jax.tree.leaves(injected), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_leaves_stay_and_may_be_left_to_another_optimizer():
+    labels = {"b": partitions.FROZEN, "w": "w"}
+    after = at(30, train(pn.partition_newton(param_labels=labels), steps=30)[0])
+    np.testing.assert_array_equal(after["b"], PARAMS["b"])
+    assert np.any(after["w"] != PARAMS["w"])
+
+
+# --- the recipes of docs/how_to_choose.md ----------------------------------------
+
+RECIPES = {
+    "weight decay": lambda: optax.chain(
+        pn.partition_newton(), optax.add_decayed_weights(-1e-4)
+    ),
+    "gradient clipping": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), pn.partition_newton()
+    ),
+    "another direction": lambda: pn.partition_newton(direction=optax.scale_by_adam()),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains(recipe):
+    _, state, losses = train(RECIPES[recipe]())
+    assert losses[-1] < 0.05 * float(loss(PARAMS))
+    assert link_of(state).refused == 0
+
+
+def test_weight_decay_stands_behind_and_is_decoupled():
+    tx = RECIPES["weight decay"]()
+    grads = jax.grad(loss)(PARAMS)
+    ours, _ = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=loss)
+    plain = pn.partition_newton()
+    theirs, _ = plain.update(grads, plain.init(PARAMS), PARAMS, value_fn=loss)
+    for name in PARAMS:
+        np.testing.assert_allclose(
+            ours[name], theirs[name] - 1e-4 * PARAMS[name], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_embeddings_are_left_to_adam_by_frozen_labels():
+    labels = {"b": partitions.FROZEN, "w": 0}
+    newton = pn.partition_newton(param_labels=labels)
+    adam = optax.chain(
+        optax.adam(1e-2), optax.masked(optax.set_to_zero(), {"b": False, "w": True})
+    )
+    params, one, other = PARAMS, newton.init(PARAMS), adam.init(PARAMS)
+    grads = jax.grad(loss)(params)
+    body, one = newton.update(grads, one, params, value_fn=loss)
+    rest, other = adam.update(grads, other, params)
+    updates = jax.tree.map(jnp.add, body, rest)
+    alone, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params), params)
+    np.testing.assert_allclose(updates["b"], alone["b"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["w"], body["w"])
+
+
+def test_the_curvature_may_be_measured_on_other_data_than_the_gradient():
+    def on(rows, params):
+        error = jnp.tanh(X[rows] @ params["w"] + params["b"]) - Y[rows]
+        return jnp.mean(error**2)
+
+    def first(params):
+        return on(slice(0, 32), params)
+
+    def both(params):
+        return 0.5 * (first(params) + on(slice(32, 64), params))
+
+    tx = pn.partition_newton()
+    grads = jax.grad(first)(PARAMS)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=both)
+    np.testing.assert_allclose(link_of(state).loss, loss(PARAMS), rtol=1e-6)
