@@ -14,9 +14,9 @@ such lists, with equal shapes and dtypes, and `partition` is their
 
 from types import ModuleType
 
-from partnewton.engines import jvp_of_grad
+from partnewton.engines import adjoint, jvp_of_grad
 
-ENGINES: dict[str, ModuleType] = {"jvp_of_grad": jvp_of_grad}
+ENGINES: dict[str, ModuleType] = {"adjoint": adjoint, "jvp_of_grad": jvp_of_grad}
 AUTO = "jvp_of_grad"
 
 

@@ -1,0 +1,423 @@
+"""The fast engine: local second derivatives against one adjoint.
+
+Write the loss as a sequence of steps z_k = f_k(inputs of k). With lambda_k = dL/dz_k,
+the adjoints of an ordinary gradient, and xdot_s the tangents of the inputs of step k
+when subset s moves,
+
+    D2 L[u_s, u_t] = sum_k lambda_k . D2 f_k [xdot_s, xdot_t],
+
+because the adjoint takes up every second-order term but those that a step creates by
+itself. So there is no Hessian-vector product, and nothing of the shape of a weight:
+values go forwards, adjoints backwards, tangents forwards, and the sums are taken on the
+way. Tangents of second order give the diagonal of the third order likewise; see
+:mod:`partnewton.engines.rules`.
+
+All of the third order needs only first derivatives of values and of adjoints, by the
+"2n + 1 rule": with lambdadot_s the derivative of the adjoints along s,
+
+    D3 L[u_s, u_t, u_r] = sum_k   lambda_k . D3 f_k [xdot_s, xdot_t, xdot_r]
+                                + lambdadot_k,s . D2 f_k [xdot_t, xdot_r]
+                                + lambdadot_k,t . D2 f_k [xdot_s, xdot_r]
+                                + lambdadot_k,r . D2 f_k [xdot_s, xdot_t].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines import jvp_of_grad, versions
+from partnewton.engines.program import (
+    Loop,
+    Program,
+    Record,
+    Step,
+    program_of,
+    values_of,
+)
+from partnewton.engines.rows import Rows, expanded, union
+from partnewton.engines.rules import RULES, Sums, Tangents
+from partnewton.engines.versions import Variable
+from partnewton.partitions import FROZEN, Partition
+
+Leaves = Sequence[jax.Array]
+Loss = Callable[[Leaves], tuple[jax.Array, Any]]
+Moved = dict[Variable, Rows]  # tangents of the variables that have any
+
+
+def summarize(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    *,
+    third_order: bool,
+    batch_size: int | None,
+) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
+    """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+    problem = _Problem(loss, leaves, direction, partition)
+    value_and_aux, record, adjoints = problem.linearise(leaves)
+    gradient, hessian, third = problem.sweep(record, adjoints, third_order)
+    return value_and_aux, gradient, hessian, third if third_order else None
+
+
+def derivative_tensors(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    *,
+    order: int,
+    batch_size: int | None,
+) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+    """Value and aux, and the tensors of order 1 to `order`.
+
+    The third order takes one pass for each subset. Beyond it, the reference engine does
+    the work.
+    """
+    if order > 3:
+        return jvp_of_grad.derivative_tensors(
+            loss, leaves, direction, partition, order=order, batch_size=batch_size
+        )
+    problem = _Problem(loss, leaves, direction, partition)
+    value_and_aux, record, adjoints = problem.linearise(leaves)
+    gradient, hessian, _ = problem.sweep(record, adjoints, third_order=False)
+    tensors = (gradient, hessian)
+    if order == 3:
+        tensors = (*tensors, problem.third_order(leaves, batch_size))
+    return value_and_aux, tensors[:order]
+
+
+class _Problem:
+    """A loss as a program, and the tangents to start from.
+
+    Inside, subsets are numbered in the order in which the program meets them, so that
+    the rows of most values are those up to some number.
+    """
+
+    def __init__(
+        self, loss: Loss, leaves: Leaves, direction: Leaves, partition: Partition
+    ):
+        _, jaxpr = versions.traced(self._flat(loss), list(leaves))
+        self.program, self.constants = program_of(jaxpr)
+        self.inputs = self.program.inputs[len(self.constants) :]
+        self.direction = direction
+        self.partition = partition
+        self.order = _order_of_use(self.program, self.inputs, partition)
+
+    def _flat(self, loss: Loss) -> Callable[[Leaves], list[jax.Array]]:
+        """The loss as a function to arrays; what else is in aux is kept aside."""
+
+        def flat(leaves: Leaves) -> list[jax.Array]:
+            value, aux = loss(leaves)
+            parts, self._aux_tree = jax.tree.flatten(aux)
+            self._aux = [None if _is_array(x) else x for x in parts]
+            return [value, *(x for x in parts if _is_array(x))]
+
+        return flat
+
+    def linearise(
+        self, leaves: Leaves
+    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any]]:
+        """Two sweeps: value and aux, record, adjoints."""
+
+        def run(
+            taps_and_leaves: tuple[dict[int, Any], Leaves],
+        ) -> tuple[jax.Array, tuple]:
+            taps, leaves = taps_and_leaves
+            outputs, record = self.program.run([*self.constants, *leaves], taps)
+            return outputs[0], (outputs, record)
+
+        # The gradient of the leaves is not used and, compiled, not computed. It makes
+        # jax go backwards from the start, so that a custom_vjp can be differentiated
+        # once more.
+        gradient, (outputs, record) = jax.grad(run, has_aux=True)(
+            (self.program.taps(), list(leaves))
+        )
+        (adjoints, _), (value, *aux) = gradient, outputs
+        arrays = iter(aux)
+        parts = [next(arrays) if x is None else x for x in self._aux]
+        return (value, jax.tree.unflatten(self._aux_tree, parts)), record, adjoints
+
+    def sweep(
+        self,
+        record: Record,
+        adjoints: dict[int, Any],
+        third_order: bool,
+        hold: bool = False,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The third sweep: gradient, hessian, third; `hold` as for `_sweep`."""
+        size, dtype = self.partition.size, self.partition.dtype
+        sums = Sums(size, dtype, third_order)
+        # Tangents that start before the adjoints are there would wait for them, all at
+        # once in memory.
+        direction, adjoints = jax.lax.optimization_barrier((self.direction, adjoints))
+        leaves = zip(self.inputs, direction, self.partition.labels, strict=True)
+        first = {v: _rows_of_leaf(u, x, self.order) for v, u, x in leaves}
+        _sweep(self.program, record, adjoints, first, {}, sums, hold)
+        (hessian, third), gradient = sums.totals(), jnp.zeros(size, dtype)
+        value = self.program.outputs[0]
+        if value in first:
+            gradient = sums.placed(first[value])
+        back = np.argsort(self.order)
+        return gradient[back], hessian[back][:, back], third[back]
+
+    def third_order(self, leaves: Leaves, batch_size: int | None) -> jax.Array:
+        """All of the third order, (S, S, S).
+
+        With M_s the derivative of the sum of all local products along
+        (xdot_s / 3, lambdadot_s), the tangents in these products being held fixed,
+
+            D3 L[u_s, u_t, u_r] = M_s[t, r] + M_t[s, r] + M_r[s, t].
+        """
+
+        _, *found = self.linearise(leaves)
+        parts, treedef = jax.tree.flatten(found)
+        moving = jax.tree.leaves(self.program.moving())
+        num_values = sum(moving)
+        moving += [True] * (len(parts) - len(moving))  # the adjoints
+
+        def moving_parts(leaves: Leaves) -> list[jax.Array]:
+            _, *found = self.linearise(leaves)
+            pairs = zip(jax.tree.leaves(found), moving, strict=True)
+            return [x for x, flag in pairs if flag]
+
+        def products(some: Sequence[jax.Array]) -> jax.Array:
+            rest = iter(some)
+            pairs = zip(parts, moving, strict=True)
+            filled = [next(rest) if flag else x for x, flag in pairs]
+            record, adjoints = jax.tree.unflatten(treedef, filled)
+            return self.sweep(record, adjoints, third_order=False, hold=True)[1]
+
+        start, push = jax.linearize(moving_parts, list(leaves))
+        _, turn = jax.linearize(products, start)
+
+        def pass_of(s: jax.Array) -> jax.Array:
+            moved = push(self.partition.part(self.direction, s))
+            thirds = [x / 3 for x in moved[:num_values]]
+            return turn([*thirds, *moved[num_values:]])
+
+        subsets = jnp.arange(self.partition.size)
+        m = jax.lax.map(pass_of, subsets, batch_size=batch_size)
+        s, t, r = np.sort(np.indices(m.shape).reshape(3, -1), axis=0)
+        tensor = m[s, t, r] + m[t, s, r] + m[r, s, t]
+        return tensor.reshape(m.shape)  # read in sorted order: exactly symmetric
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _order_of_use(
+    program: Program, inputs: Sequence[Variable], partition: Partition
+) -> list[int]:
+    """The subsets in the order in which the program meets them."""
+    met: dict[Variable, int] = {}
+    for n, step in enumerate(program.steps):
+        for v in step.inputs:
+            if isinstance(v, Variable):
+                met.setdefault(v, n)
+    never = len(program.steps)
+    when = [never] * partition.size
+    for v, label in zip(inputs, partition.labels, strict=True):
+        for s in np.unique(label).tolist():
+            if s != FROZEN:
+                when[s] = min(when[s], met.get(v, never))
+    return sorted(range(partition.size), key=lambda s: (when[s], s))
+
+
+def _rows_of_leaf(u: jax.Array, label: int | np.ndarray, order: Sequence[int]) -> Rows:
+    """The direction at a leaf, a row for each subset that has a part in it."""
+    if not isinstance(label, np.ndarray):
+        return Rows((order.index(label),), u[None])
+    numbers = sorted(
+        (order.index(s), s) for s in np.unique(label).tolist() if s != FROZEN
+    )
+    subsets = np.array([s for _, s in numbers]).reshape(-1, *[1] * label.ndim)
+    rows = jnp.where(label == subsets, u, jnp.zeros_like(u))
+    return Rows(tuple(number for number, _ in numbers), rows)
+
+
+def _sweep(
+    program: Program,
+    record: Record,
+    adjoints: dict[int, Any],
+    first: Moved,
+    second: Moved,
+    sums: Sums,
+    hold: bool,
+) -> None:
+    """Passes tangents through all steps, adds to the sums.
+
+    Args:
+      program: the steps.
+      record: the values at the inputs of the steps.
+      adjoints: at the outputs of the curved steps, as the taps of the program.
+      first: the tangents of the inputs of the program; those of all other variables
+        are entered.
+      second: likewise, of second order.
+      sums: what is added to.
+      hold: whether derivatives of the sums are to leave out those of the tangents.
+    """
+    for n, step in enumerate(program.steps):
+        if not step.active_outputs:
+            continue
+        read = [step.inputs[i] for i in step.active_inputs]
+        tangents = Tangents([first.get(v) for v in read], [second.get(v) for v in read])
+        if all(rows is None for rows in tangents.first):
+            continue
+        values = values_of(step.inputs, record.values)
+        if step.loop:
+            passed = _sweep_loop(
+                step, values, record.loops[n], adjoints[n], tangents, sums, hold
+            )
+        else:
+            passed = RULES[step.kind](step, values, adjoints.get(n), tangents, sums)
+        if hold:
+            passed = jax.lax.stop_gradient(passed)
+        written = [step.outputs[i] for i in step.active_outputs]
+        for moved, columns in zip((first, second), passed, strict=True):
+            pairs = zip(written, columns, strict=True)
+            moved.update((v, rows) for v, rows in pairs if rows is not None)
+
+
+def _sweep_loop(
+    step: Step,
+    values: Sequence[jax.Array],
+    record: Record,
+    adjoints: dict[int, Any],
+    tangents: Tangents,
+    sums: Sums,
+    hold: bool,
+) -> Tangents:
+    """Passes tangents through a `scan`: another one carries them along.
+
+    The rows of the carry are the same in each iteration: all that ever appear.
+    """
+    loop, body = step.loop, step.loop.body
+    inputs = body.inputs[len(loop.closed) :]
+    read = [inputs[i] for i in step.active_inputs]
+    orders = 2 if sums.third_order else 1
+    moved = [_entered(read, column) for column in tangents[:orders]]
+    value_of = dict(zip(inputs, values, strict=True))
+    of_constants, of_carry, of_xs = loop.split(inputs)
+    known = body.invariants([*loop.closed, *(value_of[v] for v in of_constants)])
+
+    reached = _reached_in_loop(loop, {v: x.subsets for v, x in moved[0].items()})
+    carried = [
+        (v, w)
+        for v, w in zip(of_carry, body.outputs[: loop.num_carry], strict=True)
+        if reached.get(v)
+    ]
+    y_places = [i for i in step.active_outputs if i >= loop.num_carry]
+    y_places = [i for i in y_places if reached.get(body.outputs[i])]
+    of_xs = [[v for v in of_xs if v in x] for x in moved]
+
+    def of_carried(x: Moved, places: int) -> list[jax.Array]:
+        return [
+            expanded(x.get(pair[places]), reached[pair[0]], value_of[pair[0]])
+            for pair in carried
+        ]
+
+    def iterate(carry: tuple, scanned: tuple) -> tuple:
+        carried_rows, hessian, third = carry
+        inside_record, inside_adjoints, x_rows = scanned
+        inside: list[Moved] = [{}, {}]
+        for order in range(orders):
+            outside = moved[order]
+            inside[order].update((v, outside[v]) for v in of_constants if v in outside)
+            for (v, _), x in zip(carried, carried_rows[order], strict=True):
+                inside[order][v] = Rows(reached[v], x)
+            for v, x in zip(of_xs[order], x_rows[order], strict=True):
+                inside[order][v] = Rows(outside[v].subsets, x)
+        inside_sums = Sums(sums.size, sums.dtype, sums.third_order)
+        inside_record = Record({**known, **inside_record.values}, inside_record.loops)
+        _sweep(body, inside_record, inside_adjoints, *inside, inside_sums, hold)
+        totals = inside_sums.totals()
+        ys = [
+            [
+                expanded(x.get(y), reached[y], versions.zeros(y, ()))
+                for y in (body.outputs[i] for i in y_places)
+            ]
+            for x in inside[:orders]
+        ]
+        after = [of_carried(x, 1) for x in inside[:orders]]
+        return (after, hessian + totals[0], third + totals[1]), ys
+
+    before = [of_carried(x, 0) for x in moved]
+    xs = [
+        [jnp.moveaxis(x[v].values, 1, 0) for v in variables]
+        for x, variables in zip(moved, of_xs, strict=True)
+    ]
+    nothing = Sums(sums.size, sums.dtype, sums.third_order).totals()
+    (after, *totals), ys = jax.lax.scan(
+        iterate,
+        (before, *nothing),
+        (record, adjoints, xs),
+        length=loop.length,
+        reverse=loop.reverse,
+        unroll=loop.unroll,
+    )
+    sums.add_totals(*totals)
+
+    passed: list[list[Rows | None]] = [[None] * len(step.active_outputs)] * 2
+    for order in range(orders):
+        rows = {
+            of_carry.index(v): Rows(reached[v], x)
+            for (v, _), x in zip(carried, after[order], strict=True)
+        }
+        for i, y in zip(y_places, ys[order], strict=True):
+            rows[i] = Rows(reached[body.outputs[i]], jnp.moveaxis(y, 0, 1))
+        passed[order] = [rows.get(i) for i in step.active_outputs]
+    return Tangents(*passed)
+
+
+def _entered(
+    variables: Sequence[Variable], rows: Sequence[Rows | None]
+) -> dict[Variable, Rows]:
+    pairs = zip(variables, rows, strict=True)
+    return {v: x for v, x in pairs if x is not None}
+
+
+def _reached(
+    program: Program, subsets: dict[Variable, tuple[int, ...]]
+) -> dict[Variable, tuple[int, ...]]:
+    """The subsets that move each variable, from those that move the inputs."""
+    reached = dict(subsets)
+    for step in program.steps:
+        if not step.active_outputs:
+            continue
+        read = [reached.get(step.inputs[i], ()) for i in step.active_inputs]
+        if step.loop:
+            inputs = step.loop.body.inputs[len(step.loop.closed) :]
+            inside = {inputs[i]: x for i, x in zip(step.active_inputs, read) if x}
+            inside = _reached_in_loop(step.loop, inside)
+            results = [step.loop.body.outputs[i] for i in step.active_outputs]
+            found = [inside.get(v, ()) for v in results]
+        else:
+            found = [union(*read)] * len(step.active_outputs)
+        written = [step.outputs[i] for i in step.active_outputs]
+        pairs = zip(written, found, strict=True)
+        reached.update((v, x) for v, x in pairs if x)
+    return reached
+
+
+def _reached_in_loop(
+    loop: Loop, subsets: dict[Variable, tuple[int, ...]]
+) -> dict[Variable, tuple[int, ...]]:
+    """The same inside of a loop, over all of its iterations."""
+    inputs = loop.body.inputs[len(loop.closed) :]
+    _, carry, _ = loop.split(inputs)
+    results = loop.body.outputs[: loop.num_carry]
+    while True:
+        reached = _reached(loop.body, subsets)
+        grown = dict(subsets)
+        for v, w in zip(carry, results, strict=True):
+            # A result may be a literal, which nothing reaches and nothing hashes.
+            found = reached.get(w, ()) if isinstance(w, Variable) else ()
+            grown[v] = union(subsets.get(v, ()), found)
+        if grown == subsets:
+            return reached
+        subsets = grown

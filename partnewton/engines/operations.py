@@ -1,0 +1,153 @@
+"""What is known of operations, by name.
+
+These tables only make the adjoint engine faster. An operation that is in none of them
+is a local function like any other, differentiated by jax itself.
+"""
+
+from collections.abc import Collection, Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.extend.core import primitives
+
+from partnewton.engines import versions
+
+__all__ = [
+    "has_custom_vjp",
+    "is_affine",
+    "is_cheap",
+    "is_elementwise",
+    "is_linear",
+    "is_piecewise_linear",
+    "moves",
+]
+
+_ALL = range(1000)
+
+# Linear in these operands together.
+LINEAR: dict[str, Collection[int]] = {
+    **dict.fromkeys(
+        """add add_any all_gather all_gather_invariant all_to_all broadcast_in_dim
+        complex concatenate conj convert_element_type copy copy_p cumsum fft imag
+        mesh_cast name neg optimization_barrier pad pbroadcast pcast ppermute psum
+        psum_invariant psum_scatter pvary real reduce_precision reduce_scatter
+        reduce_sum reduce_window_sum reshape reshard rev select_n sharding_constraint
+        slice split squeeze sub transpose""".split(),
+        _ALL,
+    ),
+    "div": (0,),
+    "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1),
+    "gather": (0,),
+    "scatter-add": (0, 2),
+    "triangular_solve": (1,),
+}
+
+# Linear in either operand, as long as the other one stands still.
+PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "mul"])
+
+# Linear almost everywhere, if they are about real numbers.
+PIECEWISE_LINEAR = frozenset(
+    """abs clamp cummax cummin max min reduce_max reduce_min reduce_window_max
+    reduce_window_min rem scatter select_and_gather_add select_and_scatter_add sort
+    top_k""".split()
+)
+
+# Constant almost everywhere, if they are about real numbers.
+PIECEWISE_CONSTANT = frozenset(["ceil", "floor", "round", "sign"])
+
+ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div eq erf
+    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p
+    logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
+    rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+)
+
+# What a run of cheap operations may contain besides: a softmax, a normalisation.
+_REDUCING_AND_SPREADING = frozenset(
+    """broadcast_in_dim reduce_and reduce_max reduce_min reduce_or reduce_prod
+    reduce_sum reshape squeeze""".split()
+)
+
+
+def moves(equation: versions.Equation) -> bool:
+    """Whether results differ at all when operands move a little."""
+    name = equation.primitive.name
+    return name != "stop_gradient" and not (
+        name in PIECEWISE_CONSTANT and _is_real(equation)
+    )
+
+
+def is_linear(equation: versions.Equation, active: Collection[int]) -> bool:
+    """Whether an operation is linear in the operands at the places `active`."""
+    name = equation.primitive.name
+    if name in PRODUCTS:
+        return len(active) <= 1
+    return set(active) <= set(LINEAR.get(name, ()))
+
+
+def is_affine(equation: versions.Equation, active: Collection[int]) -> bool:
+    """Whether an operation that is linear may have a constant term besides: ``x + 1``.
+
+    It has one where such operands stand still, or where a gather fills in.
+    """
+    name = equation.primitive.name
+    return (
+        name == "gather"
+        or name not in PRODUCTS
+        and any(
+            n in LINEAR[name] and n not in active
+            for n, atom in enumerate(equation.invars)
+            if jnp.issubdtype(atom.aval.dtype, np.inexact)
+        )
+    )
+
+
+def is_piecewise_linear(equation: versions.Equation) -> bool:
+    """Whether an operation is linear in all operands, almost everywhere."""
+    return equation.primitive.name in PIECEWISE_LINEAR and _is_real(equation)
+
+
+def is_elementwise(equation: versions.Equation) -> bool:
+    """Whether each entry of the result depends on the same entry of the operands."""
+    return _consists_of(ELEMENTWISE, equation)
+
+
+def is_cheap(equation: versions.Equation) -> bool:
+    """Whether an operation costs no more than to read its operands."""
+    return _consists_of(ELEMENTWISE | _REDUCING_AND_SPREADING, equation)
+
+
+def has_custom_vjp(equations: Iterable[versions.Equation]) -> bool:
+    """Whether jax cannot differentiate some equations forwards."""
+    for equation in equations:
+        if equation.primitive is primitives.custom_vjp_call_p:
+            return True
+        if equation.primitive is not primitives.custom_jvp_call_p and any(
+            has_custom_vjp(versions.open_jaxpr(inner).eqns)
+            for inner in core.jaxprs_in_params(equation.params)
+        ):
+            return True
+    return False
+
+
+def _consists_of(names: Collection[str], equation: versions.Equation) -> bool:
+    if equation.effects:
+        return False
+    if equation.primitive is primitives.custom_jvp_call_p:
+        inside = equation.params["call_jaxpr"]
+    else:
+        inside = versions.inlined(equation)
+    if inside is None:
+        return equation.primitive.name in names
+    equations = versions.open_jaxpr(inside).eqns
+    return all(_consists_of(names, inner) for inner in equations)
+
+
+def _is_real(equation: versions.Equation) -> bool:
+    return not any(
+        jnp.issubdtype(atom.aval.dtype, np.complexfloating)
+        for atom in (*equation.invars, *equation.outvars)
+    )

@@ -1,0 +1,689 @@
+"""A loss as a sequence of steps: what the adjoint engine goes through, three times.
+
+The jaxpr of the loss is flattened, and its equations are gathered into steps. Most
+steps are one operation. A run of cheap operations that is not linear, such as a gelu, a
+softmax or a normalisation, is one step: one local function with one Gram product at its
+inputs. A `scan` is a step with a program of its own.
+"""
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, gensym, primitives
+
+from partnewton.engines import operations, versions
+from partnewton.engines.versions import Equation, Jaxpr, Variable
+
+__all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
+
+# The kinds of steps whose second derivatives vanish.
+_STRAIGHT = ("affine", "inert", "linear", "max_pool", "piecewise_linear")
+
+Taps = dict[int, Any]  # step number -> a list of arrays, or the taps of a loop
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A function between some variables.
+
+    Attributes:
+      kind: which rule of :mod:`partnewton.engines.rules` passes on its tangents, or
+        "inert", where there is nothing to be passed on.
+      equations: what it consists of.
+      inputs: the variables that it reads, each once.
+      outputs: the variables that it writes and others read.
+      active_inputs: the places of the inputs that move with the parameters.
+      active_outputs: the places of the outputs that do, and that the loss depends on.
+      loop: what is inside of a `scan`.
+    """
+
+    kind: str
+    equations: tuple[Equation, ...]
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+    active_inputs: tuple[int, ...] = ()
+    active_outputs: tuple[int, ...] = ()
+    loop: "Loop | None" = None
+
+    @functools.cached_property
+    def function(self) -> Callable[..., list[jax.Array]]:
+        """From the values of all inputs to those of all outputs."""
+        return versions.function_of(self.equations, self.inputs, self.outputs)
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether it adds to the derivatives of second order."""
+        return self.kind not in _STRAIGHT
+
+    def active_function(self, inputs: Sequence[jax.Array]) -> Callable:
+        """From the active inputs to the active outputs, with all else as it is."""
+
+        def function(*active: jax.Array) -> list[jax.Array]:
+            everything = list(inputs)
+            for place, x in zip(self.active_inputs, active, strict=True):
+                everything[place] = x
+            outputs = self.function(*everything)
+            return [outputs[place] for place in self.active_outputs]
+
+        return function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """A `scan`: its body as a program from (closed, constants, carry, x) to (carry, y).
+
+    Attributes:
+      body: the program of one iteration.
+      closed: the values of constants that the body has closed over.
+      length, reverse, unroll: as for :func:`jax.lax.scan`.
+      num_constants: how many inputs are the same in each iteration.
+      num_carry: how many are carried from one to the next.
+    """
+
+    body: "Program"
+    closed: tuple[Any, ...]
+    length: int
+    reverse: bool
+    unroll: int
+    num_constants: int
+    num_carry: int
+
+    def split(self, inputs: Sequence[Any]) -> tuple[list, list, list]:
+        """The constants, the carry and the xs among some inputs."""
+        c, n = self.num_constants, self.num_constants + self.num_carry
+        return list(inputs[:c]), list(inputs[c:n]), list(inputs[n:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The values that the steps of a program have met.
+
+    Attributes:
+      values: of the inputs of all steps through which tangents pass.
+      loops: for each loop among the steps the record of its body, with an axis for the
+        iterations in front of every array.
+    """
+
+    values: dict[Variable, jax.Array]
+    loops: dict[int, "Record"]
+
+
+jax.tree_util.register_pytree_node(
+    Record,
+    lambda record: ((list(record.values.values()), record.loops), tuple(record.values)),
+    lambda variables, children: Record(
+        dict(zip(variables, children[0], strict=True)), children[1]
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A sequence of steps.
+
+    Attributes:
+      inputs: the variables that it starts from.
+      outputs: what it results in, variables or literals.
+      steps: in an order in which they can be executed.
+      fixed: the inputs that are the same each time, for the body of a loop.
+    """
+
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Any, ...]
+    steps: tuple[Step, ...]
+    fixed: tuple[Variable, ...]
+
+    @functools.cached_property
+    def recorded(self) -> tuple[Variable, ...]:
+        """The variables whose values a record holds."""
+        steps = [step for step in self.steps if step.active_outputs]
+        read = (v for step in steps for v in step.inputs if _is_variable(v))
+        return tuple(v for v in dict.fromkeys(read) if v not in self._invariant)
+
+    @functools.cached_property
+    def _invariant(self) -> frozenset[Variable]:
+        """The variables that depend on fixed inputs alone: they need no record."""
+        invariant = set(self.fixed)
+        for step in self._invariant_steps:
+            invariant.update(step.outputs)
+        return frozenset(invariant)
+
+    @functools.cached_property
+    def _invariant_steps(self) -> tuple[Step, ...]:
+        invariant, steps = set(self.fixed), []
+        for step in self.steps:
+            known = all(v in invariant for v in step.inputs if _is_variable(v))
+            effects = any(equation.effects for equation in step.equations)
+            if self.fixed and known and not effects and not step.loop:
+                invariant.update(step.outputs)
+                steps.append(step)
+        return tuple(steps)
+
+    def moving(self) -> Record:
+        """What of a record moves with the parameters, as a record of booleans."""
+        active = {step.inputs[i] for step in self.steps for i in step.active_inputs}
+        loops = {n: step.loop.body for n, step in enumerate(self.steps) if step.loop}
+        return Record(
+            {v: v in active for v in self.recorded},
+            {n: body.moving() for n, body in loops.items()},
+        )
+
+    def invariants(self, fixed: Sequence[jax.Array]) -> dict[Variable, jax.Array]:
+        """The values of all variables that depend on the fixed inputs alone."""
+        values = dict(zip(self.fixed, fixed, strict=True))
+        for step in self._invariant_steps:
+            results = step.function(*values_of(step.inputs, values))
+            values.update(zip(step.outputs, results, strict=True))
+        return values
+
+    def taps(self, leading: tuple[int, ...] = ()) -> Taps:
+        """Zeros to be added to what the curved steps result in.
+
+        The derivatives of the loss with respect to these are the adjoints.
+        """
+        taps: Taps = {}
+        for n, step in enumerate(self.steps):
+            if step.loop:
+                taps[n] = step.loop.body.taps((*leading, step.loop.length))
+            elif step.is_curved:
+                outputs = [step.outputs[i] for i in step.active_outputs]
+                taps[n] = [versions.zeros(v, leading) for v in outputs]
+        return taps
+
+    def run(
+        self, inputs: Sequence[jax.Array], taps: Taps
+    ) -> tuple[list[jax.Array], Record]:
+        """Executes the steps.
+
+        Args:
+          inputs: the values to start from.
+          taps: as from :meth:`taps`.
+
+        Returns:
+          The outputs, and what was recorded.
+        """
+        values = dict(zip(self.inputs, inputs, strict=True))
+        loops = {}
+        for n, step in enumerate(self.steps):
+            read = values_of(step.inputs, values)
+            if step.loop:
+                results, loops[n] = _run_loop(step.loop, read, taps[n])
+            else:
+                results = step.function(*read)
+            if step.is_curved and not step.loop:
+                for place, tap in zip(step.active_outputs, taps[n], strict=True):
+                    results[place] = results[place] + tap
+            values.update(zip(step.outputs, results, strict=True))
+        outputs = values_of(self.outputs, values)
+        return outputs, Record({v: values[v] for v in self.recorded}, loops)
+
+
+def values_of(atoms: Sequence[Any], values: dict[Variable, Any]) -> list[Any]:
+    """The values of some variables and literals."""
+    return [values[atom] if _is_variable(atom) else atom.val for atom in atoms]
+
+
+def _run_loop(
+    loop: Loop, read: list[jax.Array], taps: Taps
+) -> tuple[list[jax.Array], Record]:
+    constants, carry, xs = loop.split(read)
+
+    def body(carry: list, scanned: tuple) -> tuple:
+        x, taps = scanned
+        outputs, record = loop.body.run([*loop.closed, *constants, *carry, *x], taps)
+        return outputs[: loop.num_carry], (outputs[loop.num_carry :], record)
+
+    carry, (ys, record) = jax.lax.scan(
+        body,
+        carry,
+        (xs, taps),
+        length=loop.length,
+        reverse=loop.reverse,
+        unroll=loop.unroll,
+    )
+    return [*carry, *ys], record
+
+
+# --- From a jaxpr to a program -------------------------------------------------------
+
+
+def program_of(jaxpr: Any) -> tuple[Program, list[jax.Array]]:
+    """The program of a loss, whose value is the first output of its closed jaxpr.
+
+    All inputs of the jaxpr move.
+
+    Returns:
+      A program whose inputs are some constants and the inputs, and the values of these
+      constants.
+    """
+    flat = _flattened(jaxpr)
+    needed = [n == 0 for n in range(len(flat.outputs))]
+    return _program(flat, flat.inputs, needed), list(flat.constants.values())
+
+
+def varies(jaxpr: Any) -> bool:
+    """Whether the results of a closed jaxpr move with its inputs, almost everywhere."""
+    flat = _flattened(jaxpr)
+    return not _active(flat, flat.inputs).isdisjoint(filter(_is_variable, flat.outputs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Flat:
+    """A jaxpr with all calls of other jaxprs written out.
+
+    Attributes:
+      constants: the variables that stand for constants, and their values.
+      inputs: the variables of the inputs.
+      equations: what is between them and the outputs.
+      outputs: variables or literals.
+      bodies: the flat bodies of the equations that are a `scan`, by place.
+    """
+
+    constants: dict[Variable, Any]
+    inputs: list[Variable]
+    equations: list[Equation]
+    outputs: list[Any]
+    bodies: dict[int, "_Flat"]
+
+
+def _flattened(closed: Any) -> _Flat:
+    fresh = gensym()
+    jaxpr = versions.open_jaxpr(closed)
+    flat = _Flat({}, list(jaxpr.invars), [], [], {})
+
+    def write_out(jaxpr: Jaxpr, constants: Sequence[Any], names: dict) -> list[Any]:
+        for v, value in zip(jaxpr.constvars, constants, strict=True):
+            names[v] = fresh(v.aval)
+            flat.constants[names[v]] = value
+
+        def renamed(atom: Any) -> Any:
+            return names[atom] if _is_variable(atom) else atom
+
+        for equation in jaxpr.eqns:
+            inputs = [renamed(atom) for atom in equation.invars]
+            called = versions.inlined(equation)
+            if called is None:
+                outputs = [fresh(v.aval) for v in equation.outvars]
+                if _is_scan(equation):
+                    body = _flattened(equation.params["jaxpr"])
+                    flat.bodies[len(flat.equations)] = body
+                flat.equations.append(equation.replace(invars=inputs, outvars=outputs))
+            else:
+                inner = versions.open_jaxpr(called)
+                inner_names = dict(zip(inner.invars, inputs, strict=True))
+                outputs = write_out(inner, versions.constants_of(called), inner_names)
+            names.update(zip(equation.outvars, outputs, strict=True))
+        return [renamed(atom) for atom in jaxpr.outvars]
+
+    names = {v: v for v in jaxpr.invars}
+    flat.outputs.extend(write_out(jaxpr, versions.constants_of(closed), names))
+    return flat
+
+
+def _program(
+    flat: _Flat,
+    moving: Collection[Variable],
+    needed: Sequence[bool],
+    num_fixed: int | None = None,
+) -> Program:
+    """Gathers the equations of a flat jaxpr into steps.
+
+    Args:
+      flat: the jaxpr.
+      moving: the inputs that move with the parameters.
+      needed: for each output whether the loss depends on it.
+      num_fixed: for the body of a loop, how many inputs do not change; else None.
+    """
+    active = _active(flat, moving)
+    pairs = zip(flat.outputs, needed, strict=True)
+    wanted = {v for v, flag in pairs if flag and _is_variable(v)}
+    relevant = _needed(flat.equations, wanted & active, active)
+    groups = _groups(flat.equations, moving, wanted, active)
+    groups = _ordered(groups, flat.equations)
+    outputs = {v for v in flat.outputs if _is_variable(v)}
+    readers: dict[Variable, set[int]] = {v: {-1} for v in outputs}
+    for n, group in enumerate(groups):
+        for i in group:
+            for v in _operands(flat.equations[i]):
+                readers.setdefault(v, set()).add(n)
+    steps = []
+    for n, group in enumerate(groups):
+        equations = tuple(flat.equations[i] for i in group)
+        read = _read(equations)
+        written = [
+            v for e in equations for v in e.outvars if readers.get(v, set()) - {n}
+        ]
+        active_inputs = [i for i, v in enumerate(read) if v in active]
+        active_outputs = [i for i, v in enumerate(written) if v in relevant]
+        if not active_inputs or not active_outputs:
+            steps.append(Step("inert", equations, tuple(read), tuple(written)))
+            continue
+        if _is_scan(equations[0]):
+            # Inputs may repeat and outputs may be of no use, but all have their places.
+            (i,) = group
+            steps.append(_loop_step(equations[0], flat.bodies[i], active, relevant))
+            continue
+        kind = _kind(equations, [read[i] for i in active_inputs], active)
+        steps.append(
+            Step(
+                kind,
+                equations,
+                tuple(read),
+                tuple(written),
+                tuple(active_inputs),
+                tuple(active_outputs),
+            )
+        )
+    inputs = (*flat.constants, *flat.inputs)
+    fixed = inputs[: len(flat.constants) + num_fixed] if num_fixed is not None else ()
+    return Program(inputs, tuple(flat.outputs), tuple(steps), fixed)
+
+
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, Literal)
+
+
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
+
+
+def _is_scan(equation: Equation) -> bool:
+    return equation.primitive is primitives.scan_p
+
+
+def _operands(equation: Equation) -> list[Variable]:
+    return [atom for atom in equation.invars if _is_variable(atom)]
+
+
+def _read(equations: Sequence[Equation]) -> list[Variable]:
+    """What some equations read and do not write themselves, each once."""
+    written = {v for equation in equations for v in equation.outvars}
+    read = dict.fromkeys(v for equation in equations for v in _operands(equation))
+    return [v for v in read if v not in written]
+
+
+# What moves, and what matters.
+
+
+def _active(flat: _Flat, moving: Iterable[Variable]) -> set[Variable]:
+    """The variables whose derivative along the parameters may differ from zero."""
+    active = {v for v in moving if _is_inexact(v)}
+    for i, equation in enumerate(flat.equations):
+        operands = [v for v in _operands(equation) if v in active]
+        if not operands or not operations.moves(equation):
+            continue
+        if i in flat.bodies:
+            flags = [_is_variable(v) and v in active for v in equation.invars]
+            _, flags = _active_in_loop(equation, flat.bodies[i], flags)
+        else:
+            flags = [True] * len(equation.outvars)
+        pairs = zip(equation.outvars, flags, strict=True)
+        active.update(v for v, flag in pairs if flag and _is_inexact(v))
+    return active
+
+
+def _active_in_loop(
+    equation: Equation, body: _Flat, flags: Sequence[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs of the body of a `scan` are active, in any iteration."""
+    num_constants, num_carry = _arity(equation)
+    flags = list(flags)
+    while True:
+        pairs = zip(body.inputs, flags, strict=True)
+        active = _active(body, [v for v, flag in pairs if flag])
+        outputs = [_is_variable(v) and v in active for v in body.outputs]
+        carried = flags[num_constants : num_constants + num_carry]
+        grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
+        if grown == carried:
+            return flags, outputs
+        flags[num_constants : num_constants + num_carry] = grown
+
+
+def _arity(equation: Equation) -> tuple[int, int]:
+    """How many constants and how many carried values a `scan` has.
+
+    What is scanned over has one axis more outside of the body than inside.
+    """
+    body = versions.open_jaxpr(equation.params["jaxpr"])
+    num_xs = sum(
+        outer.aval.ndim > inner.aval.ndim
+        for outer, inner in zip(equation.invars, body.invars, strict=True)
+    )
+    num_carry = sum(
+        outer.aval.ndim == inner.aval.ndim
+        for outer, inner in zip(equation.outvars, body.outvars, strict=True)
+    )
+    return len(body.invars) - num_xs - num_carry, num_carry
+
+
+def _needed(
+    equations: Sequence[Equation],
+    wanted: Iterable[Variable],
+    among: Collection[Variable] | None,
+) -> set[Variable]:
+    """The variables that some others depend on, by way of variables in `among`."""
+    needed = {v for v in wanted if _is_variable(v)}
+    for equation in reversed(equations):
+        if any(v in needed for v in equation.outvars):
+            operands = _operands(equation)
+            needed.update(v for v in operands if among is None or v in among)
+    return needed
+
+
+# Which equations make one step.
+
+
+def _groups(
+    equations: Sequence[Equation],
+    moving: Collection[Variable],
+    wanted: Collection[Variable],
+    active: Collection[Variable],
+) -> list[list[int]]:
+    """The equations in groups, by their places.
+
+    Cheap equations that read from each other are one group, as long as it is convex:
+    no way leads out of it and in again. So only equations of one depth are grouped,
+    where the depth of a variable is the number of other operations on the way to it.
+    What does not move with the parameters is in nobody's way.
+    """
+    used = _needed(equations, wanted, None)
+    depth = dict.fromkeys(moving, 0)  # of all that depends on the parameters
+    writer: dict[Variable, int] = {}  # the cheap equation that writes a variable
+    joined = list(range(len(equations)))  # a forest: each place points to its group
+
+    def root(i: int) -> int:
+        while joined[i] != i:
+            joined[i] = joined[joined[i]]
+            i = joined[i]
+        return i
+
+    for i, equation in enumerate(equations):
+        operands = [v for v in _operands(equation) if v in depth]
+        if not operands:
+            continue
+        at = max(depth[v] for v in operands)
+        if operations.is_cheap(equation) and used.intersection(equation.outvars):
+            for v in operands:
+                if v in writer and depth[v] == at:
+                    joined[root(writer[v])] = root(i)
+            writer.update(dict.fromkeys(equation.outvars, i))
+        else:
+            at += 1
+        depth.update(dict.fromkeys(equation.outvars, at))
+
+    members: dict[int, list[int]] = {}
+    for i in range(len(equations)):
+        members.setdefault(root(i), []).append(i)
+    groups = []
+    for group in members.values():
+        groups.extend(_trimmed(group, equations, active) if group[1:] else [group])
+    return groups
+
+
+def _trimmed(
+    group: list[int], equations: Sequence[Equation], active: Collection[Variable]
+) -> list[list[int]]:
+    """A group without what is linear at its ends, each of which becomes its own.
+
+    What is left is in connected parts, with as few inputs as possible.
+    """
+    rest = set(group)
+    written = {v: i for i in group for v in equations[i].outvars}
+    readers: dict[Variable, set[int]] = {}
+    for i in group:
+        for v in _operands(equations[i]):
+            readers.setdefault(v, set()).add(i)
+    sources = {
+        i: {written[v] for v in _operands(equations[i]) if v in written} for i in group
+    }
+    followers = {
+        i: set().union(*(readers.get(v, ()) for v in equations[i].outvars))
+        for i in group
+    }
+
+    def comes_off(i: int) -> bool:
+        equation = equations[i]
+        if not active.intersection(equation.outvars):  # a mask, for example
+            return not sources[i] & rest or not followers[i] & rest
+        places = [
+            n for n, v in enumerate(equation.invars) if _is_variable(v) and v in active
+        ]
+        operands = [equation.invars[n] for n in places]
+        outside = [v for v in operands if written.get(v) not in rest]
+        if any(readers[v] & rest - {i} for v in outside):
+            return False  # an operand more would remain than now
+        linear = operations.is_linear(equation, places)
+        if not sources[i] & rest:
+            return linear
+        # A product with what is not in the group has a rule of its own.
+        is_product = equation.primitive.name in operations.PRODUCTS
+        linear = linear or (is_product and len(outside) == 1)
+        return linear and not followers[i] & rest
+
+    before = None
+    while rest != before:
+        before = set(rest)
+        for i in sorted(rest):
+            if comes_off(i):
+                rest.remove(i)
+
+    parts, seen = [[i] for i in group if i not in rest], set()
+    for i in sorted(rest):
+        part, front = [], [i]
+        while front:
+            j = front.pop()
+            if j not in seen:
+                seen.add(j)
+                part.append(j)
+                front.extend((followers[j] | sources[j]) & rest)
+        if part:
+            parts.append(sorted(part))
+    return parts
+
+
+def _ordered(
+    groups: Sequence[list[int]], equations: Sequence[Equation]
+) -> list[list[int]]:
+    """The groups in an order in which they can be executed, as near to the old one."""
+    writer = {
+        v: n for n, g in enumerate(groups) for i in g for v in equations[i].outvars
+    }
+    waits_for: list[set[int]] = []
+    for n, group in enumerate(groups):
+        operands = {v for i in group for v in _operands(equations[i])}
+        waits_for.append({writer[v] for v in operands if v in writer} - {n})
+    waiting: dict[int, list[int]] = {}
+    for n, others in enumerate(waits_for):
+        for other in others:
+            waiting.setdefault(other, []).append(n)
+    left = [len(others) for others in waits_for]
+    ready = [(groups[n][-1], n) for n, count in enumerate(left) if count == 0]
+    heapq.heapify(ready)
+    ordered = []
+    while ready:
+        _, n = heapq.heappop(ready)
+        ordered.append(groups[n])
+        for other in waiting.get(n, ()):
+            left[other] -= 1
+            if left[other] == 0:
+                heapq.heappush(ready, (groups[other][-1], other))
+    return ordered
+
+
+# What a step is.
+
+
+def _kind(
+    equations: Sequence[Equation],
+    active_inputs: Sequence[Variable],
+    active: Collection[Variable],
+) -> str:
+    """The rule for some equations that are one step."""
+    if len(equations) == 1:
+        (equation,) = equations
+        name = equation.primitive.name
+        places = [
+            n for n, v in enumerate(equation.invars) if _is_variable(v) and v in active
+        ]
+        if operations.is_linear(equation, places):
+            affine = operations.is_affine(equation, places)
+            return "affine" if affine else "linear"
+        if name in operations.PRODUCTS and len(active_inputs) == 2:
+            return "product"
+        if name == "reduce_window_max":
+            return "max_pool"
+        if operations.is_piecewise_linear(equation):
+            return "piecewise_linear"
+    written = [v for e in equations for v in e.outvars if v in active]
+    avals = [v.aval for v in (*active_inputs, *written)]
+    if (
+        len(active_inputs) == 1
+        and all(operations.is_elementwise(e) for e in equations)
+        and all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+        and len({aval.shape for aval in avals}) == 1
+    ):
+        return "elementwise"
+    return "local"
+
+
+def _loop_step(
+    equation: Equation,
+    flat: _Flat,
+    active: Collection[Variable],
+    relevant: Collection[Variable],
+) -> Step:
+    """A `scan` as a step; its inputs and outputs have the places of the equation's."""
+    num_constants, num_carry = _arity(equation)
+    flags = [_is_variable(v) and v in active for v in equation.invars]
+    flags, outputs = _active_in_loop(equation, flat, flags)
+    needed = [
+        active_output and (n < num_carry or v in relevant)
+        for n, (v, active_output) in enumerate(
+            zip(equation.outvars, outputs, strict=True)
+        )
+    ]
+    moving = [v for v, flag in zip(flat.inputs, flags, strict=True) if flag]
+    loop = Loop(
+        body=_program(flat, moving, needed, num_constants),
+        closed=tuple(flat.constants.values()),
+        length=equation.params["length"],
+        reverse=equation.params["reverse"],
+        unroll=equation.params["unroll"],
+        num_constants=num_constants,
+        num_carry=num_carry,
+    )
+    return Step(
+        "loop",
+        (equation,),
+        tuple(equation.invars),
+        tuple(equation.outvars),
+        tuple(n for n, flag in enumerate(flags) if flag),
+        tuple(n for n, flag in enumerate(needed) if flag),
+        loop,
+    )

@@ -1,0 +1,139 @@
+"""Tangents that are sparse over subsets: a row for each subset that moves a value.
+
+When subset s moves along its part of the direction, the derivative of an intermediate
+value is one row. Which subsets a value depends on is known at trace time, so a value
+carries the rows of these and no others: a weight has one row, its own, and a layer near
+the input has few.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Rows", "add", "apply", "expanded", "map_rows", "runs", "taken", "union"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The tangents of one value.
+
+    Attributes:
+      subsets: the numbers of the subsets that move the value, ascending.
+      values: a row for each of them, (len(subsets), *shape of the value).
+    """
+
+    subsets: tuple[int, ...]
+    values: jax.Array
+
+
+jax.tree_util.register_pytree_node(
+    Rows, lambda rows: ((rows.values,), rows.subsets), lambda x, y: Rows(x, *y)
+)
+
+
+def union(*subsets: Sequence[int]) -> tuple[int, ...]:
+    """All of the subsets, ascending."""
+    return tuple(sorted(set().union(*subsets)))
+
+
+def taken(rows: Rows, subsets: Sequence[int]) -> jax.Array:
+    """The values of some of the rows."""
+    if tuple(subsets) == rows.subsets:
+        return rows.values
+    places = [rows.subsets.index(s) for s in subsets]
+    first, count = places[0], len(places)
+    if places == list(range(first, first + count)):
+        return jax.lax.slice_in_dim(rows.values, first, first + count)
+    return rows.values[np.array(places)]
+
+
+def expanded(rows: Rows | None, subsets: Sequence[int], like: jax.Array) -> jax.Array:
+    """The values of all `subsets`: zeros, of the type of `like`, where there is no row.
+
+    Raises:
+      ValueError: a row would be lost.
+    """
+    if rows is None:
+        return _zero_rows(like, len(subsets))
+    if not set(rows.subsets) <= set(subsets):
+        raise ValueError(f"rows of {rows.subsets} do not fit into {subsets}")
+    parts = []
+    for run, members in runs([rows], subsets):
+        parts.append(taken(rows, run) if members else _zero_rows(like, len(run)))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _zero_rows(like: jax.Array, count: int) -> jax.Array:
+    return jnp.stack([jnp.zeros_like(like)] * count)
+
+
+def runs(
+    operands: Sequence[Rows | None], subsets: Sequence[int] | None = None
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The subsets in runs that the same operands have, with the places of these.
+
+    A row needs no more work than its operands ask for, and a run of rows is worked on
+    at once.
+    """
+    of = [set(x.subsets) if x is not None else set() for x in operands]
+    subsets = union(*of) if subsets is None else subsets
+    run: list[int] = []
+    members: tuple[int, ...] = ()
+    for s in subsets:
+        having = tuple(i for i, x in enumerate(of) if s in x)
+        if run and having != members:
+            yield tuple(run), members
+            run = []
+        run.append(s)
+        members = having
+    if run:
+        yield tuple(run), members
+
+
+def map_rows(
+    function_of: Callable[[tuple[int, ...]], Callable],
+    operands: Sequence[Rows | None],
+) -> list[Rows] | None:
+    """A linear function of several tangents on all of their rows.
+
+    Args:
+      function_of: from the places of some operands to the function of these alone, as
+        if all others were zero; it returns a list of arrays.
+      operands: the rows of each operand, or None.
+
+    Returns:
+      The rows of each result, or None if no operand has any.
+    """
+    subsets: list[int] = []
+    parts: list[list[jax.Array]] = []
+    for run, members in runs(operands):
+        columns = [taken(operands[i], run) for i in members]
+        parts.append(apply(function_of(members), *columns))
+        subsets.extend(run)
+    if not parts:
+        return None
+    columns = [x[0] if len(x) == 1 else jnp.concatenate(x) for x in zip(*parts)]
+    return [Rows(tuple(subsets), x) for x in columns]
+
+
+def apply(function: Callable, *columns: jax.Array) -> list[jax.Array]:
+    """The function on each row of some columns."""
+    if len(columns[0]) == 1:  # no need of a batching rule
+        return [y[None] for y in function(*(x[0] for x in columns))]
+    return list(jax.vmap(lambda *x: tuple(function(*x)))(*columns))
+
+
+def add(*terms: Rows | None) -> Rows | None:
+    """The sum of some tangents of one and the same value."""
+
+    def sum_of(members: tuple[int, ...]) -> Callable:
+        return lambda *x: [sum(x[1:], start=x[0])]
+
+    terms = tuple(x for x in terms if x is not None)
+    if len(terms) < 2:
+        return terms[0] if terms else None
+    result = map_rows(sum_of, terms)
+    return result[0] if result else None

@@ -1,0 +1,480 @@
+"""How tangents pass a step, and what the step adds to the derivatives of the loss.
+
+Write z = f(x) for a step, xdot_s for the tangent of its input when subset s moves,
+xddot_s for the second derivative of its input along s, and lambda for the adjoint of
+its output, dL/dz. A rule returns
+
+    zdot_s  = Df[xdot_s]
+    zddot_s = D2f[xdot_s, xdot_s] + Df[xddot_s]
+
+and adds to the sums over all steps
+
+    hessian_st += lambda . D2f[xdot_s, xdot_t]
+    third_s    += lambda . (D3f[xdot_s, xdot_s, xdot_s] + 3 D2f[xdot_s, xddot_s]).
+
+`local` does so for any function, by way of jax; all other rules are there for speed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines import operations, versions
+from partnewton.engines.program import Step, varies
+from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
+
+__all__ = ["RULES", "Sums", "Tangents"]
+
+
+class Tangents(NamedTuple):
+    """The tangents of some values, first and second order, or None where there are none.
+
+    Attributes:
+      first: xdot of each.
+      second: xddot of each; all None where no third order is asked for.
+    """
+
+    first: Sequence[Rows | None]
+    second: Sequence[Rows | None]
+
+
+class Sums:
+    """The sums over all steps, S x S and S.
+
+    Attributes:
+      size: S.
+      dtype: of the sums.
+      third_order: whether the sums of third order are asked for.
+    """
+
+    def __init__(self, size: int, dtype: np.dtype, third_order: bool):
+        self.size = size
+        self.dtype = dtype
+        self.third_order = third_order
+        self._blocks: dict[tuple, jax.Array] = {}
+        self._thirds: dict[tuple, jax.Array] = {}
+
+    def add_hessian(self, left: Rows, right: Rows, factor: float = 1.0) -> None:
+        """Adds the inner products of some rows, whose symmetric part will count."""
+        block = factor * self._everywhere(gram(left.values, right.values))
+        _accumulate(self._blocks, (left.subsets, right.subsets), block)
+
+    def add_third(self, subsets: tuple[int, ...], values: jax.Array) -> None:
+        """Adds a number to each of some subsets."""
+        _accumulate(self._thirds, subsets, self._everywhere(values))
+
+    def add_totals(self, hessian: jax.Array, third: jax.Array) -> None:
+        """Adds sums over all subsets, from the inside of a loop."""
+        everyone = tuple(range(self.size))
+        _accumulate(self._blocks, (everyone, everyone), hessian)
+        _accumulate(self._thirds, everyone, third)
+
+    def placed(self, rows: Rows) -> jax.Array:
+        """Rows of scalars as an array (S,)."""
+        return self._placed(rows.values.real.astype(self.dtype), rows.subsets)
+
+    def totals(self) -> tuple[jax.Array, jax.Array]:
+        """The hessian (S, S), symmetric to the last bit, and third (S,)."""
+        hessian = jnp.zeros((self.size, self.size), self.dtype)
+        for (rows, columns), block in self._blocks.items():
+            hessian = hessian + self._placed(self._placed(block, rows).T, columns).T
+        third = jnp.zeros(self.size, self.dtype)
+        for rows, values in self._thirds.items():
+            third = third + self._placed(values, rows)
+        return 0.5 * (hessian + hessian.T), third
+
+    def _placed(self, values: jax.Array, subsets: tuple[int, ...]) -> jax.Array:
+        """The rows of `values` at their places among all S, zeros elsewhere."""
+        if len(subsets) == self.size:
+            return values
+        first, last = subsets[0], subsets[-1]
+        if last - first == len(subsets) - 1:
+            widths = [(first, self.size - 1 - last)] + [(0, 0)] * (values.ndim - 1)
+            return jnp.pad(values, widths)
+        zeros = jnp.zeros((self.size, *values.shape[1:]), self.dtype)
+        return zeros.at[np.array(subsets)].set(values)
+
+    def _everywhere(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices of a `shard_map`, as far as they have their own."""
+        axes = versions.varying_axes(x)
+        return (jax.lax.psum(x, axes) if axes else x).astype(self.dtype)
+
+
+def _accumulate(sums: dict[tuple, jax.Array], key: tuple, x: jax.Array) -> None:
+    sums[key] = sums[key] + x if key in sums else x
+
+
+def gram(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The inner products of rows, (r, *shape) x (c, *shape) -> (r, c), in real numbers.
+
+    Tangents pair with adjoints without conjugation, as in jax's transposition.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    axes = tuple(range(1, a.ndim))
+    kwargs = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": dtype}
+    a, b = a.astype(dtype), b.astype(dtype)
+    if versions.is_explicit(a) or versions.is_explicit(b):
+        kwargs["out_sharding"] = jax.P(None, None)
+    else:
+        # One contracted axis: with more, some backends take a much slower way.
+        a, b, axes = a.reshape(len(a), -1), b.reshape(len(b), -1), (1,)
+    return jax.lax.dot_general(a, b, ((axes, axes), ((), ())), **kwargs).real
+
+
+def dots(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The inner products of rows with rows of the same place, (r, *shape) -> (r,)."""
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    axes = tuple(range(1, a.ndim))
+    return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=axes).real
+
+
+Rule = Callable[
+    [Step, Sequence[jax.Array], Sequence[jax.Array], Tangents, Sums], Tangents
+]
+
+
+# --- Linear operations -----------------------------------------------------------
+
+
+def linear(
+    step: Step,
+    inputs: Sequence[jax.Array],
+    adjoints: Sequence[jax.Array],
+    tangents: Tangents,
+    sums: Sums,
+) -> Tangents:
+    """z = A x: zdot = A xdot, and nothing is added."""
+    del adjoints, sums
+    function = step.active_function(inputs)
+    active = [inputs[i] for i in step.active_inputs]
+
+    def of_members(members: tuple[int, ...]) -> Callable:
+        def of(*tangents: jax.Array) -> list[jax.Array]:
+            everything = [jnp.zeros_like(x) for x in active]
+            for i, x in zip(members, tangents, strict=True):
+                everything[i] = x
+            return function(*everything)
+
+        return of
+
+    return _each_order(step, lambda rows: map_rows(of_members, rows), tangents)
+
+
+def piecewise_linear(
+    step: Step,
+    inputs: Sequence[jax.Array],
+    adjoints: Sequence[jax.Array],
+    tangents: Tangents,
+    sums: Sums,
+) -> Tangents:
+    """z = f(x) with f linear around x: zdot = Df xdot, and nothing is added."""
+    del adjoints, sums
+    return _each_order(step, lambda rows: _pushed(step, inputs, rows), tangents)
+
+
+def _each_order(
+    step: Step, push: Callable[[Sequence], list[Rows] | None], tangents: Tangents
+) -> Tangents:
+    nothing = [None] * len(step.active_outputs)
+    return Tangents(push(tangents.first) or nothing, push(tangents.second) or nothing)
+
+
+def _pushed(
+    step: Step, inputs: Sequence[jax.Array], rows: Sequence[Rows | None]
+) -> list[Rows] | None:
+    """Df applied to all rows."""
+
+    def of_members(members: tuple[int, ...]) -> Callable:
+        function, active = _restricted(step, inputs, members)
+        return _pushforward(step, function, active)
+
+    return map_rows(of_members, rows)
+
+
+def _restricted(
+    step: Step, inputs: Sequence[jax.Array], members: Sequence[int]
+) -> tuple[Callable, list[jax.Array]]:
+    """The step as a function of some of its active inputs, and their values."""
+    function = step.active_function(inputs)
+    active = [inputs[i] for i in step.active_inputs]
+
+    def restricted(*some: jax.Array) -> list[jax.Array]:
+        everything = list(active)
+        for i, x in zip(members, some, strict=True):
+            everything[i] = x
+        return function(*everything)
+
+    return restricted, [active[i] for i in members]
+
+
+# --- Products --------------------------------------------------------------------
+
+
+def product(
+    step: Step,
+    inputs: Sequence[jax.Array],
+    adjoints: Sequence[jax.Array],
+    tangents: Tangents,
+    sums: Sums,
+) -> Tangents:
+    """z = B(a, b), bilinear: all that is not linear is the cross term.
+
+    zdot = B(adot, b) + B(a, bdot);  zddot = B(addot, b) + 2 B(adot, bdot) + B(a, bddot)
+    hessian_st += lambda . (B(adot_s, bdot_t) + B(adot_t, bdot_s))
+    third_s    += 3 lambda . (B(addot_s, bdot_s) + B(adot_s, bddot_s))
+    """
+    function = step.active_function(inputs)
+    at = [inputs[i] for i in step.active_inputs]
+    (adjoint,) = adjoints
+
+    def with_fixed(members: tuple[int, ...]) -> Callable:
+        """B(adot, b), B(a, bdot) or the sum of both."""
+
+        def of(*tangents: jax.Array) -> list[jax.Array]:
+            terms = []
+            for i, x in zip(members, tangents, strict=True):
+                operands = [x, at[1]] if i == 0 else [at[0], x]
+                terms.append(function(*operands)[0])
+            return [sum(terms[1:], start=terms[0])]
+
+        return of
+
+    def pulled(rows: Rows, i: int) -> Rows:
+        """B(., bdot)' lambda for the rows of bdot, or B(adot, .)' lambda."""
+        other = 1 - i
+
+        def pull(x: jax.Array) -> list[jax.Array]:
+            def of_other(y: jax.Array) -> jax.Array:
+                return function(*([x, y] if i == 0 else [y, x]))[0]
+
+            return jax.linear_transpose(of_other, at[other])(adjoint)
+
+        return Rows(rows.subsets, apply(pull, rows.values)[0])
+
+    def crossed(x: Rows, y: Rows) -> Rows | None:
+        """B(x_s, y_s) on the subsets of both."""
+        common = tuple(s for s in x.subsets if s in y.subsets)
+        if not common:
+            return None
+        values = apply(function, taken(x, common), taken(y, common))
+        return Rows(common, values[0])
+
+    def add_third(rows: Rows | None) -> None:
+        if rows is not None:
+            weights = jnp.broadcast_to(adjoint, rows.values.shape)
+            sums.add_third(rows.subsets, 3 * dots(rows.values, weights))
+
+    (a, b), (aa, bb) = tangents
+    first = map_rows(with_fixed, [a, b])
+    cross = None
+    if a is not None and b is not None:
+        # The symmetric part counts, hence the factor 2. The side with fewer rows, a
+        # weight as a rule, meets the adjoint.
+        if len(b.subsets) <= len(a.subsets):
+            sums.add_hessian(pulled(b, 1), a, 2.0)
+        else:
+            sums.add_hessian(pulled(a, 0), b, 2.0)
+        if sums.third_order:
+            cross = crossed(a, b)
+    second = map_rows(with_fixed, [aa, bb])
+    if cross is not None:
+        doubled = Rows(cross.subsets, 2 * cross.values)
+        second = [add(second[0] if second else None, doubled)]
+    if aa is not None and b is not None:
+        add_third(crossed(aa, b))
+    if a is not None and bb is not None:
+        add_third(crossed(a, bb))
+    return Tangents(first or [None], second or [None])
+
+
+# --- Elementwise functions ---------------------------------------------------------
+
+
+def elementwise(
+    step: Step,
+    inputs: Sequence[jax.Array],
+    adjoints: Sequence[jax.Array],
+    tangents: Tangents,
+    sums: Sums,
+) -> Tangents:
+    """z = f(x) entry by entry, f a run of operations with one input: three weights.
+
+    zdot = f' xdot;  zddot = f'' xdot^2 + f' xddot
+    hessian_st += sum(lambda f'' xdot_s xdot_t)
+    third_s    += sum(lambda f''' xdot_s^3 + 3 lambda f'' xdot_s xddot_s)
+    """
+    (x,) = (inputs[i] for i in step.active_inputs)
+    (first,), (second,) = tangents
+    if first is None:
+        return Tangents(*[[None] * len(step.active_outputs)] * 2)
+    f1, f2, f3 = _derivatives(
+        step.active_function(inputs), x, order=3 if sums.third_order else 2
+    )
+    v = first.values
+    outputs = [Rows(first.subsets, f * v) for f in f1]
+    bends: list[Rows | None] = [None] * len(outputs)
+    if f2 is not None:
+        curvature = sum(a * f for a, f in zip(adjoints, f2, strict=True))
+        weighted = Rows(first.subsets, curvature * v)
+        sums.add_hessian(weighted, first)
+    if sums.third_order:
+        if f2 is not None:
+            bends = [Rows(first.subsets, f * v * v) for f in f2]
+        if second is not None:
+            bends = [
+                add(bend, Rows(second.subsets, f * second.values))
+                for f, bend in zip(f1, bends, strict=True)
+            ]
+        if f3 is not None:
+            bend = sum(a * f for a, f in zip(adjoints, f3, strict=True))
+            sums.add_third(first.subsets, dots(bend * v * v, v))
+        if f2 is not None and second is not None:
+            some = second.subsets
+            weighted = taken(weighted, some)
+            sums.add_third(some, 3 * dots(weighted, second.values))
+    return Tangents(outputs, bends)
+
+
+def _derivatives(
+    function: Callable, x: jax.Array, order: int
+) -> list[list[jax.Array] | None]:
+    """f', f'' and f''' of an elementwise function at x; None for what vanishes."""
+    found: list[list[jax.Array] | None] = []
+    for _ in range(order):
+        function, jaxpr = versions.traced(_derivative(function), x)
+        found.append(function(x))
+        if not varies(jaxpr):
+            break
+    return found + [None] * (3 - len(found))
+
+
+def _derivative(function: Callable) -> Callable:
+    return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
+
+
+# --- Any function ------------------------------------------------------------------
+
+
+def local(
+    step: Step,
+    inputs: Sequence[jax.Array],
+    adjoints: Sequence[jax.Array],
+    tangents: Tangents,
+    sums: Sums,
+) -> Tangents:
+    """z = f(x1, x2, ...) for any f that jax can differentiate.
+
+    With F(x) = lambda . f(x), hessian_st += <xdot_s, D2F xdot_t>, from the derivative of
+    the gradient of F along each tangent.
+    """
+    nothing = [None] * len(step.active_outputs)
+    if all(rows is None for rows in tangents.first):
+        return Tangents(nothing, nothing)
+    active = [inputs[i] for i in step.active_inputs]
+
+    def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
+        _, pull = jax.vjp(lambda *x: step.active_function(inputs)(*x), *x)
+        return pull(list(adjoints))
+
+    first = map_rows(
+        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
+        tangents.first,
+    )
+    second = map_rows(
+        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
+        tangents.second,
+    )
+    bends: list[list[Rows]] = []
+    for subsets, members in runs(tangents.first):
+        columns = [taken(tangents.first[i], subsets) for i in members]
+
+        def of_members(*some: jax.Array, members: tuple = members) -> tuple:
+            everything = list(active)
+            for i, x in zip(members, some, strict=True):
+                everything[i] = x
+            return gradient(*everything)
+
+        _, turn = jax.linearize(of_members, *[active[i] for i in members])
+        turned = apply(turn, *columns)
+        for rows, w in zip(tangents.first, turned, strict=True):
+            if rows is not None:
+                sums.add_hessian(Rows(subsets, w), rows)
+        if not sums.third_order:
+            continue
+        for rows, w in zip(tangents.second, turned, strict=True):
+            common = [s for s in subsets if rows is not None and s in rows.subsets]
+            if common:
+                w, v = taken(Rows(subsets, w), common), taken(rows, common)
+                sums.add_third(tuple(common), 3 * dots(w, v))
+        function, at = _restricted(step, inputs, members)
+        curve = _curve(step, function, at)
+        second_derivatives, third_derivatives = _split(apply(curve, *columns))
+        bends.append([Rows(subsets, x) for x in second_derivatives])
+        sums.add_third(
+            subsets,
+            sum(
+                dots(x, jnp.broadcast_to(a, x.shape))
+                for a, x in zip(adjoints, third_derivatives, strict=True)
+            ),
+        )
+    columns = [list(column) for column in zip(*bends, strict=True)]
+    if second is not None:
+        columns = columns or [[] for _ in second]
+        for column, rows in zip(columns, second, strict=True):
+            column.append(rows)
+    return Tangents(first or nothing, [add(*x) for x in columns] or nothing)
+
+
+def _split(derivatives: list[jax.Array]) -> tuple[list, list]:
+    half = len(derivatives) // 2
+    return derivatives[:half], derivatives[half:]
+
+
+def _pushforward(
+    step: Step, function: Callable, at: Sequence[jax.Array]
+) -> Callable[..., list[jax.Array]]:
+    """v -> Df(at)[v].
+
+    A `custom_vjp` cannot be differentiated forwards. Its own rule v' -> v' Df is linear
+    in v', and the transpose of that is Df.
+    """
+    if not operations.has_custom_vjp(step.equations):
+        return jax.linearize(function, *at)[1]
+    outputs, pull = jax.vjp(function, *at)
+    push = jax.linear_transpose(lambda *cotangents: pull(list(cotangents)), *outputs)
+    return lambda *tangents: list(push(tuple(tangents)))
+
+
+def _curve(step: Step, function: Callable, at: Sequence[jax.Array]) -> Callable:
+    """v -> (D2f(at)[v, v], ..., D3f(at)[v, v, v], ...), all outputs in a row."""
+
+    def along(f: Callable, v: Sequence[jax.Array]) -> Callable:
+        return lambda *x: jax.jvp(f, x, v)
+
+    def curve(*v: jax.Array) -> list[jax.Array]:
+        def d1(*x: jax.Array) -> list[jax.Array]:
+            if operations.has_custom_vjp(step.equations):
+                return _pushforward(step, function, x)(*v)
+            return jax.jvp(function, x, v)[1]
+
+        def d2(*x: jax.Array) -> list[jax.Array]:
+            return along(d1, v)(*x)[1]
+
+        second, third = along(d2, v)(*at)
+        return [*second, *third]
+
+    return curve
+
+
+RULES: dict[str, Rule] = {
+    "affine": piecewise_linear,
+    "elementwise": elementwise,
+    "linear": linear,
+    "local": local,
+    "max_pool": piecewise_linear,
+    "piecewise_linear": piecewise_linear,
+    "product": product,
+}

@@ -1,0 +1,102 @@
+"""What differs between the versions of jax, and what its public names leave out.
+
+Everything else in the engines is written against jaxprs as `jax.extend.core` shows
+them. Up to jax 0.10 a closed jaxpr is an object around an open one; from 0.11 on there
+is one kind, with its constants inside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
+from jax.sharding import PartitionSpec
+
+__all__ = [
+    "Equation",
+    "Jaxpr",
+    "Variable",
+    "constants_of",
+    "function_of",
+    "inlined",
+    "is_explicit",
+    "open_jaxpr",
+    "traced",
+    "varying_axes",
+    "zeros",
+]
+
+Equation = core.JaxprEqn
+Variable = core.Var
+Jaxpr = core.Jaxpr
+
+
+def traced(fun: Callable, *args: Any) -> tuple[Callable, Any]:
+    """`fun` as it was traced once, a function to a list, and its closed jaxpr."""
+    closed = jax.make_jaxpr(fun)(*args)
+    return core.jaxpr_as_fun(closed), closed
+
+
+def open_jaxpr(jaxpr: Any) -> Jaxpr:
+    """The jaxpr that has `constvars`, whether closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def constants_of(jaxpr: Any) -> list[Any]:
+    """The values of its `constvars`; none for an open jaxpr."""
+    return list(getattr(jaxpr, "consts", None) or ())
+
+
+def function_of(
+    equations: Sequence[Equation],
+    inputs: Sequence[Variable],
+    outputs: Sequence[Variable],
+) -> Callable[..., list[jax.Array]]:
+    """The equations as a function; it may be differentiated and batched.
+
+    Rules of the equations' own, `custom_jvp` and `custom_vjp`, stay in force.
+    """
+    effects = frozenset().union(*(equation.effects for equation in equations))
+    jaxpr = core.Jaxpr((), tuple(inputs), tuple(outputs), list(equations), effects)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+
+def inlined(equation: Equation) -> Any | None:
+    """The jaxpr that stands behind an equation which only calls it, or None."""
+    if equation.primitive in (primitives.jit_p, primitives.remat_p):
+        return equation.params["jaxpr"]
+    if equation.primitive is primitives.closed_call_p:
+        return equation.params["call_jaxpr"]
+    return None
+
+
+def varying_axes(x: jax.Array | Variable) -> tuple[str, ...]:
+    """The mesh axes of a `shard_map` along which an array differs from device to device.
+
+    None outside of `shard_map`, and inside of one with ``check_vma=False``.
+    """
+    aval = x.aval if isinstance(x, Variable) else jax.typeof(x)
+    # `vma` up to jax 0.10.0, and `mat.varying` since.
+    axes = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    return tuple(sorted(axes))
+
+
+def is_explicit(x: jax.Array | Variable) -> bool:
+    """Whether an array is sharded over explicit axes of a mesh: part of its type."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return any(axis is not None for axis in sharding.spec)
+
+
+def zeros(variable: Variable, leading: tuple[int, ...]) -> jax.Array:
+    """Zeros of the type of a variable, with more axes in front."""
+    aval = variable.aval
+    shape = leading + aval.shape
+    spec = PartitionSpec(*(None,) * len(leading), *aval.sharding.spec)
+    if any(axis is not None for axis in spec):
+        result = jnp.zeros(shape, aval.dtype, out_sharding=spec)
+    else:
+        result = jnp.zeros(shape, aval.dtype)
+    axes = varying_axes(variable)
+    return jax.lax.pcast(result, axes, to="varying") if axes else result
