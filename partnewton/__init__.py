@@ -2,6 +2,7 @@
 
 from partnewton import partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
+from partnewton.metrics import metrics
 from partnewton.partitions import subset_names
 from partnewton.summary import Summary, derivative_tensors, summarize
 from partnewton.transform import (
@@ -20,6 +21,7 @@ __all__ = [
     "Summary",
     "derivative_tensors",
     "learning_rates",
+    "metrics",
     "partition_newton",
     "partitions",
     "rules",
