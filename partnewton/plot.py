@@ -193,6 +193,8 @@ def learning_rates(
         ax.plot(steps, smooth, linewidth=1.9, label=label, **style)
         seen = np.append(seen, values[~np.isnan(values)])
     _scale(ax, seen)
+    if ax.get_yscale() == "symlog" and seen.min() >= 0:
+        ax.set_ylim(bottom=-0.3 * ax.yaxis.get_transform().linthresh)
     ax.set_title("Learning rate of each subset")
     ax.set_xlabel("step")
     _tidy(ax)
