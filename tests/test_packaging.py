@@ -29,7 +29,7 @@ TRAIN = """
 import jax, jax.numpy as jnp, optax, partnewton
 loss = lambda params: (1 - params["x"]) ** 2 + 2 * (params["y"] + 3) ** 2
 params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
-tx = partnewton.partition_newton(1.0)
+tx = optax.chain(partnewton.scale_by_partition_newton(), optax.scale(-1.0))
 updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
 assert abs(optax.apply_updates(params, updates)["x"] - 1) < 1e-5
 """

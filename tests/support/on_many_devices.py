@@ -64,12 +64,15 @@ def network_loss(params, x, y, layout="replicated", explicit=False):
 
 def make_optimizer(engine):
     # The rates of the second step are those of the first, the third has its own.
-    return pn.partition_newton(
-        0.5,
-        rule=pn.rules.cubic(1.0),
-        update_interval=2,
-        average=pn.averaging.exponential(0.5),
-        engine=engine,
+    return optax.chain(
+        optax.ema(0.9),
+        pn.scale_by_partition_newton(
+            pn.rules.cubic(1.0),
+            update_interval=2,
+            average=pn.averaging.exponential(0.5),
+            engine=engine,
+        ),
+        optax.scale_by_learning_rate(0.5),
     )
 
 
@@ -182,7 +185,7 @@ def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
         return jax.tree.map(lambda w: np.arange(w.shape[-1]) % 2, params)
 
     mesh = make_mesh(axis_type)
-    tx = pn.partition_newton(
+    tx = pn.scale_by_partition_newton(
         engine=engine,
         param_labels=halves if inside_leaves else pn.partitions.per_tensor,
     )
