@@ -2,6 +2,7 @@
 
 from partnewton import averaging, directions, partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
+from partnewton.metrics import metrics
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
 from partnewton.summary import Summary, derivative_tensors, summarize
@@ -22,6 +23,7 @@ __all__ = [
     "derivative_tensors",
     "directions",
     "learning_rates",
+    "metrics",
     "paper_newton",
     "partition_newton",
     "partitions",

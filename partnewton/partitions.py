@@ -327,7 +327,7 @@ class Partition:
     def part(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
         """The leaves on subset `s`, zero elsewhere; `s` may be traced."""
         return [
-            jnp.where(label == s, x, jnp.zeros_like(x))
+            jnp.where(sharded_like(x, label == s), x, jnp.zeros_like(x))
             for x, label in zip(leaves, self.labels, strict=True)
         ]
 
@@ -340,7 +340,7 @@ class Partition:
             product = x.astype(self.dtype) * y.astype(self.dtype)
             if isinstance(label, np.ndarray):
                 slots = np.where(label == FROZEN, self.size, label)
-                result = result.at[slots].add(product, mode="drop")
+                result = _add_at(result, slots, product)
             elif label != FROZEN:
                 whole_sums.append(jnp.sum(product))
                 whole_labels.append(label)
@@ -352,6 +352,27 @@ class Partition:
         """`values` (S,) at the entries of each leaf: () or the leaf's shape."""
         padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1: the last
         return [padded[label] for label in self.labels]
+
+
+def sharded_like(x: jax.Array, array: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """An array of the shape of `x`, or a scalar, sharded as `x` under explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if np.ndim(array) == 0 or not sharding.mesh.explicit_axes:
+        return array
+    return jax.sharding.reshard(array, sharding.spec)
+
+
+def _add_at(sums: jax.Array, slots: np.ndarray, terms: jax.Array) -> jax.Array:
+    """Adds each term to the sum in its slot; a slot behind the last drops it."""
+
+    def add(sums: jax.Array, terms: jax.Array) -> jax.Array:
+        return sums.at[slots].add(terms, mode="drop")
+
+    if jax.typeof(terms).sharding.mesh.explicit_axes:
+        # A scatter has no rule for sharded terms under explicit axes: let XLA do it.
+        replicated = jax.sharding.PartitionSpec(None)
+        add = jax.sharding.auto_axes(add, out_sharding=replicated)
+    return add(sums, terms)
 
 
 def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:

@@ -5,6 +5,7 @@ and returns them: plain matplotlib, so pictures compose. The state of pyplot is 
 needed nor touched; ``ax.figure`` shows itself in a notebook and has ``savefig``.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,14 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["correlation", "hessian", "learning_rates", "losses"]
+__all__ = [
+    "correlation",
+    "hessian",
+    "layer_groups",
+    "learning_rates",
+    "losses",
+    "predicted_vs_actual",
+]
 
 BLANK = "0.88"  # the grey of entries that have no correlation
 MOST_NUMBERS = 10  # with more subsets than that, cells are too small for a number
@@ -54,11 +62,43 @@ def correlation(hessian: np.typing.ArrayLike) -> np.ndarray:
     return H / scale[:, None] / scale
 
 
+def layer_groups(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Which neighbours in a list of subsets belong together, by what their names share.
+
+    A group is a run of names with the same first parts, "blocks/0" for example. Of all
+    the numbers of parts, that one is taken which makes the number of groups most like
+    the square root of that of names, so that a picture has few groups of a few each.
+
+    Args:
+      names: subset names, parts joined by "/".
+
+    Returns:
+      ``[(what the names of a group share, how many they are), ...]``, or an empty list
+      if that would be one group, or a group for each name.
+
+    Example:
+      >>> layer_groups(["conv/kernel", "conv/bias", "dense/kernel", "dense/bias"])
+      [('conv', 2), ('dense', 2)]
+      >>> layer_groups(["kernel", "bias"])
+      []
+    """
+    parts = [name.split("/") for name in names]
+    found: list[list[tuple[str, int]]] = []
+    for depth in range(1, max(map(len, parts), default=0)):
+        # The last part of a name is its own, "kernel": never that of a group.
+        shared = ["/".join(x[: max(1, min(depth, len(x) - 1))]) for x in parts]
+        runs = [(key, len(list(run))) for key, run in itertools.groupby(shared)]
+        if 1 < len(runs) < len(names):
+            found.append(runs)
+    return min(found, key=lambda x: abs(np.log(len(x) ** 2 / len(names))), default=[])
+
+
 def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Axes":
     """Draws a partition Hessian as a heat map of its :func:`correlation`.
 
     Red pairs of subsets compete: a step in one takes away from what a step in the other
-    gains. Blue pairs help each other. Subsets without curvature are left blank.
+    gains. Blue pairs help each other. Subsets without curvature are left blank. Lines
+    stand between the :func:`layer_groups`.
 
     Args:
       summary: a :class:`~partnewton.Summary`, or anything with a `hessian` (S, S).
@@ -95,6 +135,7 @@ def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Ax
         interpolation="nearest",
     )
     _name_ticks(ax, names)
+    _mark_groups(ax, layer_groups(names))
     if S <= MOST_NUMBERS:
         _write_numbers(ax, values)
     ax.set_title("Partition Hessian, as a correlation")
@@ -115,7 +156,8 @@ def learning_rates(
 
     The bold lines are running medians, the thin ones the rates themselves. Where some
     rates are zero, as negative ones become when they are clipped, or negative, the axis
-    is linear between its smallest powers of ten.
+    is linear between its smallest powers of ten. Where there are many subsets, those of
+    one of the :func:`layer_groups` share a colour.
 
     Args:
       history: ``(steps, {name: values})``, all of one length.
@@ -138,7 +180,8 @@ def learning_rates(
     ax = _axes(ax, (7.0, 4.5))
     seen = np.zeros(0)
     window = max(1, len(steps) // 8)
-    for (name, values), style in zip(rates.items(), _styles(len(rates)), strict=True):
+    legend, styles = _legend_of(list(rates))
+    for (name, values), label, style in zip(rates.items(), legend, styles, strict=True):
         values = np.asarray(values, np.float64)
         if values.shape != steps.shape:
             raise ValueError(
@@ -147,13 +190,65 @@ def learning_rates(
         values = np.where(np.isfinite(values), values, np.nan)
         ax.plot(steps, values, linewidth=0.6, alpha=0.25, **style)
         smooth = _running_median(values, window)
-        ax.plot(steps, smooth, linewidth=1.9, label=name, **style)
+        ax.plot(steps, smooth, linewidth=1.9, label=label, **style)
         seen = np.append(seen, values[~np.isnan(values)])
-    _scale_rates(ax, seen)
+    _scale(ax, seen)
+    if ax.get_yscale() == "symlog" and seen.min() >= 0:
+        ax.set_ylim(bottom=-0.3 * ax.yaxis.get_transform().linthresh)
     ax.set_title("Learning rate of each subset")
     ax.set_xlabel("step")
     _tidy(ax)
     _legend(ax, len(rates))
+    return ax
+
+
+def predicted_vs_actual(
+    history: tuple[np.typing.ArrayLike, np.typing.ArrayLike, np.typing.ArrayLike],
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws the decrease of the loss at each step over the one that was predicted.
+
+    A point on the diagonal kept its promise, one below it did less, and one below the
+    line at zero went uphill. Early steps are dark, late ones bright.
+
+    Args:
+      history: ``(steps, predicted, actual)``, three sequences of one length; a decrease
+        is positive where the loss falls. Points that are not finite are left out.
+      ax: where to draw; by default on new axes.
+
+    Returns:
+      The axes, with the axes of the colour bar in the figure.
+
+    Raises:
+      ValueError: the sequences differ in length.
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> ax = predicted_vs_actual(([0, 1, 2], [0.4, 0.2, 0.1], [0.35, 0.1, -0.02]))
+      >>> ax.get_ylabel()
+      'actual decrease'
+    """
+    steps, x, y = (np.asarray(column, np.float64) for column in history)
+    if not steps.shape == x.shape == y.shape or steps.ndim != 1:
+        raise ValueError(
+            f"history: {steps.size} steps, {x.size} predicted and {y.size} actual "
+            "decreases; they must be equally many."
+        )
+    ax = _axes(ax, (5.5, 4.5))
+    shown = np.isfinite(x) & np.isfinite(y)
+    steps, x, y = steps[shown], x[shown], y[shown]
+    points = ax.scatter(x, y, c=steps, cmap="viridis", s=14, linewidths=0, alpha=0.8)
+    _scale(ax, np.append(x, y), axes="xy")  # one scale: the diagonal is straight
+    ends = [x.min(), x.max()] if x.size else []
+    ax.plot(ends, ends, color="0.4", linewidth=1, label="as predicted")
+    ax.set_title("Decrease of the loss, predicted and actual")
+    ax.set_xlabel("predicted decrease")
+    ax.set_ylabel("actual decrease")
+    _tidy(ax)
+    ax.legend(fontsize="small", frameon=False, loc="upper left")
+    bar = ax.figure.colorbar(points, ax=ax, label="step", pad=0.03)
+    bar.solids.set_alpha(1)
+    bar.outline.set_visible(False)
     return ax
 
 
@@ -221,25 +316,60 @@ def _tidy(ax: "Axes") -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(ax: "Axes", count: int) -> None:
-    columns = 1 + (count > 5) + (count > MOST_LINES)
-    size = "small" if count <= MOST_LINES else "xx-small"
-    ax.legend(fontsize=size, ncols=columns, frameon=False)
+def _legend(ax: "Axes", lines: int) -> None:
+    """A legend: inside, or beside many lines, in two columns at most."""
+    handles, labels = ax.get_legend_handles_labels()
+    if lines <= MOST_LINES:
+        ax.legend(fontsize="small", ncols=1 + (lines > 5), frameon=False)
+        return
+    rows = 72 * ax.get_position().height * ax.figure.get_figheight() / 9  # of 9 points
+    every = max(1, int(np.ceil(len(labels) / (2 * rows - 2))))
+    ax.legend(
+        handles[::every],
+        labels[::every],
+        title=f"one line in {every}" if every > 1 else None,
+        fontsize="x-small",
+        title_fontsize="x-small",
+        ncols=1 + (len(labels) > rows),
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0,
+        labelspacing=0.2,
+    )
 
 
-def _scale_rates(ax: "Axes", values: np.ndarray) -> None:
-    """A logarithmic axis, with room for zero and what is below it if that occurs."""
+def _scale(ax: "Axes", values: np.ndarray, axes: str = "y") -> None:
+    """Logarithmic axes, with room for zero and what is below it if that occurs."""
     sizes = np.abs(values[values != 0])
     if sizes.size == 0:
         return
-    if np.all(values > 0):
-        ax.set_yscale("log")
-        return
-    # The few smallest rates, or one of 1e-20, shall not take the room of the others.
-    smallest = max(np.quantile(sizes, 0.05), 1e-6 * sizes.max())
-    threshold = 10.0 ** np.floor(np.log10(smallest))
-    ax.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0.5)
+    scale: dict[str, Any] = {"value": "log"}
+    if np.any(values <= 0):
+        # The few smallest, or one of 1e-20, shall not take the room of the others.
+        smallest = max(np.quantile(sizes, 0.05), 1e-6 * sizes.max())
+        threshold = 10.0 ** np.floor(np.log10(smallest))
+        scale = {"value": "symlog", "linthresh": threshold, "linscale": 0.5}
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0.5)
+    for axis in axes:
+        {"x": ax.set_xscale, "y": ax.set_yscale}[axis](**scale)
+
+
+def _legend_of(names: Sequence[str]) -> tuple[list[str | None], list[dict[str, Any]]]:
+    """What each line is called in the legend, if at all, and how it is drawn.
+
+    Few lines have a colour and an entry each, many share those of their layer group.
+    """
+    groups = layer_groups(names)
+    if len(names) <= MOST_LINES or not groups:
+        return list(names), _styles(len(names))
+    labels = [
+        name if first else None
+        for name, count in groups
+        for first in [True] + [False] * (count - 1)
+    ]
+    shades = zip(groups, _styles(len(groups)), strict=True)
+    return labels, [style for (_, count), style in shades for _ in range(count)]
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
@@ -276,6 +406,13 @@ def _name_ticks(ax: "Axes", names: Sequence[str]) -> None:
     ax.set_yticks(places, shown, fontsize=size)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+def _mark_groups(ax: "Axes", groups: Sequence[tuple[str, int]]) -> None:
+    """A line between each group and the next."""
+    for end in np.cumsum([count for _, count in groups])[:-1]:
+        for line_at in (ax.axhline, ax.axvline):
+            line_at(end - 0.5, color="black", linewidth=0.8)
 
 
 def _write_numbers(ax: "Axes", values: np.ndarray) -> None:

@@ -135,7 +135,7 @@ def derivative_tensors(
       direction: the direction u.
       order: the highest order, at least 1; the loss must be differentiable so often.
       param_labels: the partition.
-      engine: "adjoint", "jvp_of_grad" or "auto", the first of them, which makes S passes
+      engine: "adjoint", "jvp_of_grad" or "auto", which is the first of them: S passes
         for the third order where the other makes S (S + 1) / 2. From the fourth order
         on the reference does the work in any case.
       batch_size: how many subsets, and how many passes, are processed at once.
@@ -197,6 +197,8 @@ class _Problem:
                 f"{type(value_fn).__name__}."
             )
         partition = partitions.partition_of(params, param_labels)
+        _check_equal_on_all_devices("params", params)
+        _check_equal_on_all_devices("direction", direction)
         directions = checked_direction(direction, params)
         everything, treedef = jax.tree.flatten(params)
         active = partition.active
@@ -248,6 +250,7 @@ def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
             f"{type(result).__name__}."
         )
     value, aux = result if has_aux else (result, None)
+    _check_equal_on_all_devices("value_fn", value)
     if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
         raise TypeError(
             f"value_fn must return a scalar loss, got a {type(value).__name__}; say "
@@ -264,6 +267,45 @@ def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
             f"{jnp.result_type(value)}."
         )
     return jnp.asarray(value), aux
+
+
+def _check_equal_on_all_devices(name: str, tree: PyTree) -> None:
+    """Inside `shard_map`, whether each device sees the same whole.
+
+    There each device runs a program of its own. If jax does not keep track of what
+    differs between them (``check_vma=False``, `pmap`), the derivative of a mean over
+    devices is that of one device alone, and nothing but wrong numbers tells so.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    for axis in mesh.manual_axes:
+        if mesh.shape[axis] == 1:
+            continue
+        if axis not in _varying(jax.lax.axis_index(axis)):
+            raise ValueError(
+                "value_fn: inside pmap, or shard_map with check_vma=False, derivatives "
+                "of a mean over devices are silently wrong; use shard_map with "
+                "check_vma=True, or jit with sharded arguments."
+            )
+        for leaf in jax.tree.leaves(tree):
+            if axis in _varying(leaf):
+                raise ValueError(
+                    f"{name}: inside shard_map, {_DIFFERS[name].format(axis=axis)}"
+                )
+
+
+_DIFFERS = {
+    "value_fn": "the loss differs between the devices of the mesh axis {axis!r}; "
+    "return jax.lax.pmean(loss, {axis!r}).",
+    "direction": "it differs between the devices of the mesh axis {axis!r}; take the "
+    "gradient of jax.lax.pmean(loss, {axis!r}).",
+    "params": "each device of the mesh axis {axis!r} has parameters of its own; to "
+    "shard parameters, use jit with sharded arguments.",
+}
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes along which an array may differ."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _check_batch_size(batch_size: int | None) -> None:

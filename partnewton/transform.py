@@ -346,6 +346,8 @@ def _scaled(
         frozen = label == partitions.FROZEN
         if np.all(frozen):
             return jnp.zeros_like(leaf)
+        frozen = partitions.sharded_like(leaf, frozen)
+        rate = partitions.sharded_like(leaf, rate)
         return jnp.where(frozen, 0, rate * u).astype(jnp.result_type(leaf))
 
     updates_leaves, treedef = jax.tree.flatten(updates)

@@ -127,6 +127,38 @@ def test_names_are_in_the_picture_and_do_not_overlap(S):
     assert numbers == (S * S if S <= 10 else 0)
 
 
+def transformer_names(blocks):
+    parts = ["norm/scale", "attention/query/kernel", "attention/out/kernel", "mlp/bias"]
+    inside = [f"blocks/{i}/{part}" for i in range(blocks) for part in parts]
+    return ["embed/embedding", *inside, "head/kernel", "head/bias"]
+
+
+def test_layer_groups_are_runs_of_names_that_share_their_first_parts():
+    expected = [("embed", 1), *((f"blocks/{i}", 4) for i in range(5)), ("head", 2)]
+    assert plot.layer_groups(transformer_names(5)) == expected
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["a"], ["a", "b"], ["a/kernel", "a/bias"], ["a/kernel", "b/kernel"]]
+)
+def test_one_group_or_one_for_each_name_is_no_grouping(names):
+    assert plot.layer_groups(names) == []
+
+
+def test_names_that_come_back_later_form_a_group_of_their_own():
+    names = ["a/x", "a/y", "b/x", "b/y", "a/z", "a/w"]
+    assert plot.layer_groups(names) == [("a", 2), ("b", 2), ("a", 2)]
+
+
+def test_heat_map_has_lines_between_layer_groups():
+    names = transformer_names(4)
+    ax = plot.hessian(summary_of(random_hessian(len(names))), names)
+    vertical = [line.get_xdata()[0] for line in ax.get_lines()[1::2]]
+    horizontal = [line.get_ydata()[0] for line in ax.get_lines()[0::2]]
+    assert vertical == horizontal == [0.5, 4.5, 8.5, 12.5, 16.5]
+    assert not plot.hessian(summary_of(np.eye(2)), names_of(2)).get_lines()
+
+
 def test_heat_map_wants_a_name_for_each_subset():
     with pytest.raises(ValueError, match="names: 3 names for 2 subsets"):
         plot.hessian(summary_of(np.eye(2)), names_of(3))
@@ -176,6 +208,61 @@ def test_many_learning_rates_are_drawn_in_shades():
     assert len({line.get_color() for line in ax.get_lines()}) == 60
 
 
+def test_many_learning_rates_in_layer_groups_share_colours_and_entries():
+    names = transformer_names(14)
+    ax = plot.learning_rates((range(3), {name: np.full(3, 0.1) for name in names}))
+    ax.figure.draw_without_rendering()
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["embed", *(f"blocks/{i}" for i in range(14)), "head"]
+    assert len({line.get_color() for line in ax.get_lines()}) == len(legend)
+    colours = [line.get_color() for line in ax.get_lines()[1::2]]
+    assert colours[1] == colours[2] == colours[3] == colours[4] != colours[5]
+
+
+@pytest.mark.parametrize("count", [11, 60, 200])
+def test_the_legend_of_many_lines_hides_none_of_them(count):
+    rates = {name: np.full(3, 0.1) for name in names_of(count)}
+    ax = plot.learning_rates((range(3), rates))
+    ax.figure.draw_without_rendering()
+    box, figure = ax.get_legend().get_window_extent(), ax.figure.bbox
+    assert box.x0 >= ax.get_window_extent().x1
+    assert box.y0 >= figure.y0 - 1
+    assert box.y1 <= figure.y1 + 1
+    assert box.x1 <= figure.x1 + 1
+
+
+def test_decreases_are_points_with_the_line_that_they_should_be_on():
+    predicted, actual = [0.4, np.nan, 0.2, 0.05], [0.3, 0.1, 0.1, 0.1]
+    ax = plot.predicted_vs_actual((range(4), predicted, actual))
+    (points,) = ax.collections
+    shown = [[0.4, 0.3], [0.2, 0.1], [0.05, 0.1]]
+    np.testing.assert_array_equal(points.get_offsets(), shown)
+    np.testing.assert_array_equal(points.get_array(), [0, 2, 3])
+    (diagonal,) = ax.get_lines()
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+def test_steps_that_went_uphill_have_a_place_too_and_the_diagonal_stays_straight():
+    ax = plot.predicted_vs_actual((range(3), [0.1, 0.2, 0.4], [-0.3, 0.1, 0.2]))
+    ax.figure.draw_without_rendering()
+    assert ax.get_xscale() == ax.get_yscale() == "symlog"
+    thresholds = {axis.get_transform().linthresh for axis in (ax.xaxis, ax.yaxis)}
+    assert len(thresholds) == 1
+    assert ax.get_ylim()[0] < -0.3
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [np.nan, np.inf]])
+def test_decreases_without_a_scale_are_no_error(values):
+    steps = range(len(values))
+    plot.predicted_vs_actual((steps, values, values)).figure.draw_without_rendering()
+
+
+def test_decreases_must_be_as_many_as_the_predictions():
+    with pytest.raises(ValueError, match="history: 3 steps, 3 predicted and 2 actual"):
+        plot.predicted_vs_actual((range(3), [1, 2, 3], [1, 2]))
+
+
 def test_learning_rates_want_a_value_for_each_step():
     with pytest.raises(ValueError, match="history: 'kernel' has 2 values for 3 steps"):
         plot.learning_rates((range(3), {"kernel": [0.1, 0.2]}))
@@ -197,6 +284,9 @@ def test_losses_draw_one_curve_each_and_leave_out_what_is_not_finite():
 PICTURES = {
     "hessian": lambda ax: plot.hessian(summary_of(np.eye(3)), names_of(3), ax),
     "learning_rates": lambda ax: plot.learning_rates((range(2), {"a": [1, 2]}), ax),
+    "predicted_vs_actual": lambda ax: plot.predicted_vs_actual(
+        (range(2), [0.2, 0.1], [0.1, 0.1]), ax
+    ),
     "losses": lambda ax: plot.losses({"adam": ([0, 1], [2.0, 1.0])}, ax),
 }
 
@@ -216,6 +306,7 @@ def test_pyplot_is_left_alone():
         "plot.hessian(types.SimpleNamespace(hessian=[[1.0]]), ['a'])\n"
         "plot.learning_rates(([0], {'a': [1.0]}))\n"
         "plot.losses({'a': ([0], [1.0])})\n"
+        "plot.predicted_vs_actual(([0], [1.0], [1.0]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,69 @@
+"""What to log of a training run: numbers under names, for any logger."""
+
+import jax
+import optax
+
+from partnewton.transform import ScaleByPartitionNewtonState, learning_rates
+
+__all__ = ["metrics"]
+
+
+def metrics(
+    state: optax.OptState, params: optax.Params | None = None
+) -> dict[str, jax.Array]:
+    """The state of the method as a flat dict of scalars, for any logger.
+
+    Every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState` stands under
+    its own name ("loss", "predicted_decrease", "status", "refused", ...), the learning
+    rate of a subset under "learning_rate/name" and its curvature <u_s, H u_s> under
+    "curvature/name".
+
+    Nothing here waits for the device. Called inside a jitted step, it adds some small
+    outputs to it; fetch them when you write them, every hundredth step for example:
+    ``jax.device_get(logged)`` gives numpy scalars that TensorBoard, Weights and Biases
+    and ``print`` take.
+
+    Args:
+      state: the state of an optimizer that contains one
+        :func:`~partnewton.scale_by_partition_newton`, in a chain or a wrapper.
+      params: not needed; accepted as by :func:`~partnewton.learning_rates`.
+
+    Returns:
+      Arrays of shape (), also under a trace.
+
+    Raises:
+      ValueError: `state` contains no such state, or several.
+
+    Example:
+      >>> import jax.numpy as jnp, partnewton
+      >>> tx = partnewton.scale_by_partition_newton()
+      >>> params = {"w": jnp.array(3.0)}
+      >>> loss = lambda params: params["w"] ** 2
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      >>> logged = jax.device_get(metrics(state, params))
+      >>> print(logged["loss"], logged["learning_rate/w"], logged["curvature/w"])
+      9.0 0.5 72.0
+    """
+    rates = learning_rates(state, params)
+    ours = _found(state)
+    scalars = {
+        name: x
+        for name, x in ours._asdict().items()
+        if isinstance(x, jax.Array) and x.ndim == 0
+    }
+    curvature = ours.hessian.diagonal()
+    return (
+        scalars
+        | {f"learning_rate/{name}": rate for name, rate in rates.items()}
+        | {f"curvature/{name}": curvature[s] for s, name in enumerate(rates)}
+    )
+
+
+def _found(state: optax.OptState) -> ScaleByPartitionNewtonState:
+    """The one state that :func:`learning_rates` has found in `state` too."""
+
+    def is_ours(node: object) -> bool:
+        return isinstance(node, ScaleByPartitionNewtonState)
+
+    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))

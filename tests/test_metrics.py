@@ -1,0 +1,76 @@
+"""Metrics: every number under its name, and no waiting for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import partnewton as pn
+
+PARAMS = {"layer": {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array(0.5)}}
+
+
+def loss(params, x):
+    layer = params["layer"]
+    return jnp.mean((x @ layer["kernel"] + layer["bias"]) ** 2 + layer["bias"] ** 4)
+
+
+X = jnp.array([[1.0, -1.0], [0.5, 2.0], [3.0, 1.0]])
+
+
+def step(tx, params, state):
+    grads = jax.grad(loss)(params, X)
+    updates, state = tx.update(grads, state, params, value_fn=loss, x=X)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.fixture
+def trained():
+    tx = optax.chain(optax.clip(1e6), pn.scale_by_partition_newton(), optax.scale(-1))
+    return step(tx, PARAMS, tx.init(PARAMS))
+
+
+def test_metrics_are_the_numbers_of_the_state(trained):
+    params, state = trained
+    ours, found = state[1], pn.metrics(state, params)
+    summary = pn.summarize(lambda p: loss(p, X), PARAMS, jax.grad(loss)(PARAMS, X))
+    names = pn.subset_names(params)
+    np.testing.assert_allclose(found["loss"], loss(PARAMS, X), rtol=1e-6)
+    assert found["predicted_decrease"] == ours.predicted_decrease
+    assert found["refused"] == 0
+    assert found["count"] == 1
+    for s, name in enumerate(names):
+        assert found[f"learning_rate/{name}"] == ours.learning_rates[s]
+        curvature = found[f"curvature/{name}"]
+        np.testing.assert_allclose(curvature, summary.hessian[s, s], rtol=1e-6)
+    assert {x.shape for x in found.values()} == {()}
+    assert len(found) >= 5 + 2 * len(names)
+
+
+def test_metrics_can_be_outputs_of_a_jitted_step(trained):
+    params, state = trained
+    tx = optax.chain(optax.clip(1e6), pn.scale_by_partition_newton(), optax.scale(-1))
+
+    @jax.jit
+    def logged_step(params, state):
+        params, state = step(tx, params, state)
+        return params, state, pn.metrics(state, params)
+
+    with jax.transfer_guard("disallow"):
+        _, after, found = logged_step(params, state)
+    outside = pn.metrics(after)
+    assert found.keys() == outside.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, outside)
+
+
+def test_metrics_become_plain_numbers_in_one_transfer(trained):
+    _, state = trained
+    plain = {name: x.item() for name, x in jax.device_get(pn.metrics(state)).items()}
+    assert all(isinstance(x, int | float) for x in plain.values())
+
+
+def test_a_state_without_the_method_has_no_metrics():
+    state = optax.adam(1e-3).init(PARAMS)
+    with pytest.raises(ValueError, match="exactly one ScaleByPartitionNewtonState"):
+        pn.metrics(state, PARAMS)
