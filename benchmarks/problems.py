@@ -1,8 +1,8 @@
 """Small problems to train on: data, a network, a loss and a metric.
 
 Nothing is fetched: data are drawn, or come with scikit-learn or with Python itself. The
-defaults of the library were chosen on both sets; `SECOND` was added to show what `FIRST`
-does not: sparse rows, badly scaled inputs, regressions with many frequencies.
+defaults of the library were chosen on both sets; `SECOND` was added to show what
+`FIRST` does not: sparse rows, badly scaled inputs, regressions with many frequencies.
 """
 
 import functools
