@@ -823,7 +823,7 @@ def test_learning_rates_are_found_in_wrappers():
     wrappers = {
         "chain": optax.chain(optax.clip(1e3), inner),
         "named_chain": optax.named_chain(("a", optax.identity()), ("b", inner)),
-        "inject": optax.inject_hyperparams(paper)(learning_rate=1.0),
+        "inject": optax.inject_hyperparams(pn.paper_newton)(learning_rate=1.0),
         "multi_steps": optax.MultiSteps(inner, 1),
         "apply_if_finite": optax.apply_if_finite(inner, 3),
         "partition": optax.partition({"all": inner}, "all"),
