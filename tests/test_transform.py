@@ -115,9 +115,9 @@ def test_the_alias_is_a_momentum_the_link_and_a_factor():
 
 def test_the_parameters_of_the_alias_are_those_of_the_link():
     link = inspect.signature(pn.scale_by_partition_newton).parameters
-    alias = inspect.signature(pn.partition_newton).parameters
-    assert set(alias) == {*link, "learning_rate", "momentum"}
-    for name in link:
+    alias = inspect.signature(pn.paper_newton).parameters
+    assert set(alias) == {*link, "learning_rate", "momentum", "unit_directions"}
+    for name in set(link) - {"update_interval"}:
         assert alias[name].default == link[name].default
     rates = set()
     for kwargs in (
@@ -823,7 +823,7 @@ def test_learning_rates_are_found_in_wrappers():
     wrappers = {
         "chain": optax.chain(optax.clip(1e3), inner),
         "named_chain": optax.named_chain(("a", optax.identity()), ("b", inner)),
-        "inject": optax.inject_hyperparams(paper)(learning_rate=1.0),
+        "inject": optax.inject_hyperparams(pn.paper_newton)(learning_rate=1.0),
         "multi_steps": optax.MultiSteps(inner, 1),
         "apply_if_finite": optax.apply_if_finite(inner, 3),
         "partition": optax.partition({"all": inner}, "all"),
