@@ -1,0 +1,675 @@
+"""The fast engine: its tables, its sparsity, its rules, and where it can be used."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+from support import models
+from support.oracles import assert_close, quick_jit
+
+import partnewton as pn
+from partnewton.engines import operations, rules, versions
+from partnewton.engines.program import Program, program_of
+
+PyTree = Any
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def steps_of(loss: Callable, *args: Any) -> Program:
+    """The program that the engine makes of a loss."""
+    return program_of(versions.traced(loss, *args)[1])[0]
+
+
+# --- One operation at a time ---------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """An operation of one or two arrays, each of which moves."""
+
+    kind: str
+    function: Callable
+    shapes: tuple[tuple[int, ...], ...]
+
+
+V, M = (6,), (3, 4)
+IMAGE = (1, 4, 4, 1)
+WINDOW = ((1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+KEEP = np.array([True, False, True, True, False, False])
+TRIANGLE = np.tril(normal(3, 3)) + 3 * np.eye(3)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, -np.inf, lax.max, *WINDOW)
+
+
+def pulled_from_two(x: jax.Array, y: jax.Array) -> jax.Array:
+    """A transposed function with two uses of its argument."""
+    _, pull = jax.vjp(lambda z: (normal(6, 6) @ z, z[::-1]), np.zeros(6))
+    return pull((x, y))[0]
+
+
+def complex_of(x: jax.Array, y: jax.Array) -> jax.Array:
+    return lax.complex(x, y) * np.exp(1j * normal(6))
+
+
+OPERATIONS = {
+    "add": Case("linear", lambda x, y: x + y, (V, V)),
+    "add_any": Case("linear", pulled_from_two, (V, V)),
+    "broadcast_in_dim": Case("linear", lambda x: jnp.broadcast_to(x, (2, 6)), (V,)),
+    "complex": Case("linear", lambda x, y: jnp.abs(complex_of(x, y)), (V, V)),
+    "concatenate": Case("linear", lambda x, y: jnp.concatenate([x, y]), (V, M[1:])),
+    "conj": Case("linear", lambda x, y: lax.real(lax.conj(complex_of(x, y))), (V, V)),
+    "convert_element_type": Case(
+        "linear", lambda x: lax.real(x.astype(complex) * 1j**0.5), (V,)
+    ),
+    "copy": Case("linear", lambda x: jnp.array(x, copy=True), (V,)),
+    "cumsum": Case("linear", lambda x: jnp.cumsum(x, axis=1), (M,)),
+    "div": Case("linear", lambda x: x / normal(6), (V,)),
+    "dynamic_slice": Case(
+        "linear", lambda x: lax.dynamic_slice(x, (jnp.argmin(normal(3)),), (3,)), (V,)
+    ),
+    "dynamic_update_slice": Case(
+        "linear",
+        lambda x, y: lax.dynamic_update_slice(x, y, (jnp.argmin(normal(2)),)),
+        (V, (4,)),
+    ),
+    "fft": Case("linear", lambda x: jnp.abs(jnp.fft.rfft(x)), (V,)),
+    "gather": Case("affine", lambda x: x[jnp.array([[0, 5], [5, 2]])], (V,)),
+    "imag": Case("linear", lambda x, y: lax.imag(complex_of(x, y)), (V, V)),
+    "name": Case("linear", lambda x: checkpoint_name(x, "x"), (V,)),
+    "neg": Case("linear", lambda x: -x, (V,)),
+    "optimization_barrier": Case("linear", lambda x: lax.optimization_barrier(x), (V,)),
+    "pad": Case("linear", lambda x, y: lax.pad(x, y, [(1, 2, 1)]), (V, ())),
+    "real": Case("linear", lambda x, y: lax.real(complex_of(x, y)), (V, V)),
+    "reduce_precision": Case("linear", lambda x: lax.reduce_precision(x, 11, 52), (V,)),
+    "reduce_sum": Case("linear", lambda x: jnp.sum(x, axis=0), (M,)),
+    "reduce_window_sum": Case(
+        "linear", lambda x: lax.reduce_window(x, 0.0, lax.add, *WINDOW), (IMAGE,)
+    ),
+    "reshape": Case("linear", lambda x: x.reshape(2, 6), (M,)),
+    "rev": Case("linear", lambda x: x[::-1], (V,)),
+    "scatter-add": Case(
+        "linear", lambda x, y: x.at[jnp.array([1, 1, 3])].add(y), (V, (3,))
+    ),
+    "select_n": Case("linear", lambda x, y: jnp.where(KEEP, x, y), (V, V)),
+    "slice": Case("linear", lambda x: x[1:5:2], (V,)),
+    "split": Case("linear", lambda x: lax.split(x, (2, 4))[1], (V,)),
+    "squeeze": Case("linear", lambda x: x.reshape(1, 6)[0], (V,)),
+    "sub": Case("linear", lambda x, y: x - y, (V, V)),
+    "transpose": Case("linear", lambda x: x.T, (M,)),
+    "triangular_solve": Case(
+        "linear",
+        lambda x: jax.scipy.linalg.solve_triangular(TRIANGLE, x, lower=True),
+        (M,),
+    ),
+    "conv_general_dilated": Case(
+        "product",
+        lambda x, y: lax.conv_general_dilated(x, y, (1,), "SAME"),
+        ((2, 2, 5), (3, 2, 3)),
+    ),
+    "dot_general": Case("product", lambda x, y: x @ y, (M, (4, 2))),
+    "mul": Case("product", lambda x, y: x * y, (M, M)),
+    "abs": Case("piecewise_linear", jnp.abs, (V,)),
+    "clamp": Case(
+        "piecewise_linear", lambda x, y: lax.clamp(x, y, 2 * np.ones(6)), (V, V)
+    ),
+    "cummax": Case("piecewise_linear", lax.cummax, (V,)),
+    "cummin": Case("piecewise_linear", lax.cummin, (V,)),
+    "max": Case("piecewise_linear", jnp.maximum, (V, V)),
+    "min": Case("piecewise_linear", jnp.minimum, (V, V)),
+    "reduce_max": Case("piecewise_linear", lambda x: jnp.max(x, axis=1), (M,)),
+    "reduce_min": Case("piecewise_linear", lambda x: jnp.min(x, axis=1), (M,)),
+    "reduce_window_max": Case("max_pool", max_pool, (IMAGE,)),
+    "reduce_window_min": Case(
+        "piecewise_linear",
+        lambda x: lax.reduce_window(x, np.inf, lax.min, *WINDOW),
+        (IMAGE,),
+    ),
+    "rem": Case("piecewise_linear", lax.rem, (V, V)),
+    "scatter": Case(
+        "piecewise_linear", lambda x, y: x.at[jnp.array([1, 4])].set(y), (V, (2,))
+    ),
+    "select_and_gather_add": Case(
+        "piecewise_linear",
+        lambda x, y: jax.jvp(max_pool, (x,), (y,))[1],
+        (IMAGE, IMAGE),
+    ),
+    "select_and_scatter_add": Case(
+        "piecewise_linear",
+        lambda x, y: jax.vjp(max_pool, x)[1](y)[0],
+        (IMAGE, (1, 2, 2, 1)),
+    ),
+    "sort": Case("piecewise_linear", jnp.sort, (M,)),
+    "top_k": Case("piecewise_linear", lambda x: lax.top_k(x, 2)[0], (M,)),
+}
+
+# Those that are about devices: see support/adjoint_on_devices.py.
+OF_DEVICES = frozenset(
+    [
+        "all_gather",
+        "all_gather_invariant",
+        "all_to_all",
+        "mesh_cast",
+        "pbroadcast",
+        "pcast",
+        "ppermute",
+        "psum",
+        "psum_invariant",
+        "psum_scatter",
+        "pvary",
+        "reduce_scatter",
+        "reshard",
+        "sharding_constraint",
+    ]
+)
+
+
+def loss_around(case: Case) -> tuple[Callable, PyTree, PyTree]:
+    """A loss with the operation in it, a point and a direction.
+
+    What it is applied to moves with all parameters, and to second order; products with
+    fixed matrices keep it from being one step with its neighbours.
+    """
+    sizes = [int(np.prod(shape)) for shape in case.shapes]
+
+    def loss(p: PyTree) -> jax.Array:
+        h = jnp.concatenate([jnp.sin(p["a"]), jnp.cos(p["b"])])
+        operands = [
+            (normal(n, len(h), seed=i) @ h).reshape(shape)
+            for i, (n, shape) in enumerate(zip(sizes, case.shapes, strict=True))
+        ]
+        z = case.function(*operands).reshape(-1)
+        return jnp.sum(jnp.sin(0.3 * normal(7, len(z)) @ z))
+
+    names = {"a": (3,), "b": (2,)}
+    return (
+        loss,
+        {k: jnp.array(normal(*shape, seed=5)) for k, shape in names.items()},
+        {k: jnp.array(normal(*shape, seed=6)) for k, shape in names.items()},
+    )
+
+
+def everything(loss, params, direction, engine, **kwargs):
+    """A summary and the derivative tensors, compiled."""
+
+    def compute(params, direction):
+        return (
+            pn.summarize(loss, params, direction, engine=engine, **kwargs),
+            pn.derivative_tensors(loss, params, direction, engine=engine, **kwargs),
+        )
+
+    return quick_jit(compute)(params, direction)
+
+
+def assert_engines_agree(loss, params, direction, rtol=1e-12, **kwargs):
+    """Both engines on summary and tensors; relative to the largest entry of each."""
+    summary, tensors = everything(loss, params, direction, "adjoint", **kwargs)
+    expected, others = everything(loss, params, direction, "jvp_of_grad", **kwargs)
+    floor = 1e-2 * float(np.max(np.abs(expected.hessian)))
+    for field in expected._fields:
+        pair = [np.asarray(getattr(x, field)) for x in (summary, expected)]
+        assert_close(*pair, rtol, field, floor)
+    for d, (x, y) in enumerate(zip(tensors, others, strict=True), start=1):
+        assert_close(x, np.asarray(y), rtol, f"tensor of order {d}", floor)
+    return expected
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_against_the_reference(name):
+    case = OPERATIONS[name]
+    with jax.enable_x64(True):
+        loss, params, direction = loss_around(case)
+        found = {
+            (step.equations[0].primitive.name, step.kind)
+            for step in steps_of(loss, params).steps
+            if len(step.equations) == 1 and step.active_outputs
+        }
+        assert (name, case.kind) in found
+        per_element = pn.partitions.per_element
+        found = assert_engines_agree(
+            loss, params, direction, param_labels=per_element, rtol=1e-11
+        )
+        assert np.all(found.hessian != 0)
+        assert np.all(found.third != 0)
+
+
+def test_each_operation_in_the_tables_has_its_test():
+    known = {*operations.LINEAR, *operations.PRODUCTS, *operations.PIECEWISE_LINEAR}
+    assert known - OPERATIONS.keys() - OF_DEVICES == {"copy_p"}
+    assert OPERATIONS.keys() <= known
+
+
+# --- Steps ---------------------------------------------------------------------------
+
+
+def kinds(loss: Callable, *shapes: tuple[int, ...]) -> list[str]:
+    """The kinds of the steps that are not linear, in order."""
+    straight = ("affine", "inert", "linear")
+    steps = steps_of(loss, *[jnp.ones(shape) for shape in shapes]).steps
+    return [step.kind for step in steps if step.kind not in straight]
+
+
+W1, W2 = (5, 5), (5, 5)
+X = normal(3, 5).astype(np.float32)
+
+
+def residual(w1, w2):
+    x = jnp.tanh(X @ w1)
+    return jnp.sum(jnp.sin(x + jnp.tanh(x @ w2)))
+
+
+def gated(w):
+    x = jnp.tanh(X @ w)
+    return jnp.sum(jnp.tanh(x) * (jnp.tanh(x) @ normal(5, 5)))
+
+
+def layer_norm(w):
+    x = X @ w
+    x = x - jnp.mean(x, axis=1, keepdims=True)
+    return jnp.sum(x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-3))
+
+
+def gelu(w1, w2):
+    return jnp.sum(jax.nn.gelu(X @ w1) @ w2)
+
+
+def softmax(w):
+    return jnp.sum(jax.nn.softmax(X @ w) @ normal(5, 2))
+
+
+def dropout(w1, w2):
+    x = jnp.tanh(X @ w1)
+    return jnp.sum(jnp.where(normal(3, 5) > 0, x / 0.5, 0.0) @ w2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shapes", "expected"),
+    [
+        # No step holds both what a product reads and what is added to it afterwards.
+        (residual, (W1, W2), ["elementwise", "product", "local"]),
+        (gated, (W1,), ["elementwise", "product"]),
+        (layer_norm, (W1,), ["local"]),
+        (gelu, (W1, W2), ["elementwise", "product"]),
+        (softmax, (W1,), ["local"]),
+        (dropout, (W1, W2), ["elementwise", "product"]),
+    ],
+)
+def test_runs_of_cheap_operations_are_one_step(loss, shapes, expected):
+    assert kinds(loss, *shapes) == expected
+
+
+# --- Sparsity over subsets -----------------------------------------------------------
+
+LAYERS = [(3, 7), (7, 11), (11, 13), (13, 2)]
+
+
+def layers(dtype: Any = np.float32) -> list[dict[str, jax.Array]]:
+    return [
+        {
+            "w": jnp.array(normal(*shape, seed=i) / shape[0] ** 0.5, dtype),
+            "b": jnp.array(normal(shape[1], seed=i), dtype),
+        }
+        for i, shape in enumerate(LAYERS)
+    ]
+
+
+def dense(params: PyTree, x: Any, activation: Callable = jnp.tanh) -> jax.Array:
+    *hidden, last = params
+    for p in hidden:
+        x = activation(x @ p["w"] + p["b"])
+    return x @ last["w"] + last["b"]
+
+
+def dense_loss(params: PyTree) -> jax.Array:
+    x = normal(5, 3).astype(params[0]["w"].dtype)
+    return jnp.mean(jnp.sin(dense(params, x)) ** 2)
+
+
+def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
+    """The shapes of all values of a jaxpr and of those inside of it."""
+    found = set()
+    for equation in versions.open_jaxpr(jaxpr).eqns:
+        found.update(v.aval.shape for v in equation.outvars)
+        for inner in core.jaxprs_in_params(equation.params):
+            found |= shapes_in(inner)
+    return found
+
+
+def stacked_weights(engine: str, **kwargs: Any) -> set[tuple[int, ...]]:
+    params = layers()
+    summary = functools.partial(pn.summarize, dense_loss, engine=engine, **kwargs)
+    found = shapes_in(jax.make_jaxpr(summary)(params, params))
+    assert (1, 7, 11) in found or (7, 11) in found
+    return {x for x in found if x[1:] in LAYERS and x[0] > 1}
+
+
+def test_no_stack_of_weights_is_ever_built():
+    assert stacked_weights("adjoint") == set()
+    # A way of looking that finds something where there is something:
+    assert (8, 7, 11) in stacked_weights("jvp_of_grad", batch_size=8)
+
+
+def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
+    met = []
+
+    def watched(step, inputs, adjoints, tangents, sums):
+        met.append([x.subsets for x in tangents.first])
+        return rules.product(step, inputs, adjoints, tangents, sums)
+
+    monkeypatch.setitem(rules.RULES, "product", watched)
+    pn.summarize(dense_loss, layers(), layers(), engine="adjoint")
+    # Weight and bias of one layer after the other; the first weight meets data alone.
+    assert met == [
+        [(0, 1), (2,)],
+        [(0, 1, 2, 3), (4,)],
+        [(0, 1, 2, 3, 4, 5), (6,)],
+    ]
+
+
+# --- Exact zeros ---------------------------------------------------------------------
+
+
+def relu_network(params: PyTree) -> jax.Array:
+    x = normal(2, 6, 6, 1).astype(params["conv"].dtype)
+    x = lax.conv_general_dilated(
+        x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = jax.nn.relu(x + params["bias"])
+    window = ((1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = lax.reduce_window(x, -np.inf, lax.max, *window).reshape(2, -1)
+    x = jax.nn.relu(x @ params["hidden"])
+    return jnp.mean((x @ params["last"] - 1) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_piecewise_linear_networks_have_no_third_order(dtype):
+    shapes = {"conv": (3, 3, 1, 2), "bias": (2,), "hidden": (18, 5), "last": (5, 3)}
+    with jax.enable_x64(dtype == np.float64):
+        params = {k: jnp.array(normal(*x) / 3, dtype) for k, x in shapes.items()}
+        direction = jax.grad(relu_network)(params)
+        summary = pn.summarize(relu_network, params, direction, engine="adjoint")
+        assert summary.third.dtype == dtype
+        assert np.all(summary.hessian != 0)
+        np.testing.assert_array_equal(summary.third, 0)
+        # The paper's reason, multilinearity, is gone with two tensors in a subset.
+        whole = pn.summarize(
+            relu_network,
+            params,
+            direction,
+            param_labels=pn.partitions.whole,
+            engine="adjoint",
+        )
+        assert np.all(whole.third != 0)
+
+
+# --- The whole third order -----------------------------------------------------------
+
+HARD = [
+    "mlp",
+    "convolutional_network",
+    "attention",
+    "lstm",
+    "custom_vjp",
+    "scan_over_constants",
+    "scan_over_layers",
+    "scan_in_a_scan",
+    "scatters",
+    "embedding_and_gathers",
+]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_tensors_of_third_order_are_those_of_the_reference(name):
+    with jax.enable_x64(True):
+        problem = models.make(name, jnp.float64)
+
+        def tensors(engine):
+            compute = functools.partial(
+                pn.derivative_tensors, problem.loss, engine=engine
+            )
+            return quick_jit(compute)(problem.params, problem.direction)
+
+        *_, found = tensors("adjoint")
+        *_, expected = tensors("jvp_of_grad")
+    assert_close(found, np.asarray(expected), 1e-9, name)
+    for axes in ((1, 0, 2), (0, 2, 1)):
+        np.testing.assert_array_equal(found, np.transpose(found, axes))
+
+
+def products_in(jaxpr: Any) -> float:
+    """The multiplications of all products of matrices, those in loops repeated."""
+    total = 0.0
+    for equation in versions.open_jaxpr(jaxpr).eqns:
+        inner = sum(map(products_in, core.jaxprs_in_params(equation.params)))
+        total += inner * equation.params.get("length", 1)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            size = np.prod([shape[i] for i in contracted])
+            total += float(size * np.prod(equation.outvars[0].aval.shape))
+    return total
+
+
+def passes(depth: int, engine: str) -> float:
+    """What the third order of a chain costs, in gradients a subset."""
+    width = 256
+    params = [jnp.ones((width, width))] * depth
+    x = jnp.ones((4, width))
+
+    def loss(params):
+        return jnp.sum(functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x))
+
+    tensors = functools.partial(pn.derivative_tensors, loss, engine=engine)
+    work = products_in(jax.make_jaxpr(tensors)(params, params))
+    return work / products_in(jax.make_jaxpr(jax.grad(loss))(params)) / depth
+
+
+def test_the_third_order_takes_one_pass_a_subset():
+    ours = [passes(depth, "adjoint") for depth in (4, 16)]
+    theirs = [passes(depth, "jvp_of_grad") for depth in (4, 16)]
+    assert ours[1] < 1.5 * ours[0]
+    assert theirs[1] > 2.5 * theirs[0]
+    assert ours[1] < theirs[1] / 4
+
+
+# --- Rules of one's own --------------------------------------------------------------
+
+
+@jax.custom_vjp
+def rounded(x: jax.Array) -> jax.Array:
+    """Rounds, and lets gradients straight through."""
+    return jnp.round(x)
+
+
+rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+
+def by_stop_gradient(x: jax.Array) -> jax.Array:
+    return x + lax.stop_gradient(jnp.round(x) - x)
+
+
+def estimator_losses(quantised: Callable) -> list[Callable]:
+    return [
+        lambda p: 0.5 * quantised(p["w"]) ** 2,
+        lambda p: p["a"] * quantised(p["w"]),  # a before w
+        lambda p: p["z"] * quantised(p["w"]),  # z after w
+    ]
+
+
+POINT = {"a": jnp.array(3.0), "w": jnp.array(1.7), "z": jnp.array(5.0)}
+ONES = {"a": jnp.array(1.0), "w": jnp.array(1.0), "z": jnp.array(1.0)}
+SURROGATE = [
+    [[0, 0, 0], [0, 1, 0], [0, 0, 0]],
+    [[0, 1, 0], [1, 0, 0], [0, 0, 0]],
+    [[0, 0, 0], [0, 0, 1], [0, 1, 0]],
+]
+NOTHING = np.zeros((3, 3))
+
+
+@pytest.mark.parametrize(
+    ("quantised", "engine", "expected"),
+    [
+        (rounded, "adjoint", SURROGATE),
+        # Round has no slope where values are differentiated, and rows are read above
+        # the diagonal: what the gradient of w does when a moves, that of w when z does.
+        (rounded, "jvp_of_grad", [NOTHING, SURROGATE[1], NOTHING]),
+        (by_stop_gradient, "adjoint", SURROGATE),
+        (by_stop_gradient, "jvp_of_grad", SURROGATE),
+    ],
+)
+def test_straight_through_estimators(quantised, engine, expected):
+    for loss, hessian in zip(estimator_losses(quantised), expected, strict=True):
+        summary = pn.summarize(loss, POINT, ONES, engine=engine)
+        gradient = jax.grad(loss)(POINT)
+        assert summary.gradient.tolist() == jax.tree.leaves(gradient)
+        np.testing.assert_array_equal(summary.hessian, hessian)
+        np.testing.assert_array_equal(summary.third, 0)
+
+
+def test_a_custom_vjp_keeps_its_own_rule():
+    """A rule that doubles the slope of tanh: what it says is what is propagated."""
+
+    @jax.custom_vjp
+    def steep(x):
+        return jnp.tanh(x)
+
+    steep.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (2 * g / jnp.cosh(x) ** 2,))
+    summary = pn.summarize(lambda w: 3 * steep(w), 0.4, 1.0, engine="adjoint")
+    slope, bend, jerk = (
+        functools.reduce(lambda f, _: jax.grad(f), range(n), jnp.tanh)(0.4)
+        for n in (1, 2, 3)
+    )
+    np.testing.assert_allclose(summary.gradient, [6 * slope], rtol=1e-6)
+    np.testing.assert_allclose(summary.hessian, [[6 * bend]], rtol=1e-6)
+    np.testing.assert_allclose(summary.third, [6 * jerk], rtol=1e-5)
+
+
+# --- Where it can be used ------------------------------------------------------------
+
+
+def small_loss(p: PyTree, x: Any = 1.0) -> jax.Array:
+    return jnp.sum(jnp.tanh(p["w"] @ p["v"] * x) * jnp.exp(p["v"]))
+
+
+def small_params(seed: int = 0) -> PyTree:
+    return {
+        "v": jnp.array(normal(3, seed=seed), np.float32),
+        "w": jnp.array(normal(3, 3, seed=seed), np.float32),
+    }
+
+
+def small(p: PyTree, x: Any = 1.0, engine: str = "adjoint") -> pn.Summary:
+    loss = functools.partial(small_loss, x=x)
+    return pn.summarize(loss, p, small_params(9), engine=engine)
+
+
+def assert_same(found: Any, expected: Any, rtol: float = 1e-5) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(x, np.asarray(y), rtol, "summary")
+
+
+def expected_of(params: PyTree, xs: Any = 1.0) -> pn.Summary:
+    return small(params, xs, engine="jvp_of_grad")
+
+
+def test_under_vmap_over_parameters_and_over_data():
+    many = [small_params(seed) for seed in range(3)]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *many)
+    xs = jnp.arange(1.0, 4.0)
+    found = jax.jit(jax.vmap(small))(batch, xs)
+    expected = [expected_of(p, x) for p, x in zip(many, xs, strict=True)]
+    assert_same(found, jax.tree.map(lambda *x: np.stack(x), *expected))
+
+
+def test_under_cond_scan_and_checkpoint():
+    params = small_params()
+    expected = expected_of(params)
+
+    def nothing(params):
+        return jax.tree.map(jnp.zeros_like, expected)
+
+    @jax.jit
+    def compute(flag, params):
+        in_cond = lax.cond(flag, small, nothing, params)
+        in_checkpoint = jax.checkpoint(small)(params)
+        _, in_scan = lax.scan(lambda p, _: (p, small(p)), params, length=2)
+        return in_cond, in_checkpoint, jax.tree.map(lambda x: x[1], in_scan)
+
+    for found in compute(True, params):
+        assert_same(found, expected)
+    assert_same(compute(False, params)[0], nothing(params))
+
+
+def test_an_entry_of_a_summary_has_a_gradient():
+    def entry(params, engine):
+        summary = small(params, engine=engine)
+        return summary.hessian[0, 1] + summary.third[0] + summary.gradient[1]
+
+    gradient = jax.jit(jax.grad(entry), static_argnames="engine")
+    params = small_params()
+    assert_same(
+        gradient(params, engine="adjoint"), gradient(params, engine="jvp_of_grad"), 1e-4
+    )
+
+
+def test_parameters_in_bfloat16():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params())
+    summary = small(half)
+    assert {x.dtype for x in summary} == {np.dtype(np.float32)}
+    exact = expected_of(jax.tree.map(lambda x: x.astype(np.float32), half))
+    assert_same(summary, exact, 2**-5)
+
+
+def test_aux_may_hold_anything():
+    def loss(p):
+        aux = {"name": "tanh", "none": None, "n": 3, "v": 2 * p["v"], "x": np.ones(2)}
+        return small_loss(p), aux
+
+    params = small_params()
+    summary, aux = pn.summarize(
+        loss, params, small_params(9), has_aux=True, engine="adjoint"
+    )
+    assert_same(summary, expected_of(params))
+    assert (aux["name"], aux["none"], aux["n"]) == ("tanh", None, 3)
+    np.testing.assert_array_equal(aux["v"], 2 * params["v"])
+    np.testing.assert_array_equal(aux["x"], np.ones(2))
+
+
+@pytest.mark.parametrize("check", ["sharded_map", "explicit_mesh", "collectives"])
+def test_on_four_devices(check):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "support.adjoint_on_devices", check],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_the_page_about_the_engine_claims():
+    page = Path(__file__).parent.parent / "docs" / "engine.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("\n".join(blocks), str(page), "exec"), {})
