@@ -223,8 +223,8 @@ def relative(average: Average) -> Average:
       >>> state = average.init(summary(jnp.array(0.0)))
       >>> for x in (1.0, 2.0):
       ...     mean, state = average.update(summary(jnp.array(x)), state)
-      >>> print(mean.gradient, mean.hessian)
-      [2.] [[3.3333333]]
+      >>> print(*mean.gradient, *mean.hessian[0])
+      2.0 3.3333333
     """
 
     def scaled(summary: Summary, factor: jax.Array) -> Summary:
