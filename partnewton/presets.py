@@ -61,10 +61,13 @@ def partition_newton(
       >>> params = {"x": jnp.array(5.0), "y": jnp.array(5.0)}
       >>> tx = partition_newton()
       >>> state = tx.init(params)
-      >>> for _ in range(200):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss)(params)
       ...     updates, state = tx.update(grads, state, params, value_fn=loss)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
       >>> print(bool(loss(params) < 1e-3))
       True
 

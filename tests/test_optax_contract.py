@@ -18,13 +18,19 @@ from flax import nnx
 import partnewton as pn
 from partnewton import averaging, partitions, rules
 
+
+def published(learning_rate=1.0, *, update_interval=1, **kwargs):
+    """The published method, with a refresh at each update."""
+    return pn.paper_newton(learning_rate, update_interval=update_interval, **kwargs)
+
+
 OPTIMIZERS = {
-    "default": pn.partition_newton(),
-    "kept_rates": pn.partition_newton(0.3, update_interval=3),
-    "newton": pn.partition_newton(momentum=0.0, rule=rules.newton()),
-    "diagonal": pn.partition_newton(rule=rules.diagonal()),
-    "averaged": pn.partition_newton(0.3, average=averaging.exponential()),
-    "per_element": pn.partition_newton(param_labels=partitions.per_element),
+    "default": published(),
+    "kept_rates": published(0.3, update_interval=3),
+    "newton": published(momentum=0.0, rule=rules.newton()),
+    "diagonal": published(rule=rules.diagonal()),
+    "averaged": published(0.3, average=averaging.exponential()),
+    "per_element": published(param_labels=partitions.per_element),
     "adam_direction": optax.chain(
         optax.scale_by_adam(),
         pn.scale_by_partition_newton(),
@@ -299,7 +305,7 @@ def test_the_damping_can_be_injected_and_scheduled():
     loss, params, _ = rosenbrock()
 
     def optimizer(damping):
-        return pn.partition_newton(rule=rules.cubic(damping))
+        return published(rule=rules.cubic(damping))
 
     schedule = optax.exponential_decay(4.0, 1, 0.5)
     injected = optax.inject_hyperparams(optimizer)(damping=schedule)
@@ -315,12 +321,12 @@ def test_the_damping_can_be_injected_and_scheduled():
 
 def test_a_constant_schedule_is_a_constant():
     loss, params, _ = rosenbrock()
-    constant = pn.partition_newton(0.3, rule=rules.newton())
-    scheduled = pn.partition_newton(optax.constant_schedule(0.3), rule=rules.newton())
+    constant = published(0.3, rule=rules.newton())
+    scheduled = published(optax.constant_schedule(0.3), rule=rules.newton())
     assert_close(
         train(scheduled, loss, params, 10)[0], train(constant, loss, params, 10)[0]
     )
-    other = pn.partition_newton(optax.linear_schedule(0.3, 0.0, 5), rule=rules.newton())
+    other = published(optax.linear_schedule(0.3, 0.0, 5), rule=rules.newton())
     with pytest.raises(AssertionError):
         assert_close(
             train(other, loss, params, 10)[0], train(constant, loss, params, 10)[0]
@@ -504,7 +510,7 @@ def test_batch_norm_and_dropout_are_arguments_of_the_loss(name):
 
 def test_batch_norm_and_dropout_train_in_the_published_setting():
     """Dropout is noise: a factor of 1 is for losses without."""
-    tx = pn.partition_newton(0.2, rule=rules.cubic(10.0))
+    tx = published(0.2, rule=rules.cubic(10.0))
     values, seen, _, state = normalised_training(tx, 100)
     np.testing.assert_allclose(seen, values, rtol=1e-5)
     assert len(set(values)) == 100  # each step throws its own dice

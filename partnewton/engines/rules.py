@@ -118,8 +118,9 @@ def gram(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(dtype), b.astype(dtype)
     if versions.is_explicit(a) or versions.is_explicit(b):
         kwargs["out_sharding"] = jax.P(None, None)
-    else:
-        # One contracted axis: with more, some backends take a much slower way.
+    elif not versions.on_a_mesh():
+        # One contracted axis: with more, some backends take a much slower way. But to
+        # join axes that are sharded would be to gather them.
         a, b, axes = a.reshape(len(a), -1), b.reshape(len(b), -1), (1,)
     return jax.lax.dot_general(a, b, ((axes, axes), ((), ())), **kwargs).real
 

@@ -22,6 +22,7 @@ __all__ = [
     "function_of",
     "inlined",
     "is_explicit",
+    "on_a_mesh",
     "open_jaxpr",
     "traced",
     "varying_axes",
@@ -91,6 +92,11 @@ def is_explicit(x: jax.Array | Variable) -> bool:
     """Whether an array is sharded over explicit axes of a mesh: part of its type."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     return any(axis is not None for axis in sharding.spec)
+
+
+def on_a_mesh() -> bool:
+    """Whether a mesh is set around, so that arrays may be sharded over it."""
+    return not jax.sharding.get_abstract_mesh().empty
 
 
 def zeros(variable: Variable, leading: tuple[int, ...]) -> jax.Array:
