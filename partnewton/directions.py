@@ -41,6 +41,13 @@ def guarded(
     """
     direction = optax.with_extra_args_support(direction)
 
+    def init_fn(params: optax.Params) -> optax.OptState:
+        # A state like a weakly typed parameter would change its type at an update.
+        return jax.tree.map(
+            lambda x: x.astype(x.dtype) if isinstance(x, jax.Array) else x,
+            direction.init(params),
+        )
+
     def update_fn(
         updates: optax.Updates,
         state: optax.OptState,
@@ -52,7 +59,7 @@ def guarded(
         nan = jax.tree.map(lambda u: jnp.full_like(u, jnp.nan), updates)
         return select(good, new_updates, nan), select(good, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(direction.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def normalize_by_subset(

@@ -274,13 +274,13 @@ def test_each_leaf_of_a_mixed_tree_keeps_its_dtype(name):
 
 FACTORIES = {
     "numbers": functools.partial(
-        pn.partition_newton, learning_rate=0.3, momentum=0.5, update_interval=2
+        pn.paper_newton, learning_rate=0.3, momentum=0.5, update_interval=2
     ),
     "a_rule": functools.partial(
-        pn.partition_newton, learning_rate=0.3, rule=rules.newton()
+        pn.paper_newton, learning_rate=0.3, rule=rules.newton()
     ),
     "a_partition": functools.partial(
-        pn.partition_newton, learning_rate=0.3, param_labels=partitions.whole
+        pn.paper_newton, learning_rate=0.3, param_labels=partitions.whole
     ),
 }
 STATIC = ("rule", "param_labels", "average", "batch_size")
@@ -291,7 +291,7 @@ def test_inject_hyperparams_changes_nothing_but_where_numbers_are_kept(case):
     loss, params, _ = mixed()
     plain = FACTORIES[case]()
     hyperparams = FACTORIES[case].keywords
-    injected = optax.inject_hyperparams(pn.partition_newton, STATIC)(**hyperparams)
+    injected = optax.inject_hyperparams(pn.paper_newton, STATIC)(**hyperparams)
     ours, state = train(injected, loss, params, 6)
     theirs, expected = train(plain, loss, params, 6)
     assert_close(ours, theirs, rtol=1e-5)
