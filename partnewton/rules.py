@@ -220,8 +220,8 @@ def robust(
     Example:
       >>> hessian = jnp.diag(jnp.array([2.0, -2.0]))
       >>> summary = Summary(jnp.array(1.0), jnp.ones(2), hessian, jnp.zeros(2))
-      >>> [f"{x:.3f}" for x in robust()(summary).learning_rates]
-      ['0.366', '0.366']
+      >>> print(*(f"{x:.3f}" for x in robust()(summary).learning_rates))
+      0.366 0.366
     """
     _check_not_negative("damping", damping)
     _check_not_negative("floor", floor)
