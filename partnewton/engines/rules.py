@@ -314,29 +314,36 @@ def elementwise(
     f1, f2, f3 = _derivatives(
         step.active_function(inputs), x, order=3 if sums.third_order else 2
     )
-    v = first.values
-    outputs = [Rows(first.subsets, f * v) for f in f1]
+    v = _wide(first.values)
+    outputs = [Rows(first.subsets, (f * v).astype(f.dtype)) for f in f1]
     bends: list[Rows | None] = [None] * len(outputs)
     if f2 is not None:
-        curvature = sum(a * f for a, f in zip(adjoints, f2, strict=True))
+        pairs = zip(adjoints, f2, strict=True)
+        curvature = sum(_wide(a) * _wide(f) for a, f in pairs)
         weighted = Rows(first.subsets, curvature * v)
         sums.add_hessian(weighted, first)
     if sums.third_order:
         if f2 is not None:
-            bends = [Rows(first.subsets, f * v * v) for f in f2]
+            bends = [Rows(first.subsets, (f * v * v).astype(f.dtype)) for f in f2]
         if second is not None:
             bends = [
-                add(bend, Rows(second.subsets, f * second.values))
+                add(bend, Rows(second.subsets, (f * second.values).astype(f.dtype)))
                 for f, bend in zip(f1, bends, strict=True)
             ]
         if f3 is not None:
-            bend = sum(a * f for a, f in zip(adjoints, f3, strict=True))
+            pairs = zip(adjoints, f3, strict=True)
+            bend = sum(_wide(a) * _wide(f) for a, f in pairs)
             sums.add_third(first.subsets, dots(bend * v * v, v))
         if f2 is not None and second is not None:
             some = second.subsets
             weighted = taken(weighted, some)
             sums.add_third(some, 3 * dots(weighted, second.values))
     return Tangents(outputs, bends)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _derivatives(

@@ -692,7 +692,9 @@ def _two_layers(p: PyTree, data: Data) -> jax.Array:
     return _score(jnp.tanh(data(4, 3) @ p["w"] + p["b"]) @ p["v"])
 
 
-@_problem({"b": (4,), "v": (4, 2), "w": (3, 4)}, plain=_two_layers, rounding=2**-6)
+# The point at which the tanh is taken is itself rounded, to 2^-8, and with it the few
+# factors of each third derivative: wider sums do not mend that.
+@_problem({"b": (4,), "v": (4, 2), "w": (3, 4)}, plain=_two_layers, rounding=2**-5)
 def computed_in_bfloat16(p: PyTree, data: Data) -> jax.Array:
     b, v, w = (p[k].astype(jnp.bfloat16) for k in ("b", "v", "w"))
     y = jnp.tanh(data(4, 3).astype(jnp.bfloat16) @ w + b) @ v
