@@ -294,10 +294,10 @@ def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direct
 # --- shard_map -------------------------------------------------------------------
 
 
-def local_step(engine, loss, **options):
+def local_step(tx, loss, **options):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = (P(), P(), P("data"), P("data"))
-    step = make_step(make_optimizer(engine), loss)
+    step = make_step(tx, loss)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), **options)
     return quick_jit(mapped)
 
@@ -313,15 +313,23 @@ def start(engine):
 
 @each_engine
 def test_shard_map_with_the_mean_in_the_loss_is_what_it_is_on_one_device(engine):
-    found = train(local_step(engine, mean_loss), *start(engine))
-    assert_equal_to_rounding(found, on_one_device(engine))
+    step = local_step(make_optimizer(engine), mean_loss)
+    assert_equal_to_rounding(train(step, *start(engine)), on_one_device(engine))
+
+
+@each_direction
+def test_the_preset_inside_shard_map_is_what_it_is_on_one_device(direction):
+    tx, params = make_preset(direction), make_params()
+    step = local_step(tx, mean_loss)
+    found = train(step, params, jax.jit(tx.init)(params), *make_data())
+    assert_equal_to_rounding(found, preset_on_one_device(direction))
 
 
 @each_engine
 @pytest.mark.parametrize("loss", [mean_loss, network_loss])
 def test_shard_map_that_does_not_check_is_refused(loss, engine):
     with pytest.raises(ValueError, match="shard_map with check_vma=False"):
-        local_step(engine, loss, check_vma=False)(*start(engine))
+        local_step(make_optimizer(engine), loss, check_vma=False)(*start(engine))
 
 
 def test_pmap_is_refused():
