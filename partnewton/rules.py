@@ -279,8 +279,8 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
     Example:
       >>> gradient, hessian = jnp.array([1.0, 1e-8]), jnp.array([1.0, 1e-20])
       >>> summary = Summary(jnp.array(1.0), gradient, jnp.diag(hessian), None)
-      >>> print(newton()(summary).learning_rates)
-      [1.e+00 1.e+12]
+      >>> print(bool(newton()(summary).learning_rates[1] > 1e11))
+      True
       >>> print(above_rounding(newton())(summary).learning_rates)
       [1. 0.]
     """
