@@ -62,38 +62,44 @@ class Step:
         return self.kind not in _STRAIGHT
 
     @functools.cached_property
-    def _function_of_rows(self) -> Callable[..., list[jax.Array]]:
-        """The same as `function`, in the way that is faster for many rows."""
+    def function_of_rows(self) -> Callable[..., list[jax.Array]]:
+        """The same function, to be applied to many rows at once."""
+        return self._with(convolutions.of_rows)
+
+    @functools.cached_property
+    def function_to_be_transposed(self) -> Callable[..., list[jax.Array]]:
+        """The same function, to be transposed where it is linear."""
+        return self._with(convolutions.to_be_transposed)
+
+    def _with(self, faster: Callable[[Equation], Callable | None]) -> Callable:
+        """The function by a faster way, if there is one for its only equation."""
         equation = self.equations[0]
-        if len(self.equations) > 1 or not convolutions.is_swapped(equation):
+        way = faster(equation) if len(self.equations) == 1 else None
+        if way is None:
             return self.function
-        convolve = convolutions.with_zeros_written_out(equation)
 
         def function(*inputs: jax.Array) -> list[jax.Array]:
             values = dict(zip(self.inputs, inputs, strict=True))
-            return [convolve(*values_of(equation.invars, values))]
+            return [way(*values_of(equation.invars, values))]
 
         return function
 
-    def active_function(
-        self, inputs: Sequence[jax.Array], *, of_rows: bool = False
-    ) -> Callable[..., list[jax.Array]]:
-        """From the active inputs to the active outputs, with all else as it is.
+    def active(self, function: Callable, inputs: Sequence[jax.Array]) -> Callable:
+        """One of the functions, from the active inputs to the active outputs alone.
 
         Args:
+          function: one of those above.
           inputs: the values of all inputs.
-          of_rows: whether it will be applied to many rows.
         """
 
-        def function(*active: jax.Array) -> list[jax.Array]:
+        def restricted(*active: jax.Array) -> list[jax.Array]:
             everything = list(inputs)
             for place, x in zip(self.active_inputs, active, strict=True):
                 everything[place] = x
-            of = self._function_of_rows if of_rows else self.function
-            outputs = of(*everything)
+            outputs = function(*everything)
             return [outputs[place] for place in self.active_outputs]
 
-        return function
+        return restricted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

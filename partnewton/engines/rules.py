@@ -207,7 +207,7 @@ def linear(
 ) -> Tangents:
     """z = A x: zdot = A xdot, and nothing is added."""
     del adjoints, sums
-    function = step.active_function(inputs, of_rows=True)
+    function = step.active(step.function_of_rows, inputs)
     active = [inputs[i] for i in step.active_inputs]
 
     def of_members(members: tuple[int, ...]) -> Callable:
@@ -257,7 +257,7 @@ def _restricted(
     step: Step, inputs: Sequence[jax.Array], members: Sequence[int]
 ) -> tuple[Callable, list[jax.Array]]:
     """The step as a function of some of its active inputs, and their values."""
-    function = step.active_function(inputs)
+    function = step.active(step.function, inputs)
     active = [inputs[i] for i in step.active_inputs]
 
     def restricted(*some: jax.Array) -> list[jax.Array]:
@@ -285,7 +285,8 @@ def product(
     hessian_st += lambda . (B(adot_s, bdot_t) + B(adot_t, bdot_s))
     third_s    += 3 lambda . (B(addot_s, bdot_s) + B(adot_s, bddot_s))
     """
-    function = step.active_function(inputs, of_rows=True)
+    function = step.active(step.function_of_rows, inputs)
+    to_be_transposed = step.active(step.function_to_be_transposed, inputs)
     at = [inputs[i] for i in step.active_inputs]
     (adjoint,) = adjoints
 
@@ -304,11 +305,10 @@ def product(
     def pulled(rows: Rows, i: int) -> Rows:
         """B(., bdot)' lambda for the rows of bdot, or B(adot, .)' lambda."""
         other = 1 - i
-        transposed = step.active_function(inputs)
 
         def pull(x: jax.Array) -> list[jax.Array]:
             def of_other(y: jax.Array) -> jax.Array:
-                return transposed(*([x, y] if i == 0 else [y, x]))[0]
+                return to_be_transposed(*([x, y] if i == 0 else [y, x]))[0]
 
             return jax.linear_transpose(of_other, at[other])(adjoint)
 
@@ -371,7 +371,7 @@ def elementwise(
     if first is None:
         return Tangents(*[[None] * len(step.active_outputs)] * 2)
     f1, f2, f3 = _derivatives(
-        step.active_function(inputs), x, order=3 if sums.third_order else 2
+        step.active(step.function, inputs), x, order=3 if sums.third_order else 2
     )
     v = _wide(first.values)
     outputs = [Rows(first.subsets, (f * v).astype(f.dtype)) for f in f1]
@@ -442,7 +442,7 @@ def local(
     active = [inputs[i] for i in step.active_inputs]
 
     def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(lambda *x: step.active_function(inputs)(*x), *x)
+        _, pull = jax.vjp(lambda *x: step.active(step.function, inputs)(*x), *x)
         return pull(list(adjoints))
 
     first = map_rows(
