@@ -2,6 +2,7 @@
 
 from partnewton import averaging, directions, partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
+from partnewton.hindsight import ScaleByHindsightState, scale_by_hindsight
 from partnewton.metrics import metrics
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CubicSolution",
     "CubicStatus",
+    "ScaleByHindsightState",
     "ScaleByPartitionNewtonState",
     "Summary",
     "averaging",
@@ -28,6 +30,7 @@ __all__ = [
     "partition_newton",
     "partitions",
     "rules",
+    "scale_by_hindsight",
     "scale_by_partition_newton",
     "solve_cubic",
     "subset_names",

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from partnewton import averaging, directions, partitions, rules
+from partnewton.hindsight import scale_by_hindsight
 from partnewton.transform import scale_by_partition_newton
 
 __all__ = ["paper_newton", "partition_newton"]
@@ -21,7 +22,8 @@ def partition_newton(
     average: averaging.Average | None = None,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
-    backtracking: jax.typing.ArrayLike = 6,
+    backtracking: jax.typing.ArrayLike = 30,
+    adaptation: jax.typing.ArrayLike = 0.1,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -31,13 +33,16 @@ def partition_newton(
     At every tenth update the exact summary of the loss along the unit directions of all
     subsets enters a running average, and :func:`partnewton.rules.robust` solves it for
     one length of step per subset, which is kept until the next. So
-    :func:`partnewton.learning_rates` of its state are lengths.
+    :func:`partnewton.learning_rates` of its state are lengths. One factor on all of
+    them is found in hindsight, see :func:`partnewton.scale_by_hindsight`: it grows
+    while the way of the last ten steps pays on the next batch and decays where noise or
+    a narrow valley makes steps jump to and fro.
 
     Args:
-      learning_rate: the factor on all lengths, a number or a schedule. The default is
-        for mini-batches, on all problems alike; with full batches 1 is right.
+      learning_rate: the factor on all lengths at the start, a number or a schedule.
       direction: any transformation whose outgoing updates are gradient-like; by default
-        that of Muon: orthogonalised momentum for matrices, Adam for all other leaves.
+        that of Muon, orthogonalised momentum for matrices and Adam for all other
+        leaves, in the units of :func:`partnewton.directions.balanced`.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust`.
       average: a running average of the summaries; by default an exponential one of
         decay 0.9, each summary relative to its own gradient.
@@ -46,6 +51,8 @@ def partition_newton(
       update_interval: refresh the lengths at every so many updates.
       backtracking: how often lengths are halved, at most, while they do not lower the
         loss as they should, see :func:`scale_by_partition_newton`.
+      adaptation: by how much the logarithm of the factor may change at every ten
+        updates; 0 for a factor that is `learning_rate` throughout.
       engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -74,11 +81,13 @@ def partition_newton(
     References:
       P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
     """
+    if direction is None:
+        direction = directions.balanced(orthogonal_momentum())
     if average is None:
         average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
     labels = partitions.per_tensor if param_labels is None else param_labels
     return optax.chain(
-        directions.guarded(orthogonal_momentum() if direction is None else direction),
+        directions.guarded(direction),
         directions.normalize_by_subset(labels),
         scale_by_partition_newton(
             rules.robust() if rule is None else rule,
@@ -90,6 +99,7 @@ def partition_newton(
             batch_size=batch_size,
             has_aux=has_aux,
         ),
+        scale_by_hindsight(adaptation, param_labels=labels, has_aux=has_aux),
         optax.scale_by_learning_rate(learning_rate),
     )
 

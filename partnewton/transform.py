@@ -213,7 +213,7 @@ def scale_by_partition_newton(
             )
         checked_direction(updates, params, "updates")
         partition = partitions.partition_of(params, param_labels)
-        loss_args = _picked(value_fn, extra_args)
+        loss_args = picked(value_fn, extra_args)
 
         def loss_at(eta: jax.Array) -> jax.Array:
             step = _scaled(updates, params, partition, -eta)
@@ -326,7 +326,7 @@ def learning_rates(
     return {name: ours.learning_rates[..., s] for s, name in names}
 
 
-def _picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that `fn` names in its signature, as optax's line searches do."""
     names = inspect.signature(fn).parameters
     return {name: x for name, x in arguments.items() if name in names}

@@ -1,0 +1,242 @@
+"""The factor that looks back: the sign of a slope, and what must not disturb it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import partnewton as pn
+from partnewton import partitions
+
+CURVATURE = np.array([1.0, 10.0, 0.1])
+PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def loss(params, target=None, factor=1.0, shift=0.0):
+    x = jnp.concatenate([params["a"], params["b"]])
+    target = jnp.zeros(3) if target is None else target
+    return factor * 0.5 * jnp.sum(jnp.asarray(CURVATURE) * (x - target) ** 2) + shift
+
+
+def steps_and_targets(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 3)) * 0.3, rng.normal(size=(n, 3))
+
+
+def run(tx, steps, targets, params=PARAMS, **kwargs):
+    """Factors and slopes after each update, and the parameters at the end."""
+    state = tx.init(params)
+    seen = []
+
+    @jax.jit
+    def call(step, target, state, params):
+        tree = {"a": step[:2], "b": step[2:]}
+        more = {"target": target, **kwargs}
+        updates, state = tx.update(tree, state, params, value_fn=loss, **more)
+        return optax.apply_updates(params, updates), state
+
+    for step, target in zip(steps, targets, strict=True):
+        params, state = call(jnp.float32(step), jnp.float32(target), state, params)
+        seen.append((float(state.factor), float(state.slope)))
+    return *np.array(seen).T, flat(params)
+
+
+def expected(steps, targets, rate, place, interval):
+    """The same in numpy, with the gradient of the quadratic by hand."""
+    x = np.array([1.0, -2.0, 3.0])
+    anchor, factor, slope, seen = x, 1.0, 0.0, []
+    for n, (step, target) in enumerate(zip(steps, targets, strict=True)):
+        if n % interval == 0:
+            way = x - anchor
+            slope = CURVATURE * (anchor + place * way - target) @ way
+            factor *= np.exp(-rate * np.sign(slope))
+            anchor = x
+        x = x + factor * step
+        seen.append((factor, slope))
+    return *np.array(seen).T, x
+
+
+@pytest.mark.parametrize(
+    ("rate", "place", "interval"), [(0.1, 0.6, 3), (0.5, 1.0, 1), (0.2, 0.0, 7)]
+)
+def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval):
+    given = steps_and_targets(30)
+    tx = pn.scale_by_hindsight(rate, place=place, update_interval=interval)
+    theirs = expected(*given, rate, place, interval)
+    assert np.any(np.diff(theirs[0]) > 0), "it grows and decays in this example"
+    assert np.any(np.diff(theirs[0]) < 0), "it grows and decays in this example"
+    for actual, wanted in zip(run(tx, *given), theirs, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
+    steps = np.tile([-1e-3, 0.0, 0.0], (40, 1))
+    tx = pn.scale_by_hindsight(update_interval=2, largest=1.5)
+    factors, _, _ = run(tx, steps, np.zeros((40, 3)))
+    np.testing.assert_allclose(factors[:6:2], np.exp([0.0, 0.1, 0.2]), rtol=1e-6)
+    assert factors[-1] == pytest.approx(1.5)
+
+
+def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
+    steps = np.tile([1.0, 0.0, 0.0], (40, 1))
+    tx = pn.scale_by_hindsight(0.2, update_interval=1, smallest=0.01)
+    factors, _, _ = run(tx, steps, np.zeros((40, 3)))
+    np.testing.assert_allclose(factors[:3], np.exp([0.0, -0.2, -0.4]), rtol=1e-6)
+    assert factors[-1] == pytest.approx(0.01)
+
+
+def test_under_noise_alone_it_decays_by_orders_of_magnitude():
+    """Stochastic gradients of a quadratic, long after the start."""
+    rng = np.random.default_rng(0)
+    tx = pn.scale_by_hindsight()
+    targets = jnp.float32(rng.normal(size=(6000, 3)))
+
+    def step(carry, target):
+        params, state = carry
+        grads = jax.grad(loss)(params, target)
+        steps = jax.tree.map(lambda g: -0.1 * g, grads)
+        updates, state = tx.update(steps, state, params, value_fn=loss, target=target)
+        return (optax.apply_updates(params, updates), state), state.factor
+
+    carry = PARAMS, tx.init(PARAMS)
+    _, factors = jax.jit(lambda c: jax.lax.scan(step, c, targets))(carry)
+    assert np.exp(np.log(factors[-2000:]).mean()) < 0.1
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("shift", [0.0, -100.0])
+def test_neither_units_nor_a_constant_of_the_loss_matter(factor, shift):
+    given = steps_and_targets(30)
+    tx = pn.scale_by_hindsight(update_interval=3)
+    plain, _, _ = run(tx, *given)
+    other, _, _ = run(tx, *given, factor=factor, shift=shift)
+    np.testing.assert_array_equal(other, plain)
+
+
+def test_a_slope_that_is_not_finite_changes_nothing():
+    steps, targets = steps_and_targets(9)
+    targets[6] = np.nan
+    factors, slopes, _ = run(pn.scale_by_hindsight(update_interval=3), steps, targets)
+    assert slopes[6] == 0
+    assert factors[6] == factors[5]
+    assert np.all(np.isfinite(factors))
+
+
+def test_with_the_rate_zero_nothing_is_scaled():
+    steps, targets = steps_and_targets(9)
+    factors, _, end = run(pn.scale_by_hindsight(0.0), steps, targets)
+    np.testing.assert_array_equal(factors, 1.0)
+    np.testing.assert_allclose(end, flat(PARAMS) + steps.sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"a": 0, "b": partitions.FROZEN},
+        {"a": np.array([0, partitions.FROZEN]), "b": partitions.FROZEN},
+    ],
+    ids=["leaves", "entries"],
+)
+def test_how_frozen_entries_moved_is_not_counted(labels):
+    """Another optimizer moves them uphill, far more than we move downhill."""
+    steps, targets = np.tile([-0.01, -5.0, 5.0], (2, 1)), np.zeros((2, 3))
+    if isinstance(labels["a"], int):
+        steps[:, 1] = 0.0  # all of it is ours
+    tx = pn.scale_by_hindsight(update_interval=1, param_labels=labels)
+    factors, slopes, _ = run(tx, steps, targets)
+    np.testing.assert_allclose(slopes[1], (1 - 0.6 * 0.01) * -0.01, rtol=1e-4)
+    assert factors[1] > 1
+    _, all_of_it, _ = run(pn.scale_by_hindsight(update_interval=1), steps, targets)
+    assert all_of_it[1] > 0
+
+
+def test_leaves_of_integers_may_be_frozen():
+    params = {"n": jnp.array([1, 2]), "w": jnp.ones(2)}
+    labels = {"n": partitions.FROZEN, "w": 0}
+    tx = pn.scale_by_hindsight(update_interval=1, param_labels=labels)
+    state = tx.init(params)
+    assert state.anchor["n"] is None
+    updates = {"n": jnp.array([0, 0]), "w": -0.1 * jnp.ones(2)}
+    for _ in range(2):
+        updates, state = tx.update(
+            updates, state, params, value_fn=lambda p: jnp.sum(p["w"] ** 2 * p["n"])
+        )
+        params = optax.apply_updates(params, updates)
+    assert updates["n"].dtype == jnp.int32
+    assert state.factor == pytest.approx(np.exp(0.1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes_stay_in_a_cond(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params = {"w": jnp.ones(3, dtype), "weak": jnp.asarray(2.0)}
+        tx = pn.scale_by_hindsight(jnp.asarray(0.1), update_interval=1)
+        state = jax.jit(tx.init)(params)
+
+        def value_fn(p):
+            return jnp.sum(p["w"] ** 2) + p["weak"] ** 2
+
+        @jax.jit
+        def call(really, params, state):
+            return jax.lax.cond(
+                really,
+                lambda: tx.update(params, state, params, value_fn=value_fn),
+                lambda: (params, state),
+            )
+
+        for really in (True, False, True):
+            updates, after = call(really, params, state)
+            assert updates["w"].dtype == dtype
+            types = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
+            assert types == [
+                (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(after)
+            ]
+            state = after
+    assert not any(weak for _, _, weak in types)
+
+
+def test_map_params_finds_the_anchor_and_nothing_else():
+    tx = pn.scale_by_hindsight()
+    state = tx.init(PARAMS)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    np.testing.assert_array_equal(flat(doubled.anchor), 2 * flat(PARAMS))
+    assert doubled.factor == 1
+
+
+def test_what_a_loss_returns_beside_its_value_is_dropped():
+    tx = pn.scale_by_hindsight(has_aux=True)
+    updates, _ = tx.update(
+        PARAMS, tx.init(PARAMS), PARAMS, value_fn=lambda p: (loss(p), "aux")
+    )
+    jax.tree.map(np.testing.assert_array_equal, updates, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rate": -0.1}, "rate must not be negative"),
+        ({"place": -1}, "place must not be negative"),
+        ({"smallest": -1}, "smallest must not be negative"),
+        ({"largest": float("nan")}, "largest must not be negative"),
+        ({"update_interval": 0}, "update_interval must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_number_is_one_clear_error(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pn.scale_by_hindsight(**kwargs)
+
+
+def test_missing_arguments_are_one_clear_error():
+    tx = pn.scale_by_hindsight()
+    update = functools.partial(tx.update, PARAMS, tx.init(PARAMS))
+    with pytest.raises(ValueError, match="params: scale_by_hindsight needs"):
+        update(value_fn=loss)
+    with pytest.raises(ValueError, match="value_fn: scale_by_hindsight needs"):
+        update(PARAMS)
