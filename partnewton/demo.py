@@ -2,10 +2,12 @@
 
 ``python -m partnewton`` runs it. The same initial weights meet the same batches under
 :func:`~partnewton.partition_newton`, Adam and SGD with momentum; then the partition
-Hessian is measured at the end of the first of them.
+Hessian is measured early on the way of the first of them.
 """
 
 import dataclasses
+import inspect
+import itertools
 import json
 import os
 import statistics
@@ -28,12 +30,16 @@ from partnewton import data, plot
 __all__ = ["Config", "Experiment", "Results", "prepare", "report", "run", "write"]
 
 BATCH = 64
-EVALUATE_EVERY = 10  # steps, as many as between two refreshes
+EVALUATE_EVERY = 10  # steps
 MOST_EVALUATED = 5000  # images of each split, for data sets larger than the digits
-MEASURED_BATCHES = 16  # for the partition Hessian at the end, and for timings
+MEASURED_BATCHES = 16  # for the partition Hessian, and for timings
+LOOK_AFTER = 0.1  # of the steps: later, what is left of the loss is a few images
+ROUNDING = 1e-7  # a loss below it, in float32, is rounding
 
 # As it is: the preset's own factor and interval, nothing chosen for these networks.
-FACTOR, REFRESH = 0.2, EVALUATE_EVERY
+_PRESET = inspect.signature(pn.partition_newton).parameters
+FACTOR = _PRESET["learning_rate"].default
+REFRESH = _PRESET["update_interval"].default
 ADAM_RATE = 1e-3
 SGD_RATE, SGD_MOMENTUM = 0.01, 0.9
 
@@ -225,8 +231,11 @@ class Curves:
       seconds: the time spent in steps so far.
       compile_seconds: the time that compiling took, which `seconds` leave out.
       gradient_equivalents: the work done so far, in gradients of a batch.
-      learning_rates: the rates of each subset, after the first step and on; empty for
-        an optimizer that has none.
+      logged: of `partition_newton`, what :func:`partnewton.metrics` tells after each
+        refresh, under the same names, and with it "step", how many steps were made
+        before, and "predicted" and "actual": by how much the loss of the batch should
+        fall, by the quadratic model of its summary for the step that was taken, and by
+        how much it fell. Empty for the other optimizers.
     """
 
     settings: str
@@ -236,19 +245,32 @@ class Curves:
     seconds: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
     gradient_equivalents: list[float] = dataclasses.field(default_factory=list)
-    learning_rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def learning_rates(self) -> dict[str, list[float]]:
+        """Of `logged`, the rates of each subset."""
+        prefix = "learning_rate/"
+        return {
+            name.removeprefix(prefix): values
+            for name, values in self.logged.items()
+            if name.startswith(prefix)
+        }
 
 
 class Cost(NamedTuple):
-    """What one gradient of a batch and one summary of a batch take, in seconds."""
+    """What is done for one batch, in seconds.
+
+    Attributes:
+      gradient: one gradient.
+      summary: one summary.
+      refresh: by how much longer an update takes that refreshes the learning rates: the
+        summary, the averages, the rule and the check of the loss.
+    """
 
     gradient: float
     summary: float
-
-    @property
-    def ratio(self) -> float:
-        """The cost of a summary in gradients."""
-        return self.summary / self.gradient
+    refresh: float
 
 
 class Results(NamedTuple):
@@ -258,15 +280,17 @@ class Results(NamedTuple):
       experiment: what was run.
       curves: for each optimizer its curves.
       summary: the mean summary over some batches, along their mean gradient, at the
-        weights that `partition_newton` ended with.
+        weights that `partition_newton` had after `looked_after` steps.
+      looked_after: see there.
       names: the names of the subsets.
-      cost: the price of a gradient and of a summary.
+      cost: the price of a gradient, of a summary and of a refresh.
       wall_seconds: the time that all of it took.
     """
 
     experiment: Experiment
     curves: dict[str, Curves]
     summary: pn.Summary
+    looked_after: int
     names: tuple[str, ...]
     cost: Cost
     wall_seconds: float
@@ -290,26 +314,27 @@ def run(experiment: Experiment) -> Results:
     """
     start = time.perf_counter()
     evaluate = _evaluation(experiment)
-    curves, ends = {}, {}
-    for name, (tx, settings) in _optimizers(experiment.param_labels).items():
-        curves[name], ends[name] = _train(experiment, evaluate, name, tx, settings)
-    summary, cost = _measure(experiment, ends[PARTITION_NEWTON])
+    curves, looks = {}, {}
+    optimizers = _optimizers(experiment.param_labels)
+    for name, (tx, settings) in optimizers.items():
+        curves[name], looks[name] = _train(experiment, evaluate, name, tx, settings)
+    looked_after, params = looks[PARTITION_NEWTON]
+    ours, _ = optimizers[PARTITION_NEWTON]
+    summary, cost = _measure(experiment, ours, params)
     for name, curve in curves.items():
-        refresh = cost.ratio if name == PARTITION_NEWTON else 0.0
+        refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0
         curve.gradient_equivalents = [
             step + refresh * -(-step // REFRESH) for step in curve.steps
         ]
     names = pn.subset_names(experiment.params, experiment.param_labels)
     wall_seconds = time.perf_counter() - start
-    return Results(experiment, curves, summary, names, cost, wall_seconds)
+    return Results(experiment, curves, summary, looked_after, names, cost, wall_seconds)
 
 
 def _optimizers(
     param_labels: Callable[[PyTree], PyTree],
 ) -> dict[str, tuple[optax.GradientTransformationExtraArgs, str]]:
-    ours = pn.partition_newton(
-        FACTOR, param_labels=param_labels, update_interval=REFRESH
-    )
+    ours = pn.partition_newton(param_labels=param_labels)
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
     return {
@@ -328,13 +353,18 @@ def _train(
     name: str,
     tx: optax.GradientTransformationExtraArgs,
     settings: str,
-) -> tuple[Curves, PyTree]:
-    """Trains from the initial weights; returns the curves and the final weights."""
+) -> tuple[Curves, tuple[int, PyTree]]:
+    """Trains from the initial weights.
+
+    Returns:
+      The curves; and the weights on the way, with the number of steps up to there.
+    """
     curves = Curves(settings)
     dataset, steps = experiment.dataset, experiment.config.steps
     train = jax.device_put((dataset.train_images, dataset.train_labels))
     batches = jnp.asarray(experiment.batches)
     state = experiment.params, tx.init(experiment.params)
+    ours, look = name == PARTITION_NEWTON, None
 
     with tqdm(total=steps, desc=f"{name:16}", unit="step", mininterval=0.5) as bar:
         bar.set_postfix_str("compiling")
@@ -342,21 +372,57 @@ def _train(
         # Bounds that are arguments: a last, shorter run of steps compiles nothing anew.
         advance = _compiled(_advance(experiment, tx), 0, 0, state, train, batches)
         curves.compile_seconds = time.perf_counter() - begin
+        log = _logging(experiment, state, train, batches) if ours else None
 
         _append(curves, 0, evaluate(state[0]), 0.0)
         for first in range(0, steps, EVALUATE_EVERY):
             last = min(first + EVALUATE_EVERY, steps)
-            begin = time.perf_counter()
-            state = advance(first, last, state, train, batches)
-            jax.block_until_ready(state)
-            seconds = time.perf_counter() - begin
+            seconds = 0.0
+            # All optimizers halt where ours refreshes.
+            for start, stop in itertools.pairwise(_halts(first, last)):
+                begin = time.perf_counter()
+                state = advance(start, stop, state, train, batches)
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - begin
+                if log is not None and start % REFRESH == 0:
+                    for key, value in log(start, state, train, batches).items():
+                        curves.logged.setdefault(key, []).append(float(value))
             _append(curves, last, evaluate(state[0]), seconds)
-            if name == PARTITION_NEWTON:
-                for subset, rate in pn.learning_rates(state[1], state[0]).items():
-                    curves.learning_rates.setdefault(subset, []).append(float(rate))
-            bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.4f}")
+            if look is None and last >= LOOK_AFTER * steps:
+                look = last, state[0]
+            bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.3g}")
             bar.update(last - first)
-    return curves, state[0]
+    return curves, look
+
+
+def _halts(first: int, last: int) -> list[int]:
+    """`first`, `last`, and in between the steps right after a refresh, and before."""
+    refreshes = [i for i in range(first, last) if i % REFRESH == 0]
+    return sorted({first, last, *refreshes, *(i + 1 for i in refreshes)})
+
+
+def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str, Any]]:
+    """What is told of the step `i` that has refreshed, from the state after it."""
+
+    def log(
+        i: jax.Array, state: PyTree, train: Any, batches: jax.Array
+    ) -> dict[str, jax.Array]:
+        params, opt_state = state
+        summary = next(
+            x.summary
+            for x in opt_state
+            if isinstance(x, pn.ScaleByPartitionNewtonState)
+        )
+        eta = FACTOR * jnp.stack(list(pn.learning_rates(opt_state).values()))
+        images, labels = (x[batches[i]] for x in train)
+        return pn.metrics(opt_state, params) | {
+            "step": i,
+            "predicted": eta @ summary.gradient - eta @ summary.hessian @ eta / 2,
+            "actual": summary.value - experiment.value_fn(params, images, labels),
+        }
+
+    compiled = _compiled(log, 0, *arguments)
+    return lambda *arguments: jax.device_get(compiled(*arguments))
 
 
 def _advance(experiment: Experiment, tx: optax.GradientTransformationExtraArgs) -> Any:
@@ -434,7 +500,11 @@ def _append(
     curves.seconds.append(seconds + sum(curves.seconds[-1:]))
 
 
-def _measure(experiment: Experiment, params: PyTree) -> tuple[pn.Summary, Cost]:
+def _measure(
+    experiment: Experiment,
+    tx: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+) -> tuple[pn.Summary, Cost]:
     """The mean summary of some batches along their mean gradient, and timings."""
     train = experiment.dataset[:2]
     places = experiment.batches[:MEASURED_BATCHES]
@@ -449,6 +519,12 @@ def _measure(experiment: Experiment, params: PyTree) -> tuple[pn.Summary, Cost]:
             param_labels=experiment.param_labels,
         )
 
+    def update(
+        grads: PyTree, state: PyTree, images: jax.Array, labels: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        more = {"value_fn": experiment.value_fn, "images": images, "labels": labels}
+        return tx.update(grads, state, params, **more)
+
     direction, gradient_seconds = _mean_and_median_seconds(
         lambda batch: gradient(params, *batch), batches
     )
@@ -456,7 +532,18 @@ def _measure(experiment: Experiment, params: PyTree) -> tuple[pn.Summary, Cost]:
     mean, summary_seconds = _mean_and_median_seconds(
         lambda batch: summary(params, direction, *batch), batches
     )
-    return mean, Cost(gradient_seconds, summary_seconds)
+    # The first update refreshes the rates, the second one, of the same program, not.
+    before = tx.init(params)
+    updated = _compiled(update, direction, before, *batches[0])
+    _, after = updated(direction, before, *batches[0])
+    with_refresh, without = (
+        _mean_and_median_seconds(
+            lambda batch, state=state: updated(direction, state, *batch), batches
+        )[1]
+        for state in (before, after)
+    )
+    cost = Cost(gradient_seconds, summary_seconds, with_refresh - without)
+    return mean, cost
 
 
 def _mean_and_median_seconds(
@@ -531,12 +618,14 @@ def _optimizer_table(results: Results) -> str:
     cost, dataset = results.cost, results.experiment.dataset
     notes = (
         "Seconds are those of the steps; compiling comes on top. A gradient-equivalent "
-        "is the work of\n"
-        "one gradient of a batch: one a step, and for partition_newton "
-        f"{cost.ratio:.1f} more at each refresh, which\n"
-        f"is the time of a summary ({1e3 * cost.summary:.2f} ms) over that of a "
-        f"gradient ({1e3 * cost.gradient:.2f} ms), medians of "
-        f"{min(MEASURED_BATCHES, len(results.experiment.batches))}."
+        "is the time of\n"
+        f"one gradient of a batch, {1e3 * cost.gradient:.2f} ms: one a step, and for "
+        f"partition_newton {cost.refresh / cost.gradient:.1f} more at each refresh,\n"
+        f"{cost.summary / cost.gradient:.1f} of them the summary and the rest what is "
+        "made of it (medians of "
+        f"{min(MEASURED_BATCHES, len(results.experiment.batches))}). What a direction "
+        "costs, such\nas the moments of Adam or an orthogonalisation, is in the "
+        "seconds alone."
     )
     if max(len(dataset.train_images), len(dataset.test_images)) > MOST_EVALUATED:
         notes += f"\nEvaluated on at most {MOST_EVALUATED} images of each split."
@@ -546,13 +635,20 @@ def _optimizer_table(results: Results) -> str:
 def _rate_table(results: Results) -> str:
     rates = results.curves[PARTITION_NEWTON].learning_rates
     rows = [
-        (name, f"{values[-1]:.4g}", f"{statistics.median(values):.4g}")
+        (
+            name,
+            f"{values[0]:.3g}",
+            f"{statistics.median(values):.3g}",
+            f"{values[-1]:.3g}",
+            f"{sum(x == 0 for x in values)} of {len(values)}",
+        )
         for name, values in rates.items()
     ]
-    table = _table(("subset", "last rate", "median rate"), rows, left=(0,))
+    header = ("subset", "first rate", "median", "last", "zero")
     return (
-        f"{table}\n\nThese are the lengths of steps that partition_newton solved for; "
-        f"its steps are as long times {FACTOR:g}."
+        f"{_table(header, rows, left=(0,))}\n\n"
+        "These are lengths: a step moves a subset so far, times the factor. A rate "
+        "that would be\nnegative is set to zero until the next refresh."
     )
 
 
@@ -593,18 +689,20 @@ def write(results: Results) -> list[Path]:
 
 
 def _loss_picture(results: Results) -> Figure:
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    by_step, by_work, accuracy = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (by_step, by_work), (accuracy, promises) = figure.subplots(2, 2)
     curves = results.curves
     plot.losses({k: (c.steps, c.train_loss) for k, c in curves.items()}, by_step)
     by_step.set_title("Train loss by step")
-    by_gradients = {  # a logarithm has no place for the start
-        k: (c.gradient_equivalents[1:], c.train_loss[1:]) for k, c in curves.items()
+    by_gradients = {
+        k: (c.gradient_equivalents, c.train_loss) for k, c in curves.items()
     }
     plot.losses(by_gradients, by_work)
-    by_work.set(
-        title="Train loss by work done", xlabel="gradient-equivalents", xscale="log"
-    )
+    by_work.set(title="Train loss by work done", xlabel="gradient-equivalents")
+    for ax in (by_step, by_work):
+        if ax.get_ylim()[0] < ROUNDING:
+            ax.set_ylim(bottom=ROUNDING)
+            ax.set_ylabel(f"train loss (below {ROUNDING:g} is rounding)")
     plot.losses(
         {k: (c.steps, c.test_accuracy) for k, c in curves.items()},
         accuracy,
@@ -612,6 +710,11 @@ def _loss_picture(results: Results) -> Figure:
         log=False,
     )
     accuracy.set_title("Test accuracy by step")
+    logged = curves[PARTITION_NEWTON].logged
+    shown = slice(_refreshes_above_rounding(curves[PARTITION_NEWTON]))
+    history = [logged[key][shown] for key in ("step", "predicted", "actual")]
+    plot.predicted_vs_actual(tuple(history), promises)
+    promises.set_title("Decrease of a batch's loss at each refresh")
     return figure
 
 
@@ -619,9 +722,21 @@ def _partition_picture(results: Results) -> Figure:
     figure = Figure(figsize=(14, 6), layout="constrained")
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
+    matrix.set_title(
+        f"Partition Hessian after {results.looked_after} steps, as a correlation"
+    )
     ours = results.curves[PARTITION_NEWTON]
-    plot.learning_rates((ours.steps[1:], ours.learning_rates), rates)
+    shown = slice(_refreshes_above_rounding(ours))
+    lengths = {name: values[shown] for name, values in ours.learning_rates.items()}
+    plot.learning_rates((ours.logged["step"][shown], lengths), rates)
+    rates.set_title("Length of step that is solved for, of each subset")
     return figure
+
+
+def _refreshes_above_rounding(ours: Curves) -> int:
+    """How many refreshes there were before nothing but rounding was left of a loss."""
+    above = [x > ROUNDING for x in ours.logged["loss"]]
+    return above.index(False) if False in above else len(above)
 
 
 def _as_json(results: Results) -> dict[str, Any]:
@@ -640,9 +755,11 @@ def _as_json(results: Results) -> dict[str, Any]:
             name: np.asarray(x).tolist()
             for name, x in results.summary._asdict().items()
         },
+        "summary_after_steps": results.looked_after,
         "correlation": plot.correlation(results.summary.hessian).tolist(),
         "gradient_seconds": results.cost.gradient,
         "summary_seconds": results.cost.summary,
+        "refresh_seconds": results.cost.refresh,
         "wall_seconds": results.wall_seconds,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,

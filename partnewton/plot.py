@@ -349,10 +349,11 @@ def _scale(ax: "Axes", values: np.ndarray, axes: str = "y") -> None:
         # The few smallest, or one of 1e-20, shall not take the room of the others.
         smallest = max(np.quantile(sizes, 0.05), 1e-6 * sizes.max())
         threshold = 10.0 ** np.floor(np.log10(smallest))
-        scale = {"value": "symlog", "linthresh": threshold, "linscale": 0.5}
+        scale = {"value": "symlog", "linthresh": threshold}
         ax.axhline(0, color="0.6", linewidth=0.8, zorder=0.5)
     for axis in axes:
         {"x": ax.set_xscale, "y": ax.set_yscale}[axis](**scale)
+        getattr(ax, f"{axis}axis").get_major_locator().set_params(numticks=9)
 
 
 def _legend_of(names: Sequence[str]) -> tuple[list[str | None], list[dict[str, Any]]]:

@@ -84,17 +84,43 @@ def test_the_record_is_complete(record):
     tensors = ("hidden1", "hidden2", "output")
     names = [f"{tensor}/{x}" for tensor in tensors for x in ("bias", "kernel")]
     assert record["subsets"] == names
-    rates = curves["partition_newton"]["learning_rates"]
-    assert {name: len(values) for name, values in rates.items()} == dict.fromkeys(
-        names, 1
-    )
-    assert curves["adam"]["learning_rates"] == {}
+    logged = curves["partition_newton"]["logged"]
+    assert {f"learning_rate/{name}" for name in names} < set(logged)
+    assert {len(values) for values in logged.values()} == {1}
+    assert curves["adam"]["logged"] == {}
     assert np.shape(record["summary"]["hessian"]) == (6, 6)
     np.testing.assert_allclose(np.abs(np.diagonal(record["correlation"])), 1)
 
 
+def test_what_is_logged_is_of_the_batch_of_the_refresh(tmp_path):
+    """The second refresh and the step with it, by hand."""
+    short, long = (
+        demo.run(demo.prepare(config(tmp_path, model="mlp", steps=n))).curves
+        for n in (10, 11)
+    )
+    experiment = demo.prepare(config(tmp_path, model="mlp", steps=11))
+    logged = long["partition_newton"].logged
+    assert logged["step"] == [0, 10]
+    assert logged["count"] == [1, 11]
+    assert short["partition_newton"].logged["loss"] == logged["loss"][:1]
+    images, labels = (x[experiment.batches[0]] for x in experiment.dataset[:2])
+    before = experiment.value_fn(experiment.params, images, labels)
+    np.testing.assert_allclose(logged["loss"][0], before, rtol=1e-5)
+    # A fifth of the way that is solved for is well within the reach of the model.
+    np.testing.assert_allclose(logged["actual"], logged["predicted"], rtol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "halts"),
+    [(0, 10, [0, 1, 10]), (10, 11, [10, 11]), (10, 15, [10, 11, 15])],
+)
+def test_optimizers_halt_after_each_refresh(first, last, halts):
+    assert demo.REFRESH == 10
+    assert demo._halts(first, last) == halts
+
+
 def test_gradient_equivalents_count_refreshes_at_their_measured_cost(record):
-    ratio = record["summary_seconds"] / record["gradient_seconds"]
+    ratio = record["refresh_seconds"] / record["gradient_seconds"]
     curves = record["optimizers"]
     assert curves["adam"]["gradient_equivalents"] == [0, 4]
     np.testing.assert_allclose(
@@ -107,7 +133,7 @@ def test_the_same_seed_gives_the_same_curves(record, tmp_path):
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     again = loads_strictly(tmp_path / "curves.json")
     for name, curve in record["optimizers"].items():
-        for key in ("train_loss", "test_accuracy", "learning_rates"):
+        for key in ("train_loss", "test_accuracy", "logged"):
             assert again["optimizers"][name][key] == curve[key]
 
 
@@ -120,7 +146,7 @@ def test_what_is_printed(no_network, tmp_path, capsys):
     for word in ("learning rate 0.001", "learning rate 0.01, momentum 0.9", "factor"):
         assert word in out
     assert "block 0" in out
-    assert "median rate" in out
+    assert "first rate  median" in out
     assert str(tmp_path / "losses.png") in out
     assert "12/12" in err  # the progress bar
 

@@ -199,13 +199,105 @@ def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
     assert_equal_to_rounding(found, expected)
 
 
+# --- The preset ------------------------------------------------------------------
+
+DIRECTIONS = {
+    "muon": lambda: optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0)),
+    "adam": optax.scale_by_adam,
+}
+each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+def make_preset(direction):
+    """The preset as it is, or with another direction; rates as in make_optimizer."""
+    given = None if direction == "muon" else DIRECTIONS[direction]()
+    return pn.partition_newton(direction=given, update_interval=2)
+
+
+@functools.cache
+def preset_on_one_device(direction):
+    tx, params = make_preset(direction), make_params()
+    step = quick_jit(make_step(tx, network_loss))
+    return train(step, params, tx.init(params), *make_data())
+
+
+def refused_by_optax(direction, axis_type, layout):
+    """Muon multiplies each matrix by its own transpose, and says no sharding for it."""
+    explicit = axis_type is AxisType.Explicit
+    return direction == "muon" and explicit and layout != "replicated"
+
+
+@each_direction
+@each_mesh
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_preset_is_what_it_is_on_one_device(layout, axis_type, direction):
+    mesh, tx = make_mesh(axis_type), make_preset(direction)
+    explicit = axis_type is AxisType.Explicit
+    loss = functools.partial(network_loss, layout=layout, explicit=explicit)
+    with jax.set_mesh(mesh):
+        params = sharded(make_params(), layout, mesh)
+        batch = jax.device_put(make_data(), NamedSharding(mesh, P("data")))
+        state = jax.jit(tx.init)(params)
+        step = quick_jit(make_step(tx, loss))
+        if refused_by_optax(direction, axis_type, layout):
+            with pytest.raises(Exception, match=r"illegally sharded|ambiguous"):
+                train(step, params, state, *batch)
+            return
+        new_params, new_state = train(step, params, state, *batch)
+    assert_equal_to_rounding((new_params, new_state), preset_on_one_device(direction))
+    assert_sharded_like(new_params, params)
+    assert_the_state_is_sharded_like(params, new_state)
+
+
+def assert_the_state_is_sharded_like(params, state):
+    """What has the path of a parameter has its sharding, and all else is everywhere."""
+    expected = {
+        jax.tree_util.keystr(path): leaf.sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    moments = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        like = expected.get(jax.tree_util.keystr(path[-2:]))
+        if like is None:
+            assert x.sharding.is_fully_replicated, (path, x.sharding)
+        else:
+            assert x.sharding.is_equivalent_to(like, x.ndim), (path, x.sharding)
+            moments += 1
+    assert moments >= len(expected)
+
+
+@each_direction
+@each_mesh
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direction):
+    """And no more, with a loss that works where its parameters are."""
+    if refused_by_optax(direction, axis_type, layout):
+        pytest.skip("there is no such program")
+
+    def loss(params):
+        parts = jax.tree.map(lambda w: jnp.sum(jnp.tanh(w - 1.0) ** 2), params)
+        return jnp.sin(sum(jax.tree.leaves(parts)))
+
+    def gathered_by(tx):
+        state = jax.jit(tx.init)(params)
+        return sorted(all_gathers(compiled(make_step(tx, loss), params, state)))
+
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        params = sharded(make_params(), layout, mesh)
+        alone = optax.with_extra_args_support(DIRECTIONS[direction]())
+        found, expected = gathered_by(make_preset(direction)), gathered_by(alone)
+    assert found == expected
+    assert (expected != []) == (direction == "muon" and layout == "fsdp")
+
+
 # --- shard_map -------------------------------------------------------------------
 
 
-def local_step(engine, loss, **options):
+def local_step(tx, loss, **options):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = (P(), P(), P("data"), P("data"))
-    step = make_step(make_optimizer(engine), loss)
+    step = make_step(tx, loss)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), **options)
     return quick_jit(mapped)
 
@@ -221,15 +313,23 @@ def start(engine):
 
 @each_engine
 def test_shard_map_with_the_mean_in_the_loss_is_what_it_is_on_one_device(engine):
-    found = train(local_step(engine, mean_loss), *start(engine))
-    assert_equal_to_rounding(found, on_one_device(engine))
+    step = local_step(make_optimizer(engine), mean_loss)
+    assert_equal_to_rounding(train(step, *start(engine)), on_one_device(engine))
+
+
+@each_direction
+def test_the_preset_inside_shard_map_is_what_it_is_on_one_device(direction):
+    tx, params = make_preset(direction), make_params()
+    step = local_step(tx, mean_loss)
+    found = train(step, params, jax.jit(tx.init)(params), *make_data())
+    assert_equal_to_rounding(found, preset_on_one_device(direction))
 
 
 @each_engine
 @pytest.mark.parametrize("loss", [mean_loss, network_loss])
 def test_shard_map_that_does_not_check_is_refused(loss, engine):
     with pytest.raises(ValueError, match="shard_map with check_vma=False"):
-        local_step(engine, loss, check_vma=False)(*start(engine))
+        local_step(make_optimizer(engine), loss, check_vma=False)(*start(engine))
 
 
 def test_pmap_is_refused():
