@@ -67,8 +67,7 @@ def scale_by_hindsight(
       rate: by how much the logarithm of the factor changes at most; with 0 it stays 1.
       place: where on the way the slope is taken, 0 at its start and 1 at its end; above
         a half, or the factor would not decay under noise.
-      update_interval: look back at every so many updates; it costs one derivative along
-        a tangent, less than a gradient.
+      update_interval: look back at every so many updates; it costs one gradient.
       smallest, largest: the factor stays between these two.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
         how frozen entries moved is not our doing; by default none is frozen.
@@ -140,8 +139,15 @@ def scale_by_hindsight(
             middle = jax.tree.map(
                 lambda x, d: x - ((1 - place) * d).astype(x.dtype), moving, way
             )
-            _, slope = jax.jvp(loss_at, (middle,), (way,))
-            slope = slope.astype(old.slope.dtype)
+            # Backwards, as every loss can be differentiated: a `custom_vjp` cannot
+            # forwards.
+            grads = jax.grad(loss_at)(middle)
+            products = jax.tree.map(
+                lambda g, d: jnp.sum(g.astype(jnp.float32) * d.astype(jnp.float32)),
+                grads,
+                way,
+            )
+            slope = sum(jax.tree.leaves(products), start=jnp.zeros_like(old.slope))
             known = jnp.where(jnp.isfinite(slope), slope, 0)
             factor = old.factor * jnp.exp(-rate * jnp.sign(known))
             factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)
