@@ -43,7 +43,8 @@ def partition_newton(
       direction: any transformation whose outgoing updates are gradient-like; by default
         that of Muon, orthogonalised momentum for matrices and Adam for all other
         leaves, in the units of :func:`partnewton.directions.balanced`.
-      rule: from a summary to lengths; by default :func:`partnewton.rules.robust`.
+      rule: from a summary to lengths; by default :func:`partnewton.rules.robust`, on
+        the subsets whose slope is :func:`partnewton.rules.above_rounding`.
       average: a running average of the summaries; by default an exponential one of
         decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
@@ -90,7 +91,7 @@ def partition_newton(
         directions.guarded(direction),
         directions.normalize_by_subset(labels),
         scale_by_partition_newton(
-            rules.robust() if rule is None else rule,
+            rules.above_rounding(rules.robust()) if rule is None else rule,
             param_labels=labels,
             update_interval=update_interval,
             average=average,

@@ -23,7 +23,15 @@ import numpy as np
 from partnewton.cubic import CubicStatus, solve_cubic
 from partnewton.summary import Summary
 
-__all__ = ["Proposal", "Rule", "cubic", "diagonal", "newton", "robust"]
+__all__ = [
+    "Proposal",
+    "Rule",
+    "above_rounding",
+    "cubic",
+    "diagonal",
+    "newton",
+    "robust",
+]
 
 
 class Proposal(NamedTuple):
@@ -242,6 +250,58 @@ def robust(
         return Proposal(eta, decrease, solution.status)
 
     return rule
+
+
+def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
+    """A rule that does not see subsets whose slope is lost in rounding.
+
+    The bias of a layer that a batch normalisation follows changes nothing: its
+    gradient is rounding, its curvature too, and the quotient of the two is a rate that
+    may have any size. Where
+
+        |gradient_s| <= units * epsilon * max_t |gradient_t|,
+
+    with epsilon that of the dtype of the summary, the subset counts as one without
+    gradient, curvature and third order. It compares slopes of different subsets, so
+    directions should have unit norms, see
+    :func:`partnewton.directions.normalize_by_subset`.
+
+    Args:
+      rule: what is given the summary.
+      units: how many units of rounding make a slope.
+
+    Returns:
+      A rule.
+
+    Raises:
+      ValueError: a negative number of units.
+
+    Example:
+      >>> gradient, hessian = jnp.array([1.0, 1e-8]), jnp.array([1.0, 1e-20])
+      >>> summary = Summary(jnp.array(1.0), gradient, jnp.diag(hessian), None)
+      >>> print(bool(newton()(summary).learning_rates[1] > 1e11))
+      True
+      >>> print(above_rounding(newton())(summary).learning_rates)
+      [1. 0.]
+    """
+    _check_not_negative("units", units)
+
+    def seen_by(summary: Summary) -> Proposal:
+        slope = jnp.abs(summary.gradient)
+        least = units * jnp.finfo(slope.dtype).eps * jnp.max(slope)
+        seen = ~(slope <= least) | (jnp.max(slope) == 0)
+        third = summary.third
+        return rule(
+            Summary(
+                summary.value,
+                jnp.where(seen, summary.gradient, 0),
+                jnp.where(seen[:, None] & seen, summary.hessian, 0),
+                None if third is None else jnp.where(seen, third, 0),
+            )
+        )
+
+    seen_by.third_order = needs_third_order(rule)  # type: ignore[attr-defined]
+    return seen_by
 
 
 def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:

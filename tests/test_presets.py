@@ -88,7 +88,7 @@ def test_partition_newton_is_a_chain_of_five():
         optax.scale(-1.0),
         directions.normalize_by_subset(),
         pn.scale_by_partition_newton(
-            rules.robust(),
+            rules.above_rounding(rules.robust()),
             update_interval=3,
             average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
             backtracking=30,
