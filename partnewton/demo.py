@@ -248,11 +248,13 @@ class Curves:
     logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     @property
-    def learning_rates(self) -> dict[str, list[float]]:
-        """Of `logged`, the rates of each subset."""
-        prefix = "learning_rate/"
+    def lengths(self) -> dict[str, list[float]]:
+        """Of `logged`, how far each subset was moved: rates, with all factors."""
+        prefix, factor = "learning_rate/", self.logged["factor"]
         return {
-            name.removeprefix(prefix): values
+            name.removeprefix(prefix): [
+                FACTOR * x * y for x, y in zip(factor, values, strict=True)
+            ]
             for name, values in self.logged.items()
             if name.startswith(prefix)
         }
@@ -338,10 +340,7 @@ def _optimizers(
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
     return {
-        PARTITION_NEWTON: (
-            ours,
-            f"factor {FACTOR:g}, refresh every {REFRESH}: the defaults",
-        ),
+        PARTITION_NEWTON: (ours, f"no argument; a refresh every {REFRESH} steps"),
         "adam": (adam, f"learning rate {ADAM_RATE:g}"),
         "sgd": (sgd, f"learning rate {SGD_RATE:g}, momentum {SGD_MOMENTUM:g}"),
     }
@@ -408,14 +407,13 @@ def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str,
         i: jax.Array, state: PyTree, train: Any, batches: jax.Array
     ) -> dict[str, jax.Array]:
         params, opt_state = state
-        summary = next(
-            x.summary
-            for x in opt_state
-            if isinstance(x, pn.ScaleByPartitionNewtonState)
-        )
-        eta = FACTOR * jnp.stack(list(pn.learning_rates(opt_state).values()))
+        found = pn.metrics(opt_state, params)
+        links = [x for x in opt_state if isinstance(x, pn.ScaleByPartitionNewtonState)]
+        summary = links[0].summary
+        rates = jnp.stack(list(pn.learning_rates(opt_state).values()))
+        eta = FACTOR * found["factor"] * rates
         images, labels = (x[batches[i]] for x in train)
-        return pn.metrics(opt_state, params) | {
+        return found | {
             "step": i,
             "predicted": eta @ summary.gradient - eta @ summary.hessian @ eta / 2,
             "actual": summary.value - experiment.value_fn(params, images, labels),
@@ -525,38 +523,33 @@ def _measure(
         more = {"value_fn": experiment.value_fn, "images": images, "labels": labels}
         return tx.update(grads, state, params, **more)
 
-    direction, gradient_seconds = _mean_and_median_seconds(
-        lambda batch: gradient(params, *batch), batches
-    )
+    direction = _mean([gradient(params, *batch) for batch in batches])
     summary = _compiled(summarize, params, direction, *batches[0])
-    mean, summary_seconds = _mean_and_median_seconds(
-        lambda batch: summary(params, direction, *batch), batches
-    )
+    mean = _mean([summary(params, direction, *batch) for batch in batches])
     # The first update refreshes the rates, the second one, of the same program, not.
     before = tx.init(params)
     updated = _compiled(update, direction, before, *batches[0])
     _, after = updated(direction, before, *batches[0])
-    with_refresh, without = (
-        _mean_and_median_seconds(
-            lambda batch, state=state: updated(direction, state, *batch), batches
-        )[1]
-        for state in (before, after)
+    calls = (
+        lambda batch: gradient(params, *batch),
+        lambda batch: summary(params, direction, *batch),
+        lambda batch: updated(direction, before, *batch),
+        lambda batch: updated(direction, after, *batch),
     )
-    cost = Cost(gradient_seconds, summary_seconds, with_refresh - without)
-    return mean, cost
+    # In turns: what else the machine does slows all of them alike.
+    seconds = np.array([[_seconds(call, batch) for call in calls] for batch in batches])
+    one_gradient, one_summary, with_refresh, without = np.median(seconds, axis=0)
+    return mean, Cost(one_gradient, one_summary, with_refresh - without)
 
 
-def _mean_and_median_seconds(
-    call: Callable[[Any], PyTree], arguments: Sequence[Any]
-) -> tuple[PyTree, float]:
-    """The mean of the results of some calls, and the median of their durations."""
-    results, seconds = [], []
-    for argument in (arguments[0], *arguments):  # the first call is a rehearsal
-        begin = time.perf_counter()
-        results.append(jax.block_until_ready(call(argument)))
-        seconds.append(time.perf_counter() - begin)
-    mean = jax.tree.map(lambda *xs: sum(xs) / len(xs), *results[1:])
-    return mean, statistics.median(seconds[1:])
+def _mean(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+
+
+def _seconds(call: Callable[[Any], PyTree], argument: Any) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call(argument))
+    return time.perf_counter() - begin
 
 
 def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -620,11 +613,10 @@ def _optimizer_table(results: Results) -> str:
         "Seconds are those of the steps; compiling comes on top. A gradient-equivalent "
         "is the time of\n"
         f"one gradient of a batch, {1e3 * cost.gradient:.2f} ms: one a step, and for "
-        f"partition_newton {cost.refresh / cost.gradient:.1f} more at each refresh,\n"
-        f"{cost.summary / cost.gradient:.1f} of them the summary and the rest what is "
-        "made of it (medians of "
+        f"partition_newton {cost.refresh / cost.gradient:.1f} more at each refresh\n"
+        f"(a summary alone is {cost.summary / cost.gradient:.1f}; medians of "
         f"{min(MEASURED_BATCHES, len(results.experiment.batches))}). What a direction "
-        "costs, such\nas the moments of Adam or an orthogonalisation, is in the "
+        "costs, such as the moments of\nAdam or an orthogonalisation, is in the "
         "seconds alone."
     )
     if max(len(dataset.train_images), len(dataset.test_images)) > MOST_EVALUATED:
@@ -633,7 +625,7 @@ def _optimizer_table(results: Results) -> str:
 
 
 def _rate_table(results: Results) -> str:
-    rates = results.curves[PARTITION_NEWTON].learning_rates
+    lengths = results.curves[PARTITION_NEWTON].lengths
     rows = [
         (
             name,
@@ -642,13 +634,13 @@ def _rate_table(results: Results) -> str:
             f"{values[-1]:.3g}",
             f"{sum(x == 0 for x in values)} of {len(values)}",
         )
-        for name, values in rates.items()
+        for name, values in lengths.items()
     ]
-    header = ("subset", "first rate", "median", "last", "zero")
+    header = ("subset", "first step", "median", "last", "zero")
     return (
         f"{_table(header, rows, left=(0,))}\n\n"
-        "These are lengths: a step moves a subset so far, times the factor. A rate "
-        "that would be\nnegative is set to zero until the next refresh."
+        "So far does a step move each subset. What would be negative is set to zero "
+        "until the next refresh."
     )
 
 
@@ -727,9 +719,9 @@ def _partition_picture(results: Results) -> Figure:
     )
     ours = results.curves[PARTITION_NEWTON]
     shown = slice(_refreshes_above_rounding(ours))
-    lengths = {name: values[shown] for name, values in ours.learning_rates.items()}
+    lengths = {name: values[shown] for name, values in ours.lengths.items()}
     plot.learning_rates((ours.logged["step"][shown], lengths), rates)
-    rates.set_title("Length of step that is solved for, of each subset")
+    rates.set_title("How far a step moves each subset")
     return figure
 
 

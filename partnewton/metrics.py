@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from partnewton.hindsight import ScaleByHindsightState
 from partnewton.transform import ScaleByPartitionNewtonState, learning_rates
 
 __all__ = ["metrics"]
@@ -16,7 +17,9 @@ def metrics(
     Every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState` stands under
     its own name ("loss", "predicted_decrease", "status", "refused", ...), the learning
     rate of a subset under "learning_rate/name" and its curvature <u_s, H u_s> under
-    "curvature/name".
+    "curvature/name". Where a :func:`~partnewton.scale_by_hindsight` stands in the
+    chain, as in :func:`~partnewton.partition_newton`, its factor on all of the rates is
+    "factor".
 
     Nothing here waits for the device. Called inside a jitted step, it adds some small
     outputs to it; fetch them when you write them, every hundredth step for example:
@@ -46,7 +49,8 @@ def metrics(
       9.0 0.5 72.0
     """
     rates = learning_rates(state, params)
-    ours = _found(state)
+    (ours,) = _found(ScaleByPartitionNewtonState, state)  # learning_rates has counted
+    factors = [x.factor for x in _found(ScaleByHindsightState, state)]
     scalars = {
         name: x
         for name, x in ours._asdict().items()
@@ -55,15 +59,16 @@ def metrics(
     curvature = ours.hessian.diagonal()
     return (
         scalars
+        | ({"factor": factors[0]} if len(factors) == 1 else {})
         | {f"learning_rate/{name}": rate for name, rate in rates.items()}
         | {f"curvature/{name}": curvature[s] for s, name in enumerate(rates)}
     )
 
 
-def _found(state: optax.OptState) -> ScaleByPartitionNewtonState:
-    """The one state that :func:`learning_rates` has found in `state` too."""
+def _found(kind: type, state: optax.OptState) -> list:
+    """The states of a kind, wherever in `state` they stand."""
 
-    def is_ours(node: object) -> bool:
-        return isinstance(node, ScaleByPartitionNewtonState)
+    def is_it(node: object) -> bool:
+        return isinstance(node, kind)
 
-    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
+    return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]

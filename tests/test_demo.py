@@ -143,10 +143,14 @@ def test_what_is_printed(no_network, tmp_path, capsys):
     out, err = capsys.readouterr()
     for word in ("train loss", "test accuracy", "seconds", "gradient-equivalents"):
         assert word in out
-    for word in ("learning rate 0.001", "learning rate 0.01, momentum 0.9", "factor"):
+    for word in (
+        "learning rate 0.001",
+        "learning rate 0.01, momentum 0.9",
+        "no argument",
+    ):
         assert word in out
     assert "block 0" in out
-    assert "first rate  median" in out
+    assert "first step  median" in out
     assert str(tmp_path / "losses.png") in out
     assert "12/12" in err  # the progress bar
 

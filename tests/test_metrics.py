@@ -64,6 +64,20 @@ def test_metrics_can_be_outputs_of_a_jitted_step(trained):
     jax.tree.map(np.testing.assert_array_equal, found, outside)
 
 
+def test_the_factor_of_hindsight_is_among_them():
+    tx = pn.partition_newton()
+    params, state = step(tx, PARAMS, tx.init(PARAMS))
+    factors = []
+    for _ in range(10):
+        params, state = step(tx, params, state)
+        factors.append(float(pn.metrics(state)["factor"]))
+    assert factors[:9] == [1.0] * 9
+    assert factors[9] != 1  # looked back at the eleventh update
+    by_type = [x for x in state if isinstance(x, pn.ScaleByHindsightState)]
+    assert factors[9] == by_type[0].factor
+    assert "factor" not in pn.metrics(pn.paper_newton().init(PARAMS))
+
+
 def test_metrics_become_plain_numbers_in_one_transfer(trained):
     _, state = trained
     plain = {name: x.item() for name, x in jax.device_get(pn.metrics(state)).items()}
