@@ -102,10 +102,8 @@ def scale_by_hindsight(
         raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
 
     def init_fn(params: optax.Params) -> ScaleByHindsightState:
-        if type(params).__name__ == "_ParamsPlaceholder":
-            anchor = params  # optax.tree.map_params looks for parameters in the state
-        else:
-            anchor = _moving(params, param_labels)
+        is_placeholder = partitions.is_placeholder(params)
+        anchor = params if is_placeholder else _moving(params, param_labels)
         one = jnp.ones((), jnp.float32)
         return ScaleByHindsightState(
             jnp.zeros((), jnp.int32), one, jnp.zeros_like(one), anchor
