@@ -125,9 +125,8 @@ def balanced(
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> BalancedState:
-        if type(params).__name__ == "_ParamsPlaceholder":
-            # optax.tree.map_params looks for parameters in the state: none are here.
-            rows = columns = jnp.zeros(())
+        if partitions.is_placeholder(params):
+            rows = columns = jnp.zeros(())  # nothing here is like the parameters
         else:
             rows = _of_matrices(lambda x: jnp.zeros((x.shape[0], 1), _wide(x)), params)
             columns = _of_matrices(

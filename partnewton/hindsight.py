@@ -67,8 +67,7 @@ def scale_by_hindsight(
       rate: by how much the logarithm of the factor changes at most; with 0 it stays 1.
       place: where on the way the slope is taken, 0 at its start and 1 at its end; above
         a half, or the factor would not decay under noise.
-      update_interval: look back at every so many updates; it costs one derivative along
-        a tangent, less than a gradient.
+      update_interval: look back at every so many updates; it costs one gradient.
       smallest, largest: the factor stays between these two.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
         how frozen entries moved is not our doing; by default none is frozen.
@@ -103,10 +102,8 @@ def scale_by_hindsight(
         raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
 
     def init_fn(params: optax.Params) -> ScaleByHindsightState:
-        if type(params).__name__ == "_ParamsPlaceholder":
-            anchor = params  # optax.tree.map_params looks for parameters in the state
-        else:
-            anchor = _moving(params, param_labels)
+        is_placeholder = partitions.is_placeholder(params)
+        anchor = params if is_placeholder else _moving(params, param_labels)
         one = jnp.ones((), jnp.float32)
         return ScaleByHindsightState(
             jnp.zeros((), jnp.int32), one, jnp.zeros_like(one), anchor
@@ -140,8 +137,15 @@ def scale_by_hindsight(
             middle = jax.tree.map(
                 lambda x, d: x - ((1 - place) * d).astype(x.dtype), moving, way
             )
-            _, slope = jax.jvp(loss_at, (middle,), (way,))
-            slope = slope.astype(old.slope.dtype)
+            # Backwards, as every loss can be differentiated: a `custom_vjp` cannot
+            # forwards.
+            grads = jax.grad(loss_at)(middle)
+            products = jax.tree.map(
+                lambda g, d: jnp.sum(g.astype(jnp.float32) * d.astype(jnp.float32)),
+                grads,
+                way,
+            )
+            slope = sum(jax.tree.leaves(products), start=jnp.zeros_like(old.slope))
             known = jnp.where(jnp.isfinite(slope), slope, 0)
             factor = old.factor * jnp.exp(-rate * jnp.sign(known))
             factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)

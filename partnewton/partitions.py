@@ -447,6 +447,15 @@ def subset_names(
     return partition_of(params, param_labels).names
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Whether :func:`optax.tree.map_params` initialises, to see what is like params.
+
+    It puts one leaf of a class of its own, which optax does not make public, in the
+    place of all parameters; no partition can be made of that.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def leaf_names(params: PyTree) -> list[str]:
     """The key paths of the leaves as text, "dense/kernel"."""
     return ["/".join(keys) or ROOT for keys in _leaf_keys(params)]

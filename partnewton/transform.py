@@ -162,8 +162,7 @@ def scale_by_partition_newton(
     checks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
-        if type(params).__name__ == "_ParamsPlaceholder":
-            # optax.tree.map_params looks for parameters in the state: there are none.
+        if partitions.is_placeholder(params):  # nothing here is like the parameters
             return initial_state(1, np.dtype(np.float32), subsets=jnp.zeros(()))
         partition = partitions.partition_of(params, param_labels)
         names = {f"{s} {name}": None for s, name in enumerate(partition.names)}

@@ -20,7 +20,7 @@ from support import models
 from support.oracles import assert_close, quick_jit
 
 import partnewton as pn
-from partnewton.engines import operations, rules, versions
+from partnewton.engines import convolutions, operations, rules, versions
 from partnewton.engines.program import Program, program_of
 
 PyTree = Any
@@ -134,7 +134,7 @@ OPERATIONS = {
     "min": Case("piecewise_linear", jnp.minimum, (V, V)),
     "reduce_max": Case("piecewise_linear", lambda x: jnp.max(x, axis=1), (M,)),
     "reduce_min": Case("piecewise_linear", lambda x: jnp.min(x, axis=1), (M,)),
-    "reduce_window_max": Case("max_pool", max_pool, (IMAGE,)),
+    "reduce_window_max": Case("piecewise_linear", max_pool, (IMAGE,)),
     "reduce_window_min": Case(
         "piecewise_linear",
         lambda x: lax.reduce_window(x, np.inf, lax.min, *WINDOW),
@@ -252,6 +252,89 @@ def test_each_operation_in_the_tables_has_its_test():
     known = {*operations.LINEAR, *operations.PRODUCTS, *operations.PIECEWISE_LINEAR}
     assert known - OPERATIONS.keys() - OF_DEVICES == {"copy_p"}
     assert OPERATIONS.keys() <= known
+
+
+class Convolution(NamedTuple):
+    """A convolution, and whether its image is too small."""
+
+    image: tuple[int, ...]
+    kernel: tuple[int, ...]
+    arguments: dict[str, Any]
+    is_swapped: bool
+
+    def apply(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        arguments = {"window_strides": (1, 1), **self.arguments}
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, y, dimension_numbers=numbers, **arguments)
+
+
+CONVOLUTIONS = {
+    "same": Convolution((2, 2), (3, 3), {"padding": "SAME"}, True),
+    "of_one_entry": Convolution((1, 1), (3, 3), {"padding": "SAME"}, True),
+    "uneven": Convolution((2, 3), (3, 3), {"padding": [(2, 0), (1, 3)]}, True),
+    "strided": Convolution(
+        (2, 2), (3, 3), {"padding": "SAME", "window_strides": (2, 1)}, True
+    ),
+    "dilated": Convolution(
+        (2, 2), (3, 2), {"padding": [(2, 2), (1, 2)], "rhs_dilation": (2, 1)}, True
+    ),
+    "transposed": Convolution(
+        (2, 2), (3, 3), {"padding": [(1, 1), (2, 1)], "lhs_dilation": (2, 3)}, True
+    ),
+    "larger_image": Convolution((4, 4), (3, 3), {"padding": "SAME"}, False),
+    "grouped": Convolution(
+        (2, 2), (3, 3), {"padding": "SAME", "feature_group_count": 2}, False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    case = CONVOLUTIONS[name]
+    channels = 2 // case.arguments.get("feature_group_count", 1)
+    shapes = {"x": (2, *case.image, 2), "k": (*case.kernel, channels, 4), "b": (2,)}
+    with jax.enable_x64(True):
+        params = {k: jnp.array(normal(*v, seed=5)) for k, v in shapes.items()}
+        direction = {k: jnp.array(normal(*v, seed=6)) for k, v in shapes.items()}
+
+        def loss(p: PyTree) -> jax.Array:
+            # Both operands move, along several subsets and to second order.
+            x, k = jnp.sin(p["x"] * p["b"]), jnp.sin(p["k"]) * jnp.sum(p["b"] ** 2)
+            return jnp.sum(jnp.tanh(case.apply(x, k)) ** 2)
+
+        (step,) = (
+            step
+            for step in steps_of(loss, params).steps
+            if step.equations[0].primitive.name == "conv_general_dilated"
+        )
+        faster = convolutions.of_rows(step.equations[0])
+        assert (faster is not None) == case.is_swapped
+        found = assert_engines_agree(loss, params, direction)
+        assert np.all(found.hessian != 0)
+        assert np.all(found.third != 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inner_products_of_rows_that_are_longer_than_a_block(weighted):
+    length = 2 * rules._BLOCK + 3
+    a, b = normal(9, length), normal(8, length)
+    weight = normal(length) if weighted else np.ones(length)
+    with jax.enable_x64(True):
+        arguments = [jnp.array(x) for x in (a, b)]
+        arguments += [jnp.array(weight)[None]] if weighted else []
+        blocks = quick_jit(rules._weighted_in_blocks)(*arguments)
+    np.testing.assert_allclose(blocks, (a * weight) @ b.T, rtol=1e-12, atol=1e-12)
+
+
+def test_many_long_rows_take_the_way_by_blocks(monkeypatch):
+    monkeypatch.setattr(rules, "_BEYOND_CACHE", 2**12)
+    a, weight = normal(9, 40, 60), normal(40, 60)
+    with jax.enable_x64(True):
+        a, weight = jnp.array(a), jnp.array(weight)
+        text = jax.jit(rules.gram).lower(a, a, weight).as_text()
+        found = quick_jit(rules.gram)(a, a, weight)
+    assert ("stablehlo.while" in text) == (jax.default_backend() == "cpu")
+    np.testing.assert_allclose(found, np.einsum("imn,jmn,mn->ij", a, a, weight))
 
 
 # --- Steps ---------------------------------------------------------------------------

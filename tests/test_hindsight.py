@@ -110,6 +110,23 @@ def test_under_noise_alone_it_decays_by_orders_of_magnitude():
     assert np.exp(np.log(factors[-2000:]).mean()) < 0.1
 
 
+def test_a_loss_with_a_custom_vjp():
+    """jax differentiates it backwards alone."""
+
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+    tx = pn.scale_by_hindsight(update_interval=1)
+    params = jnp.array(3.0)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jnp.array(-1.0), state, params, value_fn=square)
+        params = optax.apply_updates(params, updates)
+    assert float(state.factor) > 1
+
+
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 @pytest.mark.parametrize("shift", [0.0, -100.0])
 def test_neither_units_nor_a_constant_of_the_loss_matter(factor, shift):

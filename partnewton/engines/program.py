@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, gensym, primitives
 
-from partnewton.engines import operations, versions
+from partnewton.engines import convolutions, operations, versions
 from partnewton.engines.versions import Equation, Jaxpr, Variable
 
 __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
 
 # The kinds of steps whose second derivatives vanish.
-_STRAIGHT = ("affine", "inert", "linear", "max_pool", "piecewise_linear")
+_STRAIGHT = ("affine", "inert", "linear", "piecewise_linear")
 
 Taps = dict[int, Any]  # step number -> a list of arrays, or the taps of a loop
 
@@ -61,17 +61,45 @@ class Step:
         """Whether it adds to the derivatives of second order."""
         return self.kind not in _STRAIGHT
 
-    def active_function(self, inputs: Sequence[jax.Array]) -> Callable:
-        """From the active inputs to the active outputs, with all else as it is."""
+    @functools.cached_property
+    def function_of_rows(self) -> Callable[..., list[jax.Array]]:
+        """The same function, to be applied to many rows at once."""
+        return self._with(convolutions.of_rows)
 
-        def function(*active: jax.Array) -> list[jax.Array]:
+    @functools.cached_property
+    def function_to_be_transposed(self) -> Callable[..., list[jax.Array]]:
+        """The same function, to be transposed where it is linear."""
+        return self._with(convolutions.to_be_transposed)
+
+    def _with(self, faster: Callable[[Equation], Callable | None]) -> Callable:
+        """The function by a faster way, if there is one for its only equation."""
+        equation = self.equations[0]
+        way = faster(equation) if len(self.equations) == 1 else None
+        if way is None:
+            return self.function
+
+        def function(*inputs: jax.Array) -> list[jax.Array]:
+            values = dict(zip(self.inputs, inputs, strict=True))
+            return [way(*values_of(equation.invars, values))]
+
+        return function
+
+    def active(self, function: Callable, inputs: Sequence[jax.Array]) -> Callable:
+        """One of the functions, from the active inputs to the active outputs alone.
+
+        Args:
+          function: one of those above.
+          inputs: the values of all inputs.
+        """
+
+        def restricted(*active: jax.Array) -> list[jax.Array]:
             everything = list(inputs)
             for place, x in zip(self.active_inputs, active, strict=True):
                 everything[place] = x
-            outputs = self.function(*everything)
+            outputs = function(*everything)
             return [outputs[place] for place in self.active_outputs]
 
-        return function
+        return restricted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -636,8 +664,6 @@ def _kind(
             return "affine" if affine else "linear"
         if name in operations.PRODUCTS and len(active_inputs) == 2:
             return "product"
-        if name == "reduce_window_max":
-            return "max_pool"
         if operations.is_piecewise_linear(equation):
             return "piecewise_linear"
     written = [v for e in equations for v in e.outvars if v in active]

@@ -16,7 +16,7 @@ and adds to the sums over all steps
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,10 @@ from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
 __all__ = ["RULES", "Sums", "Tangents"]
+
+# For the inner products of long rows on a CPU.
+_BEYOND_CACHE = 2**23  # numbers
+_BLOCK = 2**10  # numbers of each row
 
 
 class Tangents(NamedTuple):
@@ -57,9 +61,16 @@ class Sums:
         self._blocks: dict[tuple, jax.Array] = {}
         self._thirds: dict[tuple, jax.Array] = {}
 
-    def add_hessian(self, left: Rows, right: Rows, factor: float = 1.0) -> None:
+    def add_hessian(
+        self,
+        left: Rows,
+        right: Rows,
+        *,
+        weight: jax.Array | None = None,
+        factor: float = 1.0,
+    ) -> None:
         """Adds the inner products of some rows, whose symmetric part will count."""
-        block = factor * self._everywhere(gram(left.values, right.values))
+        block = factor * self._everywhere(gram(left.values, right.values, weight))
         _accumulate(self._blocks, (left.subsets, right.subsets), block)
 
     def add_third(self, subsets: tuple[int, ...], values: jax.Array) -> None:
@@ -107,22 +118,69 @@ def _accumulate(sums: dict[tuple, jax.Array], key: tuple, x: jax.Array) -> None:
     sums[key] = sums[key] + x if key in sums else x
 
 
-def gram(a: jax.Array, b: jax.Array) -> jax.Array:
+def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """The inner products of rows, (r, *shape) x (c, *shape) -> (r, c), in real numbers.
 
     Tangents pair with adjoints without conjugation, as in jax's transposition.
+
+    Args:
+      a, b: the rows.
+      weight: what the terms of each inner product are multiplied by, (*shape).
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    axes = tuple(range(1, a.ndim))
-    kwargs = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": dtype}
     a, b = a.astype(dtype), b.astype(dtype)
-    if versions.is_explicit(a) or versions.is_explicit(b):
-        kwargs["out_sharding"] = jax.P(None, None)
-    elif not versions.on_a_mesh():
-        # One contracted axis: with more, some backends take a much slower way. But to
-        # join axes that are sharded would be to gather them.
-        a, b, axes = a.reshape(len(a), -1), b.reshape(len(b), -1), (1,)
-    return jax.lax.dot_general(a, b, ((axes, axes), ((), ())), **kwargs).real
+    if versions.is_explicit(a) or versions.is_explicit(b) or versions.on_a_mesh():
+        # To join axes that are sharded would be to gather them.
+        a = a if weight is None else weight * a
+        kwargs = {"out_sharding": jax.P(None, None)} if versions.is_explicit(a) else {}
+        return _inner(a, b, **kwargs).real
+    # One contracted axis: with more, some backends take a much slower way.
+    operands = [a.reshape(len(a), -1), b.reshape(len(b), -1)]
+    if weight is not None:
+        operands.append(weight.astype(dtype).reshape(1, -1))
+    if min(len(a), len(b)) < 8 or a.size + b.size < _BEYOND_CACHE:
+        return _weighted(*operands).real
+    return jax.lax.platform_dependent(
+        *operands, cpu=_weighted_in_blocks, default=_weighted
+    ).real
+
+
+def _weighted(a: jax.Array, b: jax.Array, *weight: jax.Array) -> jax.Array:
+    for w in weight:
+        a = w * a
+    return _inner(a, b)
+
+
+def _weighted_in_blocks(a: jax.Array, b: jax.Array, *weight: jax.Array) -> jax.Array:
+    """The same, block by block of the long axis: each is read from memory once.
+
+    The matrix product of a CPU reads rows that are far apart again and again.
+    """
+    count, rest = divmod(a.shape[1], _BLOCK)
+
+    def block(n: jax.typing.ArrayLike, size: int) -> jax.Array:
+        return _weighted(
+            *(
+                jax.lax.dynamic_slice_in_dim(x, n * _BLOCK, size, axis=1)
+                for x in (a, b, *weight)
+            )
+        )
+
+    total = block(0, _BLOCK)
+    total = jax.lax.fori_loop(1, count, lambda n, x: x + block(n, _BLOCK), total)
+    return total + block(count, rest) if rest else total
+
+
+def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
+    axes = tuple(range(1, a.ndim))
+    return jax.lax.dot_general(
+        a,
+        b,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=a.dtype,
+        **kwargs,
+    )
 
 
 def dots(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -149,7 +207,7 @@ def linear(
 ) -> Tangents:
     """z = A x: zdot = A xdot, and nothing is added."""
     del adjoints, sums
-    function = step.active_function(inputs)
+    function = step.active(step.function_of_rows, inputs)
     active = [inputs[i] for i in step.active_inputs]
 
     def of_members(members: tuple[int, ...]) -> Callable:
@@ -199,7 +257,7 @@ def _restricted(
     step: Step, inputs: Sequence[jax.Array], members: Sequence[int]
 ) -> tuple[Callable, list[jax.Array]]:
     """The step as a function of some of its active inputs, and their values."""
-    function = step.active_function(inputs)
+    function = step.active(step.function, inputs)
     active = [inputs[i] for i in step.active_inputs]
 
     def restricted(*some: jax.Array) -> list[jax.Array]:
@@ -227,7 +285,8 @@ def product(
     hessian_st += lambda . (B(adot_s, bdot_t) + B(adot_t, bdot_s))
     third_s    += 3 lambda . (B(addot_s, bdot_s) + B(adot_s, bddot_s))
     """
-    function = step.active_function(inputs)
+    function = step.active(step.function_of_rows, inputs)
+    to_be_transposed = step.active(step.function_to_be_transposed, inputs)
     at = [inputs[i] for i in step.active_inputs]
     (adjoint,) = adjoints
 
@@ -249,7 +308,7 @@ def product(
 
         def pull(x: jax.Array) -> list[jax.Array]:
             def of_other(y: jax.Array) -> jax.Array:
-                return function(*([x, y] if i == 0 else [y, x]))[0]
+                return to_be_transposed(*([x, y] if i == 0 else [y, x]))[0]
 
             return jax.linear_transpose(of_other, at[other])(adjoint)
 
@@ -275,9 +334,9 @@ def product(
         # The symmetric part counts, hence the factor 2. The side with fewer rows, a
         # weight as a rule, meets the adjoint.
         if len(b.subsets) <= len(a.subsets):
-            sums.add_hessian(pulled(b, 1), a, 2.0)
+            sums.add_hessian(pulled(b, 1), a, factor=2.0)
         else:
-            sums.add_hessian(pulled(a, 0), b, 2.0)
+            sums.add_hessian(pulled(a, 0), b, factor=2.0)
         if sums.third_order:
             cross = crossed(a, b)
     second = map_rows(with_fixed, [aa, bb])
@@ -312,7 +371,7 @@ def elementwise(
     if first is None:
         return Tangents(*[[None] * len(step.active_outputs)] * 2)
     f1, f2, f3 = _derivatives(
-        step.active_function(inputs), x, order=3 if sums.third_order else 2
+        step.active(step.function, inputs), x, order=3 if sums.third_order else 2
     )
     v = _wide(first.values)
     outputs = [Rows(first.subsets, (f * v).astype(f.dtype)) for f in f1]
@@ -320,8 +379,7 @@ def elementwise(
     if f2 is not None:
         pairs = zip(adjoints, f2, strict=True)
         curvature = sum(_wide(a) * _wide(f) for a, f in pairs)
-        weighted = Rows(first.subsets, curvature * v)
-        sums.add_hessian(weighted, first)
+        sums.add_hessian(first, first, weight=curvature)
     if sums.third_order:
         if f2 is not None:
             bends = [Rows(first.subsets, (f * v * v).astype(f.dtype)) for f in f2]
@@ -336,7 +394,7 @@ def elementwise(
             sums.add_third(first.subsets, dots(bend * v * v, v))
         if f2 is not None and second is not None:
             some = second.subsets
-            weighted = taken(weighted, some)
+            weighted = curvature * taken(first, some)
             sums.add_third(some, 3 * dots(weighted, second.values))
     return Tangents(outputs, bends)
 
@@ -384,7 +442,7 @@ def local(
     active = [inputs[i] for i in step.active_inputs]
 
     def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(lambda *x: step.active_function(inputs)(*x), *x)
+        _, pull = jax.vjp(lambda *x: step.active(step.function, inputs)(*x), *x)
         return pull(list(adjoints))
 
     first = map_rows(
@@ -482,7 +540,6 @@ RULES: dict[str, Rule] = {
     "elementwise": elementwise,
     "linear": linear,
     "local": local,
-    "max_pool": piecewise_linear,
     "piecewise_linear": piecewise_linear,
     "product": product,
 }

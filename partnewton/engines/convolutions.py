@@ -1,0 +1,101 @@
+"""Ways to convolve that XLA's CPU backend is fast at (as of jax 0.10).
+
+It has a fast and a slow convolution, a factor of 20 to 40 apart, and two things lead to
+the slow one. Where a kernel is larger than its image, XLA swaps the two; with the zeros
+around the image written out the image is the larger one. And inside of a branch a
+kernel must have its axes in the usual order, which in a transposed convolution it has
+if the original has not.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines.versions import Equation
+
+__all__ = ["of_rows", "to_be_transposed"]
+
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def of_rows(equation: Equation) -> Convolution | None:
+    """The convolution of an equation for many images; None if it is as it should be."""
+    if not _is_convolution(equation) or not _is_swapped(equation):
+        return None
+    params = equation.params
+    spatial = params["dimension_numbers"].lhs_spec[2:]
+
+    def padded(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        widths = [(0, 0, 0)] * image.ndim
+        for axis, (low, high), dilation in zip(
+            spatial, params["padding"], params["lhs_dilation"], strict=True
+        ):
+            widths[axis] = (low, high, dilation - 1)
+        image = jax.lax.pad(image, np.zeros((), image.dtype), widths)
+        # Or XLA would take the zeros back into the convolution.
+        image = jax.lax.optimization_barrier(image)
+        nothing = {
+            "padding": [(0, 0)] * len(spatial),
+            "lhs_dilation": (1,) * len(spatial),
+        }
+        return _convolve(equation, image, kernel, **nothing)
+
+    def either(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        def plain(image: jax.Array, kernel: jax.Array) -> jax.Array:
+            return _convolve(equation, image, kernel)
+
+        return jax.lax.platform_dependent(image, kernel, cpu=padded, default=plain)
+
+    return either
+
+
+def to_be_transposed(equation: Equation) -> Convolution | None:
+    """The convolution of an equation, with the channels of its kernel in turned order.
+
+    None if the equation is no convolution.
+    """
+    if not _is_convolution(equation):
+        return None
+    numbers = equation.params["dimension_numbers"]
+    outputs, inputs, *spatial = numbers.rhs_spec
+    turned = numbers._replace(rhs_spec=(inputs, outputs, *spatial))
+
+    def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = jnp.swapaxes(kernel, inputs, outputs)
+        return _convolve(equation, image, kernel, dimension_numbers=turned)
+
+    return convolve
+
+
+def _is_convolution(equation: Equation) -> bool:
+    return equation.primitive.name == "conv_general_dilated"
+
+
+def _is_swapped(equation: Equation) -> bool:
+    numbers = equation.params["dimension_numbers"]
+    image, kernel = (
+        np.prod([atom.aval.shape[axis] for axis in spec[2:]])
+        for atom, spec in zip(equation.invars, numbers[:2], strict=True)
+    )
+    groups = [equation.params[x] for x in ("feature_group_count", "batch_group_count")]
+    return bool(image < kernel) and groups == [1, 1]
+
+
+def _convolve(
+    equation: Equation, image: jax.Array, kernel: jax.Array, **changed: object
+) -> jax.Array:
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "batch_group_count",
+        "precision",
+        "preferred_element_type",
+    )
+    arguments = {name: equation.params[name] for name in names} | changed
+    return jax.lax.conv_general_dilated(image, kernel, **arguments)
