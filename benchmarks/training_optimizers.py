@@ -85,7 +85,20 @@ OURS: dict[str, Optimizer] = {
 
 _FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
 
+
+def _balanced(power: jax.Array) -> Any:
+    muon = optax.chain(contrib.muon(1.0), optax.scale(-1.0))
+    return pn.partition_newton(direction=pn.directions.balanced(muon, power))
+
+
 SWEEPS: dict[str, Optimizer] = {
+    "power": Optimizer(
+        lambda rate, steps: _balanced(rate), np.array([0.0, 0.25, 0.35, 0.5])
+    ),
+    "adaptation": Optimizer(
+        lambda rate, steps: pn.partition_newton(adaptation=rate),
+        np.array([0.0, 0.05, 0.1, 0.2]),
+    ),
     "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
     "factor_adam": Optimizer(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),

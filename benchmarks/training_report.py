@@ -34,10 +34,16 @@ def markdown(results: dict[str, Row]) -> str:
     ]
     for sweep in SWEEPS:
         if any(sweep in row for row in results.values()):
-            parts += [f"Final training loss by the factor: `{sweep}`."]
+            parts += [f"Final training loss by what is varied: `{sweep}`."]
             parts += [_sweep(results, sweep)]
     if all("seconds" in row for row in results.values()):
         parts += ["Milliseconds a step, all but evaluation.", _times(results)]
+        parts += [
+            "Training loss, over the final one of the best tuned Adam, once so many "
+            "seconds are spent as Adam takes for all of its steps; between two "
+            "evaluations interpolated in the logarithm.",
+            _table(results, _ratio_at_equal_seconds, "{:.3g}", geometric_mean=True),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,6 +94,17 @@ def _share(row: Row, name: str) -> float | None:
     return reached[0] / (len(mean) - 1) if len(reached) else None
 
 
+def _ratio_at_equal_seconds(row: Row, name: str) -> float | None:
+    curves, adam = _curves(row, name, "train"), _loss(row, "adam")
+    a_step = row["seconds"].get(TUNED.get(name, (name,))[0])
+    if curves is None or adam is None or a_step is None:
+        return None
+    share = min(row["seconds"]["adam_c"] / a_step, 1)
+    places = np.linspace(0, 1, curves.shape[1])
+    logs = np.log(np.where(np.isfinite(curves), np.clip(curves, FLOOR, 1e9), 1e9))
+    return float(np.exp(np.interp(share, places, logs.mean(0))) / adam)
+
+
 def _divergences(row: Row, name: str) -> int | None:
     curves = _curves(row, name, "train")
     if curves is None:
@@ -101,7 +118,7 @@ def _table(
     columns = [
         name
         for name in (*OURS, *TUNED, *UNTUNED)
-        if any(best(row, name) for row in results.values())
+        if any(cell(row, name) is not None for row in results.values())
     ]
     values = {p: [cell(row, name) for name in columns] for p, row in results.items()}
     lines = [

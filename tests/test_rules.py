@@ -434,3 +434,55 @@ def test_robust_without_any_curvature_stays_where_it_is():
 def test_a_negative_floor_is_an_error():
     with pytest.raises(ValueError, match="floor must not be negative"):
         rules.robust(floor=-1.0)
+
+
+# --- above_rounding --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_subset_whose_slope_is_rounding_does_not_exist_for_the_rule(dtype):
+    summary = drawn(1, dtype=dtype)
+    slope = 60 * np.finfo(dtype).eps * float(jnp.max(summary.gradient))
+    lost = summary._replace(gradient=summary.gradient.at[2].set(-slope))
+    rates = rules.above_rounding(rules.robust())(lost).learning_rates
+    rest = np.array([0, 1, 3])
+    without = Summary(
+        summary.value,
+        summary.gradient[rest],
+        summary.hessian[np.ix_(rest, rest)],
+        summary.third[rest],
+    )
+    expected = rules.robust()(without).learning_rates
+    rtol = 1e-4 if dtype == jnp.float32 else 1e-10
+    np.testing.assert_allclose(rates[rest], expected, rtol=rtol)
+    assert rates[2] == 0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_slopes_above_rounding_are_left_alone(name):
+    summary = drawn(1)
+    least = 70 * np.finfo(np.float64).eps * float(jnp.max(summary.gradient))
+    for gradient in (
+        summary.gradient,
+        summary.gradient.at[2].set(least),
+        jnp.zeros(4),
+    ):
+        summary = summary._replace(gradient=gradient)
+        rule = RULES[name]()
+        seen = rules.above_rounding(rule)
+        assert rules.needs_third_order(seen) == rules.needs_third_order(rule)
+        np.testing.assert_array_equal(
+            seen(summary).learning_rates, rule(summary).learning_rates
+        )
+
+
+def test_a_slope_that_is_not_finite_is_not_hidden():
+    summary = drawn(1)
+    broken = summary._replace(gradient=summary.gradient.at[2].set(jnp.nan))
+    rates = rules.above_rounding(rules.newton())(broken).learning_rates
+    assert not np.all(np.isfinite(rates))
+
+
+def test_a_negative_number_of_units_is_an_error():
+    with pytest.raises(ValueError, match="units must not be negative"):
+        rules.above_rounding(rules.robust(), -1.0)
