@@ -26,6 +26,7 @@ __all__ = [
 BLANK = "0.88"  # the grey of entries that have no correlation
 MOST_NUMBERS = 10  # with more subsets than that, cells are too small for a number
 MOST_LINES = 10  # with more than that, colours no longer tell lines apart
+MOST_INSIDE = 5  # entries of a legend that find room between the lines
 
 
 def correlation(hessian: np.typing.ArrayLike) -> np.ndarray:
@@ -319,8 +320,8 @@ def _tidy(ax: "Axes") -> None:
 def _legend(ax: "Axes", lines: int) -> None:
     """A legend: inside, or beside many lines, in two columns at most."""
     handles, labels = ax.get_legend_handles_labels()
-    if lines <= MOST_LINES:
-        ax.legend(fontsize="small", ncols=1 + (lines > 5), frameon=False)
+    if lines <= MOST_INSIDE:
+        ax.legend(fontsize="small", frameon=False)
         return
     rows = 72 * ax.get_position().height * ax.figure.get_figheight() / 9  # of 9 points
     every = max(1, int(np.ceil(len(labels) / (2 * rows - 2))))
@@ -328,7 +329,7 @@ def _legend(ax: "Axes", lines: int) -> None:
         handles[::every],
         labels[::every],
         title=f"one line in {every}" if every > 1 else None,
-        fontsize="x-small",
+        fontsize="small" if lines <= MOST_LINES else "x-small",
         title_fontsize="x-small",
         ncols=1 + (len(labels) > rows),
         frameon=False,
