@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from benchmarks import problems, training_report
 from benchmarks.training_loop import seconds_a_step, train
-from benchmarks.training_optimizers import OPTIMIZERS, OURS, SWEEPS
+from benchmarks.training_optimizers import OPTIMIZERS, SWEEPS
 
 QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
-TIMED = ("adam_c", "muon_c", *OURS)
+TIMED = ("adam_c", "muon_c", "partition_newton")
 
 
 def main(arguments: list[str] | None = None) -> None:
