@@ -106,8 +106,21 @@ def partition_newton(
 
 
 def orthogonal_momentum() -> optax.GradientTransformation:
-    """The direction of :func:`optax.contrib.muon`, with the sign of a gradient."""
-    return optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0))
+    """The direction of :func:`optax.contrib.muon`, with the sign of a gradient.
+
+    A kernel of four axes or more is that of a convolution, and one matrix, from all axes
+    but the last to the last.
+    """
+
+    def as_matrix(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if x.ndim == 2 or x.ndim >= 4:
+            return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
+        return None
+
+    muon = optax.contrib.muon(
+        1.0, muon_weight_dimension_numbers=lambda params: jax.tree.map(as_matrix, params)
+    )
+    return optax.chain(muon, optax.scale(-1.0))
 
 
 def paper_newton(
