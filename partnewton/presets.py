@@ -41,8 +41,9 @@ def partition_newton(
     Args:
       learning_rate: the factor on all lengths at the start, a number or a schedule.
       direction: any transformation whose outgoing updates are gradient-like; by default
-        that of Muon, orthogonalised momentum for matrices and Adam for all other
-        leaves, in the units of :func:`partnewton.directions.balanced`.
+        that of Muon, orthogonalised momentum for matrices and kernels of convolutions
+        and Adam for all other leaves, in the units of
+        :func:`partnewton.directions.balanced`.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust`, on
         the subsets whose slope is :func:`partnewton.rules.above_rounding`.
       average: a running average of the summaries; by default an exponential one of
@@ -108,8 +109,8 @@ def partition_newton(
 def orthogonal_momentum() -> optax.GradientTransformation:
     """The direction of :func:`optax.contrib.muon`, with the sign of a gradient.
 
-    A kernel of four axes or more is that of a convolution, and one matrix, from all axes
-    but the last to the last.
+    A kernel of four axes or more is that of a convolution, and one matrix: from all
+    axes but the last to the last.
     """
 
     def as_matrix(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -117,9 +118,10 @@ def orthogonal_momentum() -> optax.GradientTransformation:
             return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
         return None
 
-    muon = optax.contrib.muon(
-        1.0, muon_weight_dimension_numbers=lambda params: jax.tree.map(as_matrix, params)
-    )
+    def numbers(params: optax.Params) -> optax.Params:
+        return jax.tree.map(as_matrix, params)
+
+    muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=numbers)
     return optax.chain(muon, optax.scale(-1.0))
 
 
