@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from partnewton import partitions
-from partnewton.transform import picked
+from partnewton.transform import check_arguments, picked
 
 __all__ = ["ScaleByHindsightState", "scale_by_hindsight"]
 
@@ -117,13 +117,7 @@ def scale_by_hindsight(
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByHindsightState]:
-        if params is None:
-            raise ValueError("params: scale_by_hindsight needs the parameters.")
-        if value_fn is None:
-            raise ValueError(
-                "value_fn: scale_by_hindsight needs the loss as a function of the "
-                "parameters; call tx.update(updates, state, params, value_fn=loss)."
-            )
+        check_arguments("scale_by_hindsight", params, value_fn)
         loss_args = picked(value_fn, extra_args)
         moving = _moving(params, param_labels)
 
@@ -140,12 +134,9 @@ def scale_by_hindsight(
             # Backwards, as every loss can be differentiated: a `custom_vjp` cannot
             # forwards.
             grads = jax.grad(loss_at)(middle)
-            products = jax.tree.map(
-                lambda g, d: jnp.sum(g.astype(jnp.float32) * d.astype(jnp.float32)),
-                grads,
-                way,
-            )
-            slope = sum(jax.tree.leaves(products), start=jnp.zeros_like(old.slope))
+            active = partitions.partition_of(params, param_labels).of_active()
+            products = active.inner(jax.tree.leaves(grads), jax.tree.leaves(way))
+            slope = jnp.sum(products).astype(old.slope.dtype)
             known = jnp.where(jnp.isfinite(slope), slope, 0)
             factor = old.factor * jnp.exp(-rate * jnp.sign(known))
             factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)

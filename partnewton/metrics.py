@@ -4,7 +4,11 @@ import jax
 import optax
 
 from partnewton.hindsight import ScaleByHindsightState
-from partnewton.transform import ScaleByPartitionNewtonState, learning_rates
+from partnewton.transform import (
+    ScaleByPartitionNewtonState,
+    learning_rates,
+    states_of,
+)
 
 __all__ = ["metrics"]
 
@@ -49,8 +53,10 @@ def metrics(
       9.0 0.5 72.0
     """
     rates = learning_rates(state, params)
-    (ours,) = _found(ScaleByPartitionNewtonState, state)  # learning_rates has counted
-    factors = [x.factor for x in _found(ScaleByHindsightState, state)]
+    (ours,) = states_of(
+        ScaleByPartitionNewtonState, state
+    )  # learning_rates has counted
+    factors = [x.factor for x in states_of(ScaleByHindsightState, state)]
     scalars = {
         name: x
         for name, x in ours._asdict().items()
@@ -63,12 +69,3 @@ def metrics(
         | {f"learning_rate/{name}": rate for name, rate in rates.items()}
         | {f"curvature/{name}": curvature[s] for s, name in enumerate(rates)}
     )
-
-
-def _found(kind: type, state: optax.OptState) -> list:
-    """The states of a kind, wherever in `state` they stand."""
-
-    def is_it(node: object) -> bool:
-        return isinstance(node, kind)
-
-    return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]

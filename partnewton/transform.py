@@ -195,21 +195,7 @@ def scale_by_partition_newton(
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByPartitionNewtonState]:
-        if params is None:
-            raise ValueError(
-                "params: scale_by_partition_newton needs the parameters; call "
-                "tx.update(updates, state, params, value_fn=loss)."
-            )
-        if value_fn is None:
-            raise ValueError(
-                "value_fn: scale_by_partition_newton needs the loss as a function of "
-                "the parameters; call tx.update(updates, state, params, value_fn=loss)."
-            )
-        if not callable(value_fn):
-            raise TypeError(
-                "value_fn must be a function from params to a scalar loss, got "
-                f"{type(value_fn).__name__}."
-            )
+        check_arguments("scale_by_partition_newton", params, value_fn)
         checked_direction(updates, params, "updates")
         partition = partitions.partition_of(params, param_labels)
         loss_args = picked(value_fn, extra_args)
@@ -309,11 +295,7 @@ def learning_rates(
       {'w': Array(0., dtype=float32)}
     """
     del params
-
-    def is_ours(node: Any) -> bool:
-        return isinstance(node, ScaleByPartitionNewtonState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    found = states_of(ScaleByPartitionNewtonState, state)
     if len(found) != 1:
         raise ValueError(
             "state must contain exactly one ScaleByPartitionNewtonState, found "
@@ -323,6 +305,41 @@ def learning_rates(
     numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
     names = sorted((int(s), name) for s, name in numbered)
     return {name: ours.learning_rates[..., s] for s, name in names}
+
+
+def states_of(kind: type, state: optax.OptState) -> list[Any]:
+    """The states of a kind, wherever in `state` they stand."""
+
+    def is_it(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]
+
+
+def check_arguments(
+    name: str, params: optax.Params | None, value_fn: Callable[..., Any] | None
+) -> None:
+    """Raises if what the update function called `name` needs beside updates is wrong.
+
+    Raises:
+      ValueError: one of the two is missing.
+      TypeError: `value_fn` is no function.
+    """
+    if params is None:
+        raise ValueError(
+            f"params: {name} needs the parameters; call "
+            "tx.update(updates, state, params, value_fn=loss)."
+        )
+    if value_fn is None:
+        raise ValueError(
+            f"value_fn: {name} needs the loss as a function of "
+            "the parameters; call tx.update(updates, state, params, value_fn=loss)."
+        )
+    if not callable(value_fn):
+        raise TypeError(
+            "value_fn must be a function from params to a scalar loss, got "
+            f"{type(value_fn).__name__}."
+        )
 
 
 def picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.oracles import types_of
 
 import partnewton as pn
 from partnewton import partitions
@@ -211,12 +212,9 @@ def test_dtypes_stay_in_a_cond(dtype):
         for really in (True, False, True):
             updates, after = call(really, params, state)
             assert updates["w"].dtype == dtype
-            types = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
-            assert types == [
-                (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(after)
-            ]
+            assert types_of(state) == types_of(after)
             state = after
-    assert not any(weak for _, _, weak in types)
+    assert not any(weak for _, _, weak in types_of(state))
 
 
 def test_map_params_finds_the_anchor_and_nothing_else():

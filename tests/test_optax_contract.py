@@ -14,6 +14,7 @@ import optax
 import optax.contrib
 import pytest
 from flax import nnx
+from support.oracles import types_of
 
 import partnewton as pn
 from partnewton import averaging, partitions, rules
@@ -105,10 +106,6 @@ def link_of(state):
         return isinstance(x, pn.ScaleByPartitionNewtonState)
 
     return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
-
-
-def types_of(tree):
-    return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
 
 
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):

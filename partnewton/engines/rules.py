@@ -31,6 +31,7 @@ __all__ = ["RULES", "Sums", "Tangents"]
 # For the inner products of long rows on a CPU.
 _BEYOND_CACHE = 2**23  # numbers
 _BLOCK = 2**10  # numbers of each row
+_MANY_ROWS = 8  # with fewer, each is read but a few times
 
 
 class Tangents(NamedTuple):
@@ -129,16 +130,17 @@ def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Arr
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     a, b = a.astype(dtype), b.astype(dtype)
-    if versions.is_explicit(a) or versions.is_explicit(b) or versions.on_a_mesh():
+    explicit = versions.is_explicit(a) or versions.is_explicit(b)
+    if explicit or versions.on_a_mesh():
         # To join axes that are sharded would be to gather them.
         a = a if weight is None else weight * a
-        kwargs = {"out_sharding": jax.P(None, None)} if versions.is_explicit(a) else {}
+        kwargs = {"out_sharding": jax.P(None, None)} if explicit else {}
         return _inner(a, b, **kwargs).real
     # One contracted axis: with more, some backends take a much slower way.
     operands = [a.reshape(len(a), -1), b.reshape(len(b), -1)]
     if weight is not None:
         operands.append(weight.astype(dtype).reshape(1, -1))
-    if min(len(a), len(b)) < 8 or a.size + b.size < _BEYOND_CACHE:
+    if min(len(a), len(b)) < _MANY_ROWS or a.size + b.size < _BEYOND_CACHE:
         return _weighted(*operands).real
     return jax.lax.platform_dependent(
         *operands, cpu=_weighted_in_blocks, default=_weighted

@@ -4,6 +4,7 @@
 name, since other processes have neither.
 """
 
+import contextlib
 import functools
 import re
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import partnewton as pn
 from partnewton.engines import ENGINES
+from partnewton.presets import orthogonal_momentum
 from support.oracles import quick_jit
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
@@ -124,18 +126,23 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
-@each_engine
-@each_mesh
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_is_what_it_is_on_one_device(layout, axis_type, engine):
-    mesh, tx = make_mesh(axis_type), make_optimizer(engine)
-    explicit = axis_type is AxisType.Explicit
+@contextlib.contextmanager
+def started_on_a_mesh(tx, layout, axis_type):
+    """A step, and the parameters, state and batch to start from; the mesh is set."""
+    mesh, explicit = make_mesh(axis_type), axis_type is AxisType.Explicit
     loss = functools.partial(network_loss, layout=layout, explicit=explicit)
     with jax.set_mesh(mesh):
         params = sharded(make_params(), layout, mesh)
         batch = jax.device_put(make_data(), NamedSharding(mesh, P("data")))
-        state = jax.jit(tx.init)(params)
-        step = quick_jit(make_step(tx, loss))
+        yield quick_jit(make_step(tx, loss)), params, jax.jit(tx.init)(params), batch
+
+
+@each_engine
+@each_mesh
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_what_it_is_on_one_device(layout, axis_type, engine):
+    start = started_on_a_mesh(make_optimizer(engine), layout, axis_type)
+    with start as (step, params, state, batch):
         if layout == "tensor_parallel":
             assert all_gathers(step.lower(params, state, *batch).compile()) == []
         new_params, new_state = train(step, params, state, *batch)
@@ -202,9 +209,7 @@ def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
 # --- The preset ------------------------------------------------------------------
 
 DIRECTIONS = {
-    "muon": lambda: pn.directions.balanced(
-        optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0))
-    ),
+    "muon": lambda: pn.directions.balanced(orthogonal_momentum()),
     "adam": optax.scale_by_adam,
 }
 each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -233,14 +238,8 @@ def refused_by_optax(direction, axis_type, layout):
 @each_mesh
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_preset_is_what_it_is_on_one_device(layout, axis_type, direction):
-    mesh, tx = make_mesh(axis_type), make_preset(direction)
-    explicit = axis_type is AxisType.Explicit
-    loss = functools.partial(network_loss, layout=layout, explicit=explicit)
-    with jax.set_mesh(mesh):
-        params = sharded(make_params(), layout, mesh)
-        batch = jax.device_put(make_data(), NamedSharding(mesh, P("data")))
-        state = jax.jit(tx.init)(params)
-        step = quick_jit(make_step(tx, loss))
+    start = started_on_a_mesh(make_preset(direction), layout, axis_type)
+    with start as (step, params, state, batch):
         if refused_by_optax(direction, axis_type, layout):
             with pytest.raises(Exception, match=r"illegally sharded|ambiguous"):
                 train(step, params, state, *batch)

@@ -224,6 +224,11 @@ class CentralDifferences:
         )
 
 
+def types_of(tree: PyTree) -> list[tuple]:
+    """Shape, dtype and weak type of each leaf: what must not change between steps."""
+    return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+
+
 def diagonal(third: np.ndarray) -> np.ndarray:
     """The entries (s, s, s) of a tensor of order 3."""
     return np.einsum("sss->s", third)
