@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import partnewton as pn
-from partnewton.engines import ENGINES
+from partnewton.engines import ENGINES, rules
 from partnewton.presets import orthogonal_momentum
 from support.oracles import quick_jit
 
@@ -204,6 +204,19 @@ def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
     assert all_gathers(step) == []
     expected = quick_jit(make_step(tx, loss))(make_params(), tx.init(make_params()))
     assert_equal_to_rounding(found, expected)
+
+
+@pytest.mark.parametrize("specs", [(P(), P("data", None)), (P("data", None), P())])
+def test_inner_products_with_one_side_sharded_explicitly(specs):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 8)), rng.normal(size=(8, 8))
+    mesh = make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        pairs = zip(rows, specs, strict=True)
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+        found = quick_jit(rules.gram)(*placed)
+    assert found.sharding.is_fully_replicated
+    np.testing.assert_allclose(found, rows[0] @ rows[1].T)
 
 
 # --- The preset ------------------------------------------------------------------
