@@ -21,6 +21,7 @@ All of the third order needs only first derivatives of values and of adjoints, b
                                 + lambdadot_k,r . D2 f_k [xdot_s, xdot_t].
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,11 +44,14 @@ from partnewton.engines.rules import RULES, Sums, Tangents
 from partnewton.engines.versions import Variable
 from partnewton.partitions import FROZEN, Partition
 
+PyTree = Any
 Leaves = Sequence[jax.Array]
 Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 Moved = dict[Variable, Rows]  # tangents of the variables that have any
 
 _MOST_BYTES = 2**30  # of the tangents that one step writes
+_CACHED_BYTES = 2**23  # with fewer, a sweep is not cut into parts
+_PART = 5  # steps
 
 
 def summarize(
@@ -167,27 +171,19 @@ class _Problem:
             now = [moving, np.outer(moving, moving), moving]
             new = [x & ~y for x, y in zip(now, known, strict=True)]
 
-            def sweep(
-                found: list[jax.Array],
-                record: Record,
-                adjoints: dict[int, Any],
-                numbers: tuple[int, ...] = numbers,
-                new: Sequence[np.ndarray] = tuple(new),
-            ) -> list[jax.Array]:
-                more = self.sweep(record, adjoints, third_order, numbers=numbers)
-                columns = zip(new, more, found, strict=True)
-                return [jnp.where(*column) for column in columns]
-
-            def give_up(found: list[jax.Array], *_: Any) -> list[jax.Array]:
-                return [jnp.full_like(x, jnp.nan) for x in found]
-
+            sweep = functools.partial(
+                self.sweep, record, adjoints, third_order, numbers=numbers
+            )
             # Where the loss is not finite there is nothing to be measured. And a branch
             # starts when all that it needs is there: no tangent waits for an adjoint.
             if versions.varying_axes(value):
-                found = sweep(found, record, adjoints)
+                more = sweep()
+            elif self._is_large(numbers) and not versions.on_a_mesh():
+                more = sweep(only_if=jnp.isfinite(value))
             else:
-                finite = jnp.isfinite(value)
-                found = jax.lax.cond(finite, sweep, give_up, found, record, adjoints)
+                more = _branch(jnp.isfinite(value), sweep)
+            columns = zip(new, more, found, strict=True)
+            found = [jnp.where(*column) for column in columns]
             known = [x | y for x, y in zip(known, now, strict=True)]
         gradient, hessian, third = found
         return gradient, hessian, third if third_order else None
@@ -196,16 +192,27 @@ class _Problem:
         """The subsets of each sweep, by their numbers inside."""
         S = self.partition.size
         if batch_size is None:
-            numbers = {
-                v: _numbers(label, self.order)
-                for v, label in zip(self.inputs, self.partition.labels, strict=True)
-            }
-            batch_size = _MOST_BYTES // max(1, _widest_row(self.program, numbers))
+            row = self._widest_row(range(S))
+            batch_size = _MOST_BYTES // max(1, row)
         if batch_size >= S:
             return [tuple(range(S))]
         block = max(1, batch_size // 2)
         blocks = [tuple(range(n, min(n + block, S))) for n in range(0, S, block)]
         return [x + y for x, y in itertools.combinations(blocks, 2)]
+
+    def _widest_row(self, moving: Sequence[int]) -> int:
+        """The bytes of one row of tangents, for some subsets."""
+        pairs = zip(self.inputs, self.partition.labels, strict=True)
+        numbers = {
+            v: tuple(n for n in _numbers(label, self.order) if n in moving)
+            for v, label in pairs
+        }
+        return _widest_row(self.program, {v: x for v, x in numbers.items() if x})
+
+    def _is_large(self, moving: Sequence[int]) -> bool:
+        """Whether the rows of tangents go beyond the cache of a CPU."""
+        bytes_written = len(moving) * self._widest_row(moving)
+        return jax.default_backend() == "cpu" and bytes_written > _CACHED_BYTES
 
     def sweep(
         self,
@@ -215,6 +222,7 @@ class _Problem:
         *,
         numbers: Sequence[int] | None = None,
         hold: bool = False,
+        only_if: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One sweep of tangents: gradient, hessian and third.
 
@@ -224,6 +232,8 @@ class _Problem:
           third_order: whether third is asked for; else it is zero.
           numbers: the subsets that move, by their numbers inside; by default all.
           hold: as for `_sweep`.
+          only_if: if given, the sweep is cut into parts that are executed if this is
+            true; else all is NaN.
         """
         size, dtype = self.partition.size, self.partition.dtype
         numbers = range(size) if numbers is None else numbers
@@ -235,7 +245,11 @@ class _Problem:
             rows = _rows_of_leaf(u, label, self.order, numbers)
             if rows is not None:
                 first[v] = rows
-        _sweep(self.program, record, adjoints, first, {}, sums, hold)
+        if only_if is None:
+            steps = list(enumerate(self.program.steps))
+            _sweep(steps, record, adjoints, first, {}, sums, hold)
+        else:
+            _sweep_in_parts(self.program, record, adjoints, first, sums, only_if)
         (hessian, third), gradient = sums.totals(), jnp.zeros(size, dtype)
         value = self.program.outputs[0]
         if isinstance(value, Variable) and value in first:
@@ -347,8 +361,63 @@ def _widest_row(program: Program, numbers: dict[Variable, tuple[int, ...]]) -> i
     return widest
 
 
-def _sweep(
+def _branch(condition: jax.Array, function: Callable[[], PyTree]) -> PyTree:
+    """What a function returns; all NaN, and it is not called, if a condition fails."""
+    types: list[PyTree] = []
+
+    def call() -> PyTree:
+        result = function()
+        types.append(jax.tree.map(jax.typeof, result))
+        return result
+
+    def give_up() -> PyTree:
+        # As a rule jax has traced the other branch by now.
+        like = types[0] if types else jax.eval_shape(function)
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), like)
+
+    return jax.lax.cond(condition, call, give_up)
+
+
+def _sweep_in_parts(
     program: Program,
+    record: Record,
+    adjoints: dict[int, Any],
+    first: Moved,
+    sums: Sums,
+    condition: jax.Array,
+) -> None:
+    """The same as `_sweep` by a few steps at a time, each part a branch of its own.
+
+    XLA's CPU backend computes over again, for every reader, what it can fuse with it:
+    rows in another layout, for example. What leaves a branch is written once. It takes
+    half of the memory, too.
+    """
+    second: Moved = {}
+    steps = [(n, step) for n, step in enumerate(program.steps) if step.active_outputs]
+    parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
+    last_read = {
+        v: k for k, part in enumerate(parts) for _, x in part for v in x.inputs
+    }
+    last_read[program.outputs[0]] = len(parts)
+    for k, part in enumerate(parts):
+        written = [step.outputs[i] for _, step in part for i in step.active_outputs]
+        kept = [v for v in written if last_read.get(v, k) > k]
+
+        def run(part: list = part, kept: list = kept) -> tuple:
+            inside = dict(first), dict(second)
+            inside_sums = Sums(sums.size, sums.dtype, sums.third_order)
+            _sweep(part, record, adjoints, *inside, inside_sums, hold=False)
+            rows = [[moved.get(v) for v in kept] for moved in inside]
+            return rows, inside_sums.totals()
+
+        rows, totals = _branch(condition, run)
+        sums.add_totals(*totals)
+        for moved, columns in zip((first, second), rows, strict=True):
+            moved.update(_entered(kept, columns))
+
+
+def _sweep(
+    steps: Sequence[tuple[int, Step]],
     record: Record,
     adjoints: dict[int, Any],
     first: Moved,
@@ -356,19 +425,18 @@ def _sweep(
     sums: Sums,
     hold: bool,
 ) -> None:
-    """Passes tangents through all steps, adds to the sums.
+    """Passes tangents through some steps, adds to the sums.
 
     Args:
-      program: the steps.
+      steps: with their numbers in the program.
       record: the values at the inputs of the steps.
       adjoints: at the outputs of the curved steps, as the taps of the program.
-      first: the tangents of the inputs of the program; those of all other variables
-        are entered.
+      first: the tangents of what the steps read; those of what they write are entered.
       second: likewise, of second order.
       sums: what is added to.
       hold: whether derivatives of the sums are to leave out those of the tangents.
     """
-    for n, step in enumerate(program.steps):
+    for n, step in steps:
         if not step.active_outputs:
             continue
         read = [step.inputs[i] for i in step.active_inputs]
@@ -441,7 +509,8 @@ def _sweep_loop(
                 inside[order][v] = Rows(outside[v].subsets, x)
         inside_sums = Sums(sums.size, sums.dtype, sums.third_order)
         inside_record = Record({**known, **inside_record.values}, inside_record.loops)
-        _sweep(body, inside_record, inside_adjoints, *inside, inside_sums, hold)
+        steps = list(enumerate(body.steps))
+        _sweep(steps, inside_record, inside_adjoints, *inside, inside_sums, hold)
         totals = inside_sums.totals()
         ys = [
             [

@@ -16,7 +16,6 @@ from partnewton.engines import versions
 __all__ = [
     "has_custom_vjp",
     "is_affine",
-    "is_cheap",
     "is_elementwise",
     "is_linear",
     "is_piecewise_linear",
@@ -42,6 +41,7 @@ LINEAR: dict[str, Collection[int]] = {
             "copy",
             "copy_p",
             "cumsum",
+            "device_put",
             "fft",
             "imag",
             "mesh_cast",
@@ -69,7 +69,9 @@ LINEAR: dict[str, Collection[int]] = {
             "slice",
             "split",
             "squeeze",
+            "stack",
             "sub",
+            "tile",
             "transpose",
         ],
         _ALL,
@@ -152,6 +154,7 @@ ELEMENTWISE = frozenset(
         "lgamma",
         "log",
         "log1p",
+        "log2",
         "logistic",
         "lt",
         "max",
@@ -161,7 +164,9 @@ ELEMENTWISE = frozenset(
         "neg",
         "nextafter",
         "not",
+        "one_minus_square",
         "or",
+        "polynomial",
         "pow",
         "reduce_precision",
         "rem",
@@ -178,21 +183,6 @@ ELEMENTWISE = frozenset(
         "tan",
         "tanh",
         "xor",
-    ]
-)
-
-# What a run of cheap operations may contain besides: a softmax, a normalisation.
-_REDUCING_AND_SPREADING = frozenset(
-    [
-        "broadcast_in_dim",
-        "reduce_and",
-        "reduce_max",
-        "reduce_min",
-        "reduce_or",
-        "reduce_prod",
-        "reduce_sum",
-        "reshape",
-        "squeeze",
     ]
 )
 
@@ -236,12 +226,15 @@ def is_piecewise_linear(equation: versions.Equation) -> bool:
 
 def is_elementwise(equation: versions.Equation) -> bool:
     """Whether each entry of the result depends on the same entry of the operands."""
-    return _consists_of(ELEMENTWISE, equation)
-
-
-def is_cheap(equation: versions.Equation) -> bool:
-    """Whether an operation costs no more than to read its operands."""
-    return _consists_of(ELEMENTWISE | _REDUCING_AND_SPREADING, equation)
+    if equation.effects:
+        return False
+    if equation.primitive is primitives.custom_jvp_call_p:
+        inside = equation.params["call_jaxpr"]
+    else:
+        inside = versions.inlined(equation)
+    if inside is None:
+        return equation.primitive.name in ELEMENTWISE
+    return all(map(is_elementwise, versions.open_jaxpr(inside).eqns))
 
 
 def has_custom_vjp(equations: Iterable[versions.Equation]) -> bool:
@@ -255,19 +248,6 @@ def has_custom_vjp(equations: Iterable[versions.Equation]) -> bool:
         ):
             return True
     return False
-
-
-def _consists_of(names: Collection[str], equation: versions.Equation) -> bool:
-    if equation.effects:
-        return False
-    if equation.primitive is primitives.custom_jvp_call_p:
-        inside = equation.params["call_jaxpr"]
-    else:
-        inside = versions.inlined(equation)
-    if inside is None:
-        return equation.primitive.name in names
-    equations = versions.open_jaxpr(inside).eqns
-    return all(_consists_of(names, inner) for inner in equations)
 
 
 def _is_real(equation: versions.Equation) -> bool:

@@ -1,9 +1,9 @@
 """A loss as a sequence of steps: what the adjoint engine goes through, three times.
 
 The jaxpr of the loss is flattened, and its equations are gathered into steps. Most
-steps are one operation. A run of cheap operations that is not linear, such as a gelu, a
-softmax or a normalisation, is one step: one local function with one Gram product at its
-inputs. A `scan` is a step with a program of its own.
+steps are one operation. A run of elementwise operations on one variable, such as a
+gelu, is one step, with one Gram product at its input. A `scan` is a step with a program
+of its own.
 """
 
 import dataclasses
@@ -17,13 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, gensym, primitives
 
-from partnewton.engines import convolutions, operations, versions
+from partnewton.engines import convolutions, operations, reductions, versions
 from partnewton.engines.versions import Equation, Jaxpr, Variable
 
 __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
 
 # The kinds of steps whose second derivatives vanish.
 _STRAIGHT = ("affine", "inert", "linear", "piecewise_linear")
+
+# Of an elementwise function; its partial derivatives are as many as there are pairs and
+# triples of inputs.
+_MOST_INPUTS = 3
 
 Taps = dict[int, Any]  # step number -> a list of arrays, or the taps of a loop
 
@@ -64,17 +68,19 @@ class Step:
     @functools.cached_property
     def function_of_rows(self) -> Callable[..., list[jax.Array]]:
         """The same function, to be applied to many rows at once."""
-        return self._with(convolutions.of_rows)
+        return self._with(convolutions.of_rows, reductions.of_rows)
 
     @functools.cached_property
     def function_to_be_transposed(self) -> Callable[..., list[jax.Array]]:
         """The same function, to be transposed where it is linear."""
         return self._with(convolutions.to_be_transposed)
 
-    def _with(self, faster: Callable[[Equation], Callable | None]) -> Callable:
+    def _with(self, *faster: Callable[[Equation], Callable | None]) -> Callable:
         """The function by a faster way, if there is one for its only equation."""
-        equation = self.equations[0]
-        way = faster(equation) if len(self.equations) == 1 else None
+        if len(self.equations) > 1:
+            return self.function
+        (equation,) = self.equations
+        way = next(filter(None, (way_of(equation) for way_of in faster)), None)
         if way is None:
             return self.function
 
@@ -295,10 +301,11 @@ def program_of(jaxpr: Any) -> tuple[Program, list[jax.Array]]:
     return _program(flat, flat.inputs, needed), list(flat.constants.values())
 
 
-def varies(jaxpr: Any) -> bool:
-    """Whether the results of a closed jaxpr move with its inputs, almost everywhere."""
+def varies(jaxpr: Any, place: int = 0) -> bool:
+    """Whether the results of a closed jaxpr move with an input, almost everywhere."""
     flat = _flattened(jaxpr)
-    return not _active(flat, flat.inputs).isdisjoint(filter(_is_variable, flat.outputs))
+    active = _active(flat, [flat.inputs[place]])
+    return not active.isdisjoint(filter(_is_variable, flat.outputs))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -372,7 +379,7 @@ def _program(
     pairs = zip(flat.outputs, needed, strict=True)
     wanted = {v for v, flag in pairs if flag and _is_variable(v)}
     relevant = _needed(flat.equations, wanted & active, active)
-    groups = _groups(flat.equations, moving, wanted, active)
+    groups = _groups(flat.equations, moving, active, relevant)
     groups = _ordered(groups, flat.equations)
     outputs = {v for v in flat.outputs if _is_variable(v)}
     readers: dict[Variable, set[int]] = {v: {-1} for v in outputs}
@@ -419,6 +426,10 @@ def _is_variable(atom: Any) -> bool:
 
 def _is_inexact(atom: Any) -> bool:
     return jnp.issubdtype(atom.aval.dtype, np.inexact)
+
+
+def _is_real(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _is_scan(equation: Equation) -> bool:
@@ -509,110 +520,44 @@ def _needed(
 
 def _groups(
     equations: Sequence[Equation],
-    moving: Collection[Variable],
-    wanted: Collection[Variable],
+    moving: Iterable[Variable],
     active: Collection[Variable],
+    relevant: Collection[Variable],
 ) -> list[list[int]]:
     """The equations in groups, by their places.
 
-    Cheap equations that read from each other are one group, as long as it is convex:
-    no way leads out of it and in again. So only equations of one depth are grouped,
-    where the depth of a variable is the number of other operations on the way to it.
-    What does not move with the parameters is in nobody's way.
+    All elementwise equations that depend on one and the same variable alone, a gelu for
+    example, are one group: one function of that variable. Every other equation is a
+    group of its own.
     """
-    used = _needed(equations, wanted, None)
-    depth = dict.fromkeys(moving, 0)  # of all that depends on the parameters
-    writer: dict[Variable, int] = {}  # the cheap equation that writes a variable
-    joined = list(range(len(equations)))  # a forest: each place points to its group
-
-    def root(i: int) -> int:
-        while joined[i] != i:
-            joined[i] = joined[joined[i]]
-            i = joined[i]
-        return i
-
-    for i, equation in enumerate(equations):
-        operands = [v for v in _operands(equation) if v in depth]
-        if not operands:
-            continue
-        at = max(depth[v] for v in operands)
-        if operations.is_cheap(equation) and used.intersection(equation.outvars):
-            for v in operands:
-                if v in writer and depth[v] == at:
-                    joined[root(writer[v])] = root(i)
-            writer.update(dict.fromkeys(equation.outvars, i))
-        else:
-            at += 1
-        depth.update(dict.fromkeys(equation.outvars, at))
-
-    members: dict[int, list[int]] = {}
-    for i in range(len(equations)):
-        members.setdefault(root(i), []).append(i)
+    dependent = set(moving)  # on the parameters, be it by way of a stop_gradient
+    run_of: dict[Variable, Variable] = {}  # a run is called as what it starts from
+    runs: dict[Variable, list[int]] = {}
     groups = []
-    for group in members.values():
-        groups.extend(_trimmed(group, equations, active) if group[1:] else [group])
+    for i, equation in enumerate(equations):
+        operands = _operands(equation)
+        read = {v for v in operands if v in active}
+        names = {run_of.get(v, v) for v in read}
+        written = [v for v in equation.outvars if v in relevant]
+        # What else it reads may have been computed from a run: so that is over.
+        is_start = not dependent.isdisjoint(set(operands) - read)
+        if not dependent.isdisjoint(operands):
+            dependent.update(equation.outvars)
+        if (
+            written
+            and len(read if is_start else names) == 1
+            and len({v.aval.shape for v in (*read, *written)}) == 1
+            and all(_is_real(v.aval) for v in (*read, *written))
+            and operations.is_elementwise(equation)
+        ):
+            name = equation.outvars[0] if is_start else names.pop()
+            run_of.update(dict.fromkeys(equation.outvars, name))
+            if name not in runs:
+                groups.append(runs.setdefault(name, []))
+            runs[name].append(i)
+        else:
+            groups.append([i])
     return groups
-
-
-def _trimmed(
-    group: list[int], equations: Sequence[Equation], active: Collection[Variable]
-) -> list[list[int]]:
-    """A group without what is linear at its ends, each of which becomes its own.
-
-    What is left is in connected parts, with as few inputs as possible.
-    """
-    rest = set(group)
-    written = {v: i for i in group for v in equations[i].outvars}
-    readers: dict[Variable, set[int]] = {}
-    for i in group:
-        for v in _operands(equations[i]):
-            readers.setdefault(v, set()).add(i)
-    sources = {
-        i: {written[v] for v in _operands(equations[i]) if v in written} for i in group
-    }
-    followers = {
-        i: set().union(*(readers.get(v, ()) for v in equations[i].outvars))
-        for i in group
-    }
-
-    def comes_off(i: int) -> bool:
-        equation = equations[i]
-        if not active.intersection(equation.outvars):  # a mask, for example
-            return not sources[i] & rest or not followers[i] & rest
-        places = [
-            n for n, v in enumerate(equation.invars) if _is_variable(v) and v in active
-        ]
-        operands = [equation.invars[n] for n in places]
-        outside = [v for v in operands if written.get(v) not in rest]
-        if any(readers[v] & rest - {i} for v in outside):
-            return False  # an operand more would remain than now
-        linear = operations.is_linear(equation, places)
-        if not sources[i] & rest:
-            return linear
-        # A product with what is not in the group has a rule of its own.
-        is_product = equation.primitive.name in operations.PRODUCTS
-        linear = linear or (is_product and len(outside) == 1)
-        return linear and not followers[i] & rest
-
-    before = None
-    while rest != before:
-        before = set(rest)
-        for i in sorted(rest):
-            if comes_off(i):
-                rest.remove(i)
-
-    parts, seen = [[i] for i in group if i not in rest], set()
-    for i in sorted(rest):
-        part, front = [], [i]
-        while front:
-            j = front.pop()
-            if j not in seen:
-                seen.add(j)
-                part.append(j)
-                front.extend((followers[j] | sources[j]) & rest)
-        if part:
-            parts.append(sorted(part))
-    return parts
 
 
 def _ordered(
@@ -631,7 +576,7 @@ def _ordered(
         for other in others:
             waiting.setdefault(other, []).append(n)
     left = [len(others) for others in waits_for]
-    ready = [(groups[n][-1], n) for n, count in enumerate(left) if count == 0]
+    ready = [(groups[n][0], n) for n, count in enumerate(left) if count == 0]
     heapq.heapify(ready)
     ordered = []
     while ready:
@@ -640,7 +585,7 @@ def _ordered(
         for other in waiting.get(n, ()):
             left[other] -= 1
             if left[other] == 0:
-                heapq.heappush(ready, (groups[other][-1], other))
+                heapq.heappush(ready, (groups[other][0], other))
     return ordered
 
 
@@ -653,29 +598,39 @@ def _kind(
     active: Collection[Variable],
 ) -> str:
     """The rule for some equations that are one step."""
-    if len(equations) == 1:
-        (equation,) = equations
-        name = equation.primitive.name
-        places = [
-            n for n, v in enumerate(equation.invars) if _is_variable(v) and v in active
-        ]
-        if operations.is_linear(equation, places):
-            affine = operations.is_affine(equation, places)
-            return "affine" if affine else "linear"
-        if name in operations.PRODUCTS and len(active_inputs) == 2:
-            return "product"
-        if operations.is_piecewise_linear(equation):
-            return "piecewise_linear"
-    written = [v for e in equations for v in e.outvars if v in active]
-    avals = [v.aval for v in (*active_inputs, *written)]
-    if (
-        len(active_inputs) == 1
-        and all(operations.is_elementwise(e) for e in equations)
-        and all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
-        and len({aval.shape for aval in avals}) == 1
-    ):
+    places = [
+        [n for n, v in enumerate(e.invars) if _is_variable(v) and v in active]
+        for e in equations
+    ]
+    linear = list(map(operations.is_linear, equations, places))
+    if all(linear) and len(equations) == 1:
+        affine = operations.is_affine(equations[0], places[0])
+        return "affine" if affine else "linear"
+    straight = map(operations.is_piecewise_linear, equations)
+    if all(a or b for a, b in zip(linear, straight, strict=True)):
+        return "piecewise_linear"
+    if _is_elementwise(equations, active_inputs, active):
         return "elementwise"
-    return "local"
+    is_product = equations[0].primitive.name in operations.PRODUCTS
+    return "product" if is_product and len(active_inputs) == 2 else "local"
+
+
+def _is_elementwise(
+    equations: Sequence[Equation],
+    active_inputs: Sequence[Variable],
+    active: Collection[Variable],
+) -> bool:
+    """Whether the equations are about real numbers, entry by entry."""
+    written = [v.aval for e in equations for v in e.outvars if v in active]
+    read = [v.aval for v in active_inputs]
+    ndim = written[0].ndim
+    return (
+        all(operations.is_elementwise(e) for e in equations)
+        and all(map(_is_real, (*read, *written)))
+        and len({x.shape for x in written}) == 1
+        and all(x.ndim in (0, ndim) for x in read)
+        and len(read) <= _MOST_INPUTS
+    )
 
 
 def _loop_step(

@@ -15,6 +15,7 @@ and adds to the sums over all steps
 `local` does so for any function, by way of jax; all other rules are there for speed.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines import operations, versions
+from partnewton.engines import operations, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
@@ -188,8 +189,8 @@ def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
 def dots(a: jax.Array, b: jax.Array) -> jax.Array:
     """The inner products of rows with rows of the same place, (r, *shape) -> (r,)."""
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    axes = tuple(range(1, a.ndim))
-    return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=axes).real
+    products = (a.astype(dtype) * b.astype(dtype)).real
+    return reductions.total(products, tuple(range(1, a.ndim)))
 
 
 Rule = Callable[
@@ -354,6 +355,10 @@ def product(
 
 # --- Elementwise functions ---------------------------------------------------------
 
+# Arrays by the places of the inputs that they are derivatives by, ascending; what is
+# missing is zero.
+Partials = dict[tuple[int, ...], jax.Array]
+
 
 def elementwise(
     step: Step,
@@ -362,65 +367,151 @@ def elementwise(
     tangents: Tangents,
     sums: Sums,
 ) -> Tangents:
-    """z = f(x) entry by entry, f a run of operations with one input: three weights.
+    """z = f(x_1, x_2, ...) entry by entry: all derivatives are weights.
 
-    zdot = f' xdot;  zddot = f'' xdot^2 + f' xddot
-    hessian_st += sum(lambda f'' xdot_s xdot_t)
-    third_s    += sum(lambda f''' xdot_s^3 + 3 lambda f'' xdot_s xddot_s)
+    With partial derivatives f_i, f_ij, f_ijk, and summed over all i, j and k,
+
+    zdot = f_i xdot_i;  zddot = f_ij xdot_i xdot_j + f_i xddot_i
+    hessian_st += sum(lambda f_ij xdot_i,s xdot_j,t)
+    third_s    += sum(lambda f_ijk xdot_i xdot_j xdot_k + 3 lambda f_ij xdot_i xddot_j)
     """
-    (x,) = (inputs[i] for i in step.active_inputs)
-    (first,), (second,) = tangents
-    if first is None:
-        return Tangents(*[[None] * len(step.active_outputs)] * 2)
-    f1, f2, f3 = _derivatives(
-        step.active(step.function, inputs), x, order=3 if sums.third_order else 2
-    )
-    v = _wide(first.values)
-    outputs = [Rows(first.subsets, (f * v).astype(f.dtype)) for f in f1]
-    bends: list[Rows | None] = [None] * len(outputs)
-    if f2 is not None:
-        pairs = zip(adjoints, f2, strict=True)
-        curvature = sum(_wide(a) * _wide(f) for a, f in pairs)
-        sums.add_hessian(first, first, weight=curvature)
-    if sums.third_order:
-        if f2 is not None:
-            bends = [Rows(first.subsets, (f * v * v).astype(f.dtype)) for f in f2]
-        if second is not None:
-            bends = [
-                add(bend, Rows(second.subsets, (f * second.values).astype(f.dtype)))
-                for f, bend in zip(f1, bends, strict=True)
-            ]
-        if f3 is not None:
-            pairs = zip(adjoints, f3, strict=True)
-            bend = sum(_wide(a) * _wide(f) for a, f in pairs)
-            sums.add_third(first.subsets, dots(bend * v * v, v))
-        if f2 is not None and second is not None:
-            some = second.subsets
-            weighted = curvature * taken(first, some)
-            sums.add_third(some, 3 * dots(weighted, second.values))
-    return Tangents(outputs, bends)
+    at = [inputs[i] for i in step.active_inputs]
+    function = step.active(step.function, inputs)
+    partials = _partials(function, at, order=3 if sums.third_order else 2)
+    weights: Partials = {}  # lambda . f_ij and lambda . f_ijk
+    for f, adjoint in zip(partials, adjoints, strict=True):
+        for places, x in f.items():
+            _accumulate(weights, places, _wide(adjoint) * x)
+    first, second = tangents
+
+    bends = [places for places in weights if len(places) == 2]
+    for i, j in bends:
+        if first[i] is not None and first[j] is not None:
+            _add_weighted(sums, first[i], first[j], weights[i, j], is_cross=i != j)
+
+    zeros = [jnp.zeros_like(adjoint) for adjoint in adjoints]
+
+    def of_first(members: tuple[int, ...]) -> Callable:
+        def of(*v: jax.Array) -> list[jax.Array]:
+            xdot = dict(zip(members, map(_wide, v), strict=True))
+            zdot = [_along(f, [xdot]) for f in partials]
+            return _like(zeros, zdot)
+
+        return of
+
+    def of_both(members: tuple[int, ...]) -> Callable:
+        def of(*v: jax.Array) -> list[jax.Array]:
+            moved = dict(zip(members, map(_wide, v), strict=True))
+            xdot = {i: x for i, x in moved.items() if i < len(at)}
+            xddot = {i - len(at): x for i, x in moved.items() if i >= len(at)}
+            zddot = [_along(f, [xdot, xdot]) + _along(f, [xddot]) for f in partials]
+            third = _along(weights, [xdot, xdot, xdot])
+            third += 3 * _along(weights, [xdot, xddot])
+            return _like([*zeros, _wide(zeros[0])], [*zddot, third])
+
+        return of
+
+    passed = [map_rows(of_first, first), None]
+    if bends and sums.third_order:
+        found = map_rows(of_both, [*first, *second])
+        if found:
+            *passed[1], third = found
+            entries = tuple(range(1, third.values.ndim))
+            values = reductions.total(third.values, entries)
+            sums.add_third(third.subsets, values)
+    else:
+        passed[1] = map_rows(of_first, second)
+    nothing = [None] * len(zeros)
+    return Tangents(*(x or nothing for x in passed))
+
+
+def _partials(
+    function: Callable, at: Sequence[jax.Array], order: int
+) -> list[Partials]:
+    """The partial derivatives of each output, in float32 at least."""
+    found: list[Partials] = []
+    front = {(): (function, None)}
+    for _ in range(order):
+        derivatives = {}
+        for places, (f, jaxpr) in front.items():
+            for i in range(places[-1] if places else 0, len(at)):
+                if jaxpr is None or varies(jaxpr, i):
+                    derivative = versions.traced(_derivative(f, i), *at)
+                    derivatives[*places, i] = derivative
+        front = derivatives
+        for places, (f, _) in front.items():
+            columns = f(*at)
+            found = found or [{} for _ in columns]
+            for partials, x in zip(found, columns, strict=True):
+                partials[places] = _wide(x)
+    return found
+
+
+def _derivative(function: Callable, place: int) -> Callable:
+    def derivative(*x: jax.Array) -> list[jax.Array]:
+        def of_one(y: jax.Array) -> list[jax.Array]:
+            return function(*x[:place], y, *x[place + 1 :])
+
+        return jax.jvp(of_one, (x[place],), (jnp.ones_like(x[place]),))[1]
+
+    return derivative
+
+
+def _along(partials: Partials, directions: Sequence[dict[int, jax.Array]]) -> Any:
+    """The sum of f_ij.. v_i w_j .. for the directions v, w, .. by place."""
+    total = 0.0
+    for places in itertools.product(*directions):
+        term = partials.get(tuple(sorted(places)))
+        if term is not None:
+            for v, i in zip(directions, places, strict=True):
+                term = term * v[i]
+            total = total + term
+    return total
+
+
+def _add_weighted(
+    sums: Sums, x: Rows, y: Rows, weight: jax.Array, *, is_cross: bool
+) -> None:
+    """Adds the inner products of x and y, each of which may be of fewer entries.
+
+    One that has axes of length 1 where `weight` is longer, as the mean has in
+    ``x - mean``, meets the sum over these axes.
+    """
+    factor = 2.0 if is_cross else 1.0
+    of_x, of_y = x.values.shape[1:], y.values.shape[1:]
+    if of_x == of_y:
+        sums.add_hessian(x, y, weight=_summed_to(of_x, weight), factor=factor)
+        return
+    if np.prod(of_x) < np.prod(of_y):
+        x, y, of_y = y, x, of_x
+
+    def meets(v: jax.Array) -> list[jax.Array]:
+        return [_summed_to(of_y, weight * _wide(v))]
+
+    (met,) = apply(meets, x.values)
+    sums.add_hessian(Rows(x.subsets, met), y, factor=factor)
+
+
+def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The sum over the axes that an array of this shape would be spread over."""
+    if not shape:
+        return jnp.sum(x)
+    pairs = enumerate(zip(shape, x.shape, strict=True))
+    axes = tuple(n for n, (length, longer) in pairs if length != longer)
+    return reductions.total(x, axes).reshape(shape) if axes else x
+
+
+def _like(zeros: Sequence[jax.Array], values: Sequence[Any]) -> list[jax.Array]:
+    """Sums of no terms, the number 0, become arrays; all get their types."""
+    return [
+        zero if isinstance(x, float) else x.astype(zero.dtype)
+        for zero, x in zip(zeros, values, strict=True)
+    ]
 
 
 def _wide(x: jax.Array) -> jax.Array:
     """In float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _derivatives(
-    function: Callable, x: jax.Array, order: int
-) -> list[list[jax.Array] | None]:
-    """f', f'' and f''' of an elementwise function at x; None for what vanishes."""
-    found: list[list[jax.Array] | None] = []
-    for _ in range(order):
-        function, jaxpr = versions.traced(_derivative(function), x)
-        found.append(function(x))
-        if not varies(jaxpr):
-            break
-    return found + [None] * (3 - len(found))
-
-
-def _derivative(function: Callable) -> Callable:
-    return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
 
 
 # --- Any function ------------------------------------------------------------------
