@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import partnewton as pn
 from partnewton import data, plot
+from partnewton.transform import interval_of
 
 __all__ = ["Config", "Experiment", "Results", "prepare", "report", "run", "write"]
 
@@ -39,7 +40,6 @@ ROUNDING = 1e-7  # a loss below it, in float32, is rounding
 # As it is: the preset's own factor and interval, nothing chosen for these networks.
 _PRESET = inspect.signature(pn.partition_newton).parameters
 FACTOR = _PRESET["learning_rate"].default
-REFRESH = _PRESET["update_interval"].default
 ADAM_RATE = 1e-3
 SGD_RATE, SGD_MOMENTUM = 0.01, 0.9
 
@@ -127,6 +127,11 @@ class Experiment(NamedTuple):
     logits_fn: Callable[[PyTree, jax.Array], jax.Array]
     value_fn: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
     param_labels: Callable[[PyTree], PyTree]
+
+    @property
+    def refresh_every(self) -> int:
+        """After how many steps `partition_newton` refreshes by default."""
+        return interval_of(len(pn.subset_names(self.params, self.param_labels)))
 
 
 def prepare(config: Config) -> Experiment:
@@ -317,7 +322,7 @@ def run(experiment: Experiment) -> Results:
     start = time.perf_counter()
     evaluate = _evaluation(experiment)
     curves, looks = {}, {}
-    optimizers = _optimizers(experiment.param_labels)
+    optimizers = _optimizers(experiment)
     for name, (tx, settings) in optimizers.items():
         curves[name], looks[name] = _train(experiment, evaluate, name, tx, settings)
     looked_after, params = looks[PARTITION_NEWTON]
@@ -326,7 +331,8 @@ def run(experiment: Experiment) -> Results:
     for name, curve in curves.items():
         refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0
         curve.gradient_equivalents = [
-            step + refresh * -(-step // REFRESH) for step in curve.steps
+            step + refresh * -(-step // experiment.refresh_every)
+            for step in curve.steps
         ]
     names = pn.subset_names(experiment.params, experiment.param_labels)
     wall_seconds = time.perf_counter() - start
@@ -334,13 +340,14 @@ def run(experiment: Experiment) -> Results:
 
 
 def _optimizers(
-    param_labels: Callable[[PyTree], PyTree],
+    experiment: Experiment,
 ) -> dict[str, tuple[optax.GradientTransformationExtraArgs, str]]:
-    ours = pn.partition_newton(param_labels=param_labels)
+    ours = pn.partition_newton(param_labels=experiment.param_labels)
+    every = experiment.refresh_every
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
     return {
-        PARTITION_NEWTON: (ours, f"no argument; a refresh every {REFRESH} steps"),
+        PARTITION_NEWTON: (ours, f"no argument; a refresh every {every} steps"),
         "adam": (adam, f"learning rate {ADAM_RATE:g}"),
         "sgd": (sgd, f"learning rate {SGD_RATE:g}, momentum {SGD_MOMENTUM:g}"),
     }
@@ -364,6 +371,7 @@ def _train(
     batches = jnp.asarray(experiment.batches)
     state = experiment.params, tx.init(experiment.params)
     ours, look = name == PARTITION_NEWTON, None
+    every = experiment.refresh_every
 
     with tqdm(total=steps, desc=f"{name:16}", unit="step", mininterval=0.5) as bar:
         bar.set_postfix_str("compiling")
@@ -378,12 +386,12 @@ def _train(
             last = min(first + EVALUATE_EVERY, steps)
             seconds = 0.0
             # All optimizers halt where ours refreshes.
-            for start, stop in itertools.pairwise(_halts(first, last)):
+            for start, stop in itertools.pairwise(_halts(first, last, every)):
                 begin = time.perf_counter()
                 state = advance(start, stop, state, train, batches)
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - begin
-                if log is not None and start % REFRESH == 0:
+                if log is not None and start % every == 0:
                     for key, value in log(start, state, train, batches).items():
                         curves.logged.setdefault(key, []).append(float(value))
             _append(curves, last, evaluate(state[0]), seconds)
@@ -394,9 +402,9 @@ def _train(
     return curves, look
 
 
-def _halts(first: int, last: int) -> list[int]:
+def _halts(first: int, last: int, every: int) -> list[int]:
     """`first`, `last`, and in between the steps right after a refresh, and before."""
-    refreshes = [i for i in range(first, last) if i % REFRESH == 0]
+    refreshes = [i for i in range(first, last) if i % every == 0]
     return sorted({first, last, *refreshes, *(i + 1 for i in refreshes)})
 
 

@@ -21,7 +21,7 @@ def partition_newton(
     rule: rules.Rule | None = None,
     average: averaging.Average | None = None,
     param_labels: partitions.ParamLabels | None = None,
-    update_interval: jax.typing.ArrayLike = 10,
+    update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
     adaptation: jax.typing.ArrayLike = 0.1,
     engine: str = "auto",
@@ -30,9 +30,10 @@ def partition_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """One learning rate per subset, solved for: an optimizer to use as it is.
 
-    At every tenth update the exact summary of the loss along the unit directions of all
-    subsets enters a running average, and :func:`partnewton.rules.robust` solves it for
-    one length of step per subset, which is kept until the next. So
+    At every tenth update, or every S-th if there are more than ten subsets, the exact
+    summary of the loss along the unit directions of all subsets enters a running
+    average, and :func:`partnewton.rules.robust` solves it for one length of step per
+    subset, which is kept until the next. So
     :func:`partnewton.learning_rates` of its state are lengths. One factor on all of
     them is found in hindsight, see :func:`partnewton.scale_by_hindsight`: it grows
     while the way of the last ten steps pays on the next batch and decays where noise or
@@ -50,7 +51,8 @@ def partition_newton(
         decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
-      update_interval: refresh the lengths at every so many updates.
+      update_interval: refresh the lengths at every so many updates; by default as many
+        as there are subsets, from 10 to 100.
       backtracking: how often lengths are halved, at most, while they do not lower the
         loss as they should, see :func:`scale_by_partition_newton`.
       adaptation: by how much the logarithm of the factor may change at every ten

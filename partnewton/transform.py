@@ -76,7 +76,7 @@ def scale_by_partition_newton(
     rule: rules.Rule | None = None,
     *,
     param_labels: partitions.ParamLabels | None = None,
-    update_interval: jax.typing.ArrayLike = 1,
+    update_interval: jax.typing.ArrayLike | None = 1,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
     backtracking: jax.typing.ArrayLike = 0,
@@ -108,8 +108,9 @@ def scale_by_partition_newton(
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the rates at every so many updates, and keep them in
-        between. While all rates are zero they are refreshed at each update, since
-        nothing moves until then.
+        between; None for as many as there are subsets, but 10 at least, so that
+        summaries cost no more than the gradients in between. While all rates are zero
+        they are refreshed at each update, since nothing moves until then.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary alone.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
@@ -256,7 +257,10 @@ def scale_by_partition_newton(
             return select(good, new, refused)
 
         at_rest = jnp.all(state.learning_rates == 0)
-        due = (state.count % update_interval == 0) | at_rest
+        interval = update_interval
+        if interval is None:
+            interval = interval_of(partition.size)
+        due = (state.count % interval == 0) | at_rest
         refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
         scaled = _scaled(updates, params, partition, refreshed.learning_rates)
         usable = all_finite(scaled)
@@ -269,6 +273,11 @@ def scale_by_partition_newton(
         return scaled, refreshed._replace(count=count, refused=refused)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def interval_of(size: int) -> int:
+    """After how many updates a partition is measured again, if nobody has said."""
+    return min(max(10, size), 100)
 
 
 def learning_rates(
