@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from benchmarks import problems, training_report
 from benchmarks.training_loop import seconds_a_step, train
-from benchmarks.training_optimizers import OPTIMIZERS, SWEEPS
+from benchmarks.training_optimizers import GRADIENT, OPTIMIZERS, SWEEPS
 
 QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
-TIMED = ("adam_c", "muon_c", "partition_newton")
+TIMED = ("gradient", "adam_c", "muon_c", "partition_newton")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,11 +85,14 @@ def _entry(name: str, optimizer: str, seeds: int) -> dict[str, Any] | None:
 
 def _timings(name: str) -> dict[str, float]:
     problem = problems.make(name)
-    return {x: seconds_a_step(problem, OPTIMIZERS[x].make, _middle(x)) for x in TIMED}
+    chosen = OPTIMIZERS | {"gradient": GRADIENT}
+    return {
+        x: seconds_a_step(problem, chosen[x].make, _middle(chosen[x].rates))
+        for x in TIMED
+    }
 
 
-def _middle(optimizer: str) -> float:
-    rates = OPTIMIZERS[optimizer].rates
+def _middle(rates: np.ndarray) -> float:
     return float(np.sort(rates)[len(rates) // 2])
 
 

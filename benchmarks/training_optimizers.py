@@ -11,7 +11,7 @@ from optax import contrib
 
 import partnewton as pn
 
-__all__ = ["OPTIMIZERS", "OURS", "SWEEPS", "TUNED", "UNTUNED", "Optimizer"]
+__all__ = ["GRADIENT", "OPTIMIZERS", "OURS", "SWEEPS", "TUNED", "UNTUNED", "Optimizer"]
 
 
 class Optimizer(NamedTuple):
@@ -82,6 +82,9 @@ OURS: dict[str, Optimizer] = {
     ),
     "paper_newton": _fixed(lambda: pn.paper_newton(rule=pn.rules.cubic(10.0))),
 }
+
+GRADIENT = Optimizer(lambda rate, steps: optax.scale(-rate), np.array([1e-3]))
+"""A step along the gradient, for its time."""
 
 _FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
 

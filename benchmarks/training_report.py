@@ -43,6 +43,11 @@ def markdown(results: dict[str, Row]) -> str:
             "seconds are spent as Adam takes for all of its steps; between two "
             "evaluations interpolated in the logarithm.",
             _table(results, _ratio_at_equal_seconds, "{:.3g}", geometric_mean=True),
+            "Gradient-equivalents a step: 1, and what partition_newton takes longer "
+            "than its direction alone, over the time of a step along the gradient.",
+            _equivalents_table(results),
+            "The same once so many gradient-equivalents are spent as Adam takes steps.",
+            _table(results, _ratio_at_equal_gradients, "{:.3g}", geometric_mean=True),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,11 +100,32 @@ def _share(row: Row, name: str) -> float | None:
 
 
 def _ratio_at_equal_seconds(row: Row, name: str) -> float | None:
-    curves, adam = _curves(row, name, "train"), _loss(row, "adam")
     a_step = row["seconds"].get(TUNED.get(name, (name,))[0])
-    if curves is None or adam is None or a_step is None:
+    if a_step is None:
         return None
-    share = min(row["seconds"]["adam_c"] / a_step, 1)
+    return _ratio_at(row, name, min(row["seconds"]["adam_c"] / a_step, 1))
+
+
+def _ratio_at_equal_gradients(row: Row, name: str) -> float | None:
+    if name in TUNED:
+        return _ratio_at(row, name, 1)
+    if name == "partition_newton":
+        return _ratio_at(row, name, 1 / _equivalents(row))
+    return None
+
+
+def _equivalents(row: Row) -> float:
+    """What a step of ours costs in gradients, without its direction."""
+    seconds = row["seconds"]
+    more = seconds["partition_newton"] - seconds["muon_c"]
+    return 1 + max(more, 0) / seconds["gradient"]
+
+
+def _ratio_at(row: Row, name: str, share: float) -> float | None:
+    """The loss after a share of the steps, over the final one of the best Adam."""
+    curves, adam = _curves(row, name, "train"), _loss(row, "adam")
+    if curves is None or adam is None:
+        return None
     places = np.linspace(0, 1, curves.shape[1])
     logs = np.log(np.where(np.isfinite(curves), np.clip(curves, FLOOR, 1e9), 1e9))
     return float(np.exp(np.interp(share, places, logs.mean(0))) / adam)
@@ -135,6 +161,12 @@ def _table(
         ]
         cells = [form.format(x) for x in means]
         lines.append(f"| **geometric mean** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _equivalents_table(results: dict[str, Row]) -> str:
+    lines = ["| problem | gradient-equivalents |", "| --- | --- |"]
+    lines += [f"| {name} | {_equivalents(row):.2f} |" for name, row in results.items()]
     return "\n".join(lines)
 
 
