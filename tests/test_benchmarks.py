@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
-from benchmarks import models, summary
+from benchmarks import models, summary, training_report
 
 SLOW = ("mlp_deep", "cnn", "vgg11", "resnet18")
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
@@ -198,3 +198,33 @@ def test_a_wrong_argument_is_one_line(arguments, word, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert word in message
+
+
+# --- Training ------------------------------------------------------------------------
+
+
+def test_losses_at_equal_gradients_are_read_off_the_curves():
+    """Ours costs 2 gradients a step, so it has gone half as far as Adam."""
+
+    def entry(*losses: float) -> dict:
+        curves = [[list(losses)]]
+        return {"rates": [1.0], "train": curves, "metric": curves}
+
+    row = {
+        "partition_newton": entry(1.0, 1e-2, 1e-4),
+        "adam_c": entry(1.0, 1e-1, 1e-3),
+        "seconds": {
+            "gradient": 2.0,
+            "adam_c": 2.5,
+            "muon_c": 5.0,
+            "partition_newton": 7.0,
+        },
+    }
+    assert training_report._equivalents(row) == 2
+    found = training_report._ratio_at_equal_gradients(row, "partition_newton")
+    np.testing.assert_allclose(found, 10, rtol=1e-6)
+    np.testing.assert_allclose(
+        training_report._ratio_at_equal_gradients(row, "adam"), 1
+    )
+    text = training_report.markdown({"curve": row})
+    assert "| curve | 2.00 |" in text
