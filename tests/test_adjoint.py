@@ -454,7 +454,7 @@ def dropout(w1, w2):
         (dropout, (W1, W2), ["elementwise", "product"]),
     ],
 )
-def test_runs_of_cheap_operations_are_one_step(loss, shapes, expected):
+def test_runs_of_elementwise_operations_are_one_step(loss, shapes, expected):
     assert kinds(loss, *shapes) == expected
 
 
@@ -552,6 +552,22 @@ def test_a_sweep_in_parts_is_the_same(name, batch_size, monkeypatch):
     for field in expected._fields:
         x, y = getattr(found, field), getattr(expected, field)
         assert_close(x, np.asarray(y), 1e-12, field)
+
+
+@pytest.mark.parametrize("cached", [0, 2**23])
+def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
+    monkeypatch.setattr(adjoint, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(adjoint, "_PART", 1)
+
+    def loss(params: PyTree) -> jax.Array:
+        def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.sin(carry + x), None
+
+        return lax.scan(body, 0.0, jnp.tanh(params["x"] * params["y"]))[0]
+
+    with jax.enable_x64(True):
+        params = {"x": jnp.array(normal(5)), "y": jnp.array(normal(5, seed=1))}
+        assert_engines_agree(loss, params, params)
 
 
 @pytest.mark.parametrize("cached", [0, 2**23])

@@ -192,27 +192,26 @@ class _Problem:
         """The subsets of each sweep, by their numbers inside."""
         S = self.partition.size
         if batch_size is None:
-            row = self._widest_row(range(S))
-            batch_size = _MOST_BYTES // max(1, row)
+            batch_size = _MOST_BYTES // self._bytes_of_a_row
         if batch_size >= S:
             return [tuple(range(S))]
         block = max(1, batch_size // 2)
         blocks = [tuple(range(n, min(n + block, S))) for n in range(0, S, block)]
         return [x + y for x, y in itertools.combinations(blocks, 2)]
 
-    def _widest_row(self, moving: Sequence[int]) -> int:
-        """The bytes of one row of tangents, for some subsets."""
-        pairs = zip(self.inputs, self.partition.labels, strict=True)
+    @functools.cached_property
+    def _bytes_of_a_row(self) -> int:
+        """What one subset takes where most tangents are alive; at least 1."""
         numbers = {
-            v: tuple(n for n in _numbers(label, self.order) if n in moving)
-            for v, label in pairs
+            v: _numbers(label, self.order)
+            for v, label in zip(self.inputs, self.partition.labels, strict=True)
         }
-        return _widest_row(self.program, {v: x for v, x in numbers.items() if x})
+        return max(1, _widest_row(self.program, numbers))
 
-    def _is_large(self, moving: Sequence[int]) -> bool:
-        """Whether the rows of tangents go beyond the cache of a CPU."""
-        bytes_written = len(moving) * self._widest_row(moving)
-        return jax.default_backend() == "cpu" and bytes_written > _CACHED_BYTES
+    def _is_large(self, numbers: Sequence[int]) -> bool:
+        """Whether the rows of some subsets go beyond the cache of a CPU."""
+        written = len(numbers) * self._bytes_of_a_row
+        return jax.default_backend() == "cpu" and written > _CACHED_BYTES
 
     def sweep(
         self,
@@ -398,7 +397,8 @@ def _sweep_in_parts(
     last_read = {
         v: k for k, part in enumerate(parts) for _, x in part for v in x.inputs
     }
-    last_read[program.outputs[0]] = len(parts)
+    if isinstance(program.outputs[0], Variable):
+        last_read[program.outputs[0]] = len(parts)
     for k, part in enumerate(parts):
         written = [step.outputs[i] for _, step in part for i in step.active_outputs]
         kept = [v for v in written if last_read.get(v, k) > k]

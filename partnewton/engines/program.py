@@ -340,12 +340,20 @@ def _flattened(closed: Any) -> _Flat:
         def renamed(atom: Any) -> Any:
             return names[atom] if _is_variable(atom) else atom
 
+        def named(atom: Any) -> Variable:
+            """A variable for a literal, too: a carry that starts from it may move."""
+            if not _is_variable(atom):
+                literal, atom = atom, fresh(atom.aval)
+                flat.constants[atom] = np.asarray(literal.val, atom.aval.dtype)
+            return atom
+
         for equation in jaxpr.eqns:
             inputs = [renamed(atom) for atom in equation.invars]
             called = versions.inlined(equation)
             if called is None:
                 outputs = [fresh(v.aval) for v in equation.outvars]
                 if _is_scan(equation):
+                    inputs = [named(atom) for atom in inputs]
                     body = _flattened(equation.params["jaxpr"])
                     flat.bodies[len(flat.equations)] = body
                 flat.equations.append(equation.replace(invars=inputs, outvars=outputs))
