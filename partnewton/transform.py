@@ -108,9 +108,9 @@ def scale_by_partition_newton(
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the rates at every so many updates, and keep them in
-        between; None for as many as there are subsets, but 10 at least, so that
-        summaries cost no more than the gradients in between. While all rates are zero
-        they are refreshed at each update, since nothing moves until then.
+        between; None for as many as there are subsets, from 10 to 100, so that a
+        summary costs about as much as the gradients in between. While all rates are
+        zero they are refreshed at each update, since nothing moves until then.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary alone.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
@@ -257,9 +257,8 @@ def scale_by_partition_newton(
             return select(good, new, refused)
 
         at_rest = jnp.all(state.learning_rates == 0)
-        interval = update_interval
-        if interval is None:
-            interval = interval_of(partition.size)
+        automatic = update_interval is None
+        interval = interval_of(partition.size) if automatic else update_interval
         due = (state.count % interval == 0) | at_rest
         refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
         scaled = _scaled(updates, params, partition, refreshed.learning_rates)

@@ -189,8 +189,12 @@ def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
 def dots(a: jax.Array, b: jax.Array) -> jax.Array:
     """The inner products of rows with rows of the same place, (r, *shape) -> (r,)."""
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    products = (a.astype(dtype) * b.astype(dtype)).real
-    return reductions.total(products, tuple(range(1, a.ndim)))
+    return _total_of_each((a.astype(dtype) * b.astype(dtype)).real)
+
+
+def _total_of_each(rows: jax.Array) -> jax.Array:
+    """The sum of all entries of each row, (r, *shape) -> (r,)."""
+    return reductions.total(rows, tuple(range(1, rows.ndim)))
 
 
 Rule = Callable[
@@ -381,7 +385,8 @@ def elementwise(
     weights: Partials = {}  # lambda . f_ij and lambda . f_ijk
     for f, adjoint in zip(partials, adjoints, strict=True):
         for places, x in f.items():
-            _accumulate(weights, places, _wide(adjoint) * x)
+            if len(places) > 1:
+                _accumulate(weights, places, _wide(adjoint) * x)
     first, second = tangents
 
     bends = [places for places in weights if len(places) == 2]
@@ -416,9 +421,7 @@ def elementwise(
         found = map_rows(of_both, [*first, *second])
         if found:
             *passed[1], third = found
-            entries = tuple(range(1, third.values.ndim))
-            values = reductions.total(third.values, entries)
-            sums.add_third(third.subsets, values)
+            sums.add_third(third.subsets, _total_of_each(third.values))
     else:
         passed[1] = map_rows(of_first, second)
     nothing = [None] * len(zeros)
