@@ -102,6 +102,10 @@ SWEEPS: dict[str, Optimizer] = {
         lambda rate, steps: pn.partition_newton(adaptation=rate),
         np.array([0.0, 0.05, 0.1, 0.2]),
     ),
+    "interval": Optimizer(
+        lambda rate, steps: pn.partition_newton(update_interval=rate.astype(int)),
+        np.array([10.0, 30.0, 100.0]),
+    ),
     "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
     "factor_adam": Optimizer(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),
