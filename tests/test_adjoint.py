@@ -24,6 +24,7 @@ from partnewton.engines import (
     adjoint,
     convolutions,
     operations,
+    products,
     reductions,
     rules,
     versions,
@@ -593,6 +594,24 @@ def test_sums_by_products(axes, dtype):
         found = quick_jit(lambda x: reductions.total(x, axes))(x)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, np.sum(np.asarray(x, float), axes))
+
+
+# --- Batched products ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_rows", ["a", "b", "ab", ""])
+def test_batched_products_of_rows(with_rows):
+    a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    (equation,) = jax.make_jaxpr(lax.batch_matmul)(a, b).eqns
+    product = products.of_rows(equation)
+    axes = [0 if name in with_rows else None for name in "ab"]
+    with jax.enable_x64(True):
+        a, b = (
+            jnp.array(normal(*([7] if axis == 0 else []), *x.shape))
+            for axis, x in zip(axes, (a, b), strict=True)
+        )
+        found = quick_jit(jax.vmap(product, axes) if with_rows else product)(a, b)
+    np.testing.assert_allclose(found, np.matmul(a, b), rtol=1e-12, atol=1e-12)
 
 
 # --- Exact zeros ---------------------------------------------------------------------

@@ -250,6 +250,7 @@ class _Problem:
         else:
             _sweep_in_parts(self.program, record, adjoints, first, sums, only_if)
         (hessian, third), gradient = sums.totals(), jnp.zeros(size, dtype)
+        hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
         value = self.program.outputs[0]
         if isinstance(value, Variable) and value in first:
             gradient = sums.placed(first[value])

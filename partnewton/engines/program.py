@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, gensym, primitives
 
-from partnewton.engines import convolutions, operations, reductions, versions
+from partnewton.engines import convolutions, operations, products, reductions, versions
 from partnewton.engines.versions import Equation, Jaxpr, Variable
 
 __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
@@ -68,7 +68,7 @@ class Step:
     @functools.cached_property
     def function_of_rows(self) -> Callable[..., list[jax.Array]]:
         """The same function, to be applied to many rows at once."""
-        return self._with(convolutions.of_rows, reductions.of_rows)
+        return self._with(convolutions.of_rows, products.of_rows, reductions.of_rows)
 
     @functools.cached_property
     def function_to_be_transposed(self) -> Callable[..., list[jax.Array]]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines import operations, reductions, versions
+from partnewton.engines import operations, products, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
@@ -90,25 +90,28 @@ class Sums:
         return self._placed(rows.values.real.astype(self.dtype), rows.subsets)
 
     def totals(self) -> tuple[jax.Array, jax.Array]:
-        """The hessian (S, S), symmetric to the last bit, and third (S,)."""
-        hessian = jnp.zeros((self.size, self.size), self.dtype)
-        for (rows, columns), block in self._blocks.items():
-            hessian = hessian + self._placed(self._placed(block, rows).T, columns).T
-        third = jnp.zeros(self.size, self.dtype)
-        for rows, values in self._thirds.items():
-            third = third + self._placed(values, rows)
-        return 0.5 * (hessian + hessian.T), third
+        """The hessian (S, S), of which the symmetric part counts, and third (S,)."""
+        blocks = [self._placed(x, *places) for places, x in self._blocks.items()]
+        hessian = sum(blocks, start=jnp.zeros((self.size, self.size), self.dtype))
+        thirds = [self._placed(x, subsets) for subsets, x in self._thirds.items()]
+        return hessian, sum(thirds, start=jnp.zeros(self.size, self.dtype))
 
-    def _placed(self, values: jax.Array, subsets: tuple[int, ...]) -> jax.Array:
-        """The rows of `values` at their places among all S, zeros elsewhere."""
-        if len(subsets) == self.size:
-            return values
-        first, last = subsets[0], subsets[-1]
-        if last - first == len(subsets) - 1:
-            widths = [(first, self.size - 1 - last)] + [(0, 0)] * (values.ndim - 1)
-            return jnp.pad(values, widths)
-        zeros = jnp.zeros((self.size, *values.shape[1:]), self.dtype)
-        return zeros.at[np.array(subsets)].set(values)
+    def _placed(self, values: jax.Array, *subsets: tuple[int, ...]) -> jax.Array:
+        """An array with axes of subsets as one with axes of all S, zeros elsewhere."""
+        widths = [(0, 0)] * values.ndim
+        scattered = {}
+        for axis, some in enumerate(subsets):
+            first, last = some[0], some[-1]
+            if last - first == len(some) - 1:
+                widths[axis] = (first, self.size - 1 - last)
+            else:
+                widths[axis] = (0, 1)
+                scattered[axis] = np.full(self.size, len(some))
+                scattered[axis][np.array(some)] = np.arange(len(some))
+        values = jnp.pad(values, widths)
+        for axis, places in scattered.items():
+            values = jnp.take(values, places, axis, mode="clip")
+        return values
 
     def _everywhere(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of a `shard_map`, as far as they have their own."""
@@ -313,13 +316,16 @@ def product(
         """B(., bdot)' lambda for the rows of bdot, or B(adot, .)' lambda."""
         other = 1 - i
 
-        def pull(x: jax.Array) -> list[jax.Array]:
+        def pull(x: jax.Array, adjoint: jax.Array) -> jax.Array:
             def of_other(y: jax.Array) -> jax.Array:
                 return to_be_transposed(*([x, y] if i == 0 else [y, x]))[0]
 
-            return jax.linear_transpose(of_other, at[other])(adjoint)
+            return jax.linear_transpose(of_other, at[other])(adjoint)[0]
 
-        return Rows(rows.subsets, apply(pull, rows.values)[0])
+        if products.is_batched(step.equations[0]):
+            pull = products.repeating(pull)
+        (values,) = apply(lambda x: [pull(x, adjoint)], rows.values)
+        return Rows(rows.subsets, values)
 
     def crossed(x: Rows, y: Rows) -> Rows | None:
         """B(x_s, y_s) on the subsets of both."""
