@@ -3,16 +3,20 @@
 Everything is measured in one run and told in gradients: the median time of a compiled
 summary over that of one compiled gradient of the same loss on the same batch. One
 subset is one tensor, and the direction is the gradient, handed over as an argument.
-Parameters and data are arguments too: XLA would fold constants.
+Parameters and data are arguments too: XLA would fold constants. Several networks have a
+process each, as in training: what an earlier one has left to `malloc` would change by a
+factor of two how long memory takes to come.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -534,21 +538,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.error(f"--output {options.output}: {error.strerror}.")
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "benchmarks.summary", *given])
-    where, rows = {"command": f"`{command}`", **machine()}, []
-    for name in dict.fromkeys(options.model):
-        rows += measure(
-            models.make(name, options.batch, scale=options.scale),
-            tuple(dict.fromkeys(options.engine)),
-            tensor=options.tensor,
-            batch_size=options.batch_size,
-            repeats=options.repeats,
-            max_gib=options.max_gib,
-            max_seconds=options.max_seconds,
-            log=functools.partial(print, file=sys.stderr, flush=True),
-        )
+    names = list(dict.fromkeys(options.model))
+    call = _here if len(names) == 1 else _in_a_process
+    where, rows = {"command": f"`{command}`", **call(machine)}, []
+    for name in names:
+        rows += call(_measured, name, options)
         _write(options, rows, where)  # after each network: an interrupt loses one
     print(report(rows, where))
     return 0
+
+
+def _here(function: Callable, *args: Any) -> Any:
+    return function(*args)
+
+
+def _in_a_process(function: Callable, *args: Any) -> Any:
+    """Calls a function in a new process, which has all of an accelerator's memory."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _measured(name: str, options: argparse.Namespace) -> list[Row]:
+    return measure(
+        models.make(name, options.batch, scale=options.scale),
+        tuple(dict.fromkeys(options.engine)),
+        tensor=options.tensor,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+        max_gib=options.max_gib,
+        max_seconds=options.max_seconds,
+        log=functools.partial(print, file=sys.stderr, flush=True),
+    )
 
 
 def _write(

@@ -33,6 +33,12 @@ def record(folder):
     return run(folder, "--model", "mlp")
 
 
+def test_several_networks_have_a_process_each(tmp_path):
+    rows = run(tmp_path, "--model", "mlp", "lstm", "--engine", "adjoint")["rows"]
+    assert list(dict.fromkeys(row["model"] for row in rows)) == ["mlp", "lstm"]
+    assert all(len(row["seconds"]) == 2 for row in rows)
+
+
 # --- The networks ----------------------------------------------------------------
 
 
