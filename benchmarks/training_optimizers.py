@@ -104,7 +104,7 @@ SWEEPS: dict[str, Optimizer] = {
     ),
     "interval": Optimizer(
         lambda rate, steps: pn.partition_newton(update_interval=rate.astype(int)),
-        np.array([10.0, 30.0, 100.0]),
+        np.array([10.0, 20.0, 30.0, 100.0]),
     ),
     "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
     "factor_adam": Optimizer(

@@ -3,7 +3,7 @@
 Each step may be the best of its kind and all of them together be too long, where noise
 or a narrow valley makes them jump to and fro, or too short, where they all point the
 same way. Neither is seen in the summary of a single step; both are seen in hindsight,
-in how the loss changes along the way of the last ten.
+in how the loss changes along the way of the last ten, later of the last thirty.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,12 @@ from partnewton import partitions
 from partnewton.transform import check_arguments, picked
 
 __all__ = ["ScaleByHindsightState", "scale_by_hindsight"]
+
+# Early there is much to gain and little noise; later it is the other way round. Over a
+# longer way progress grows in proportion, and noise by its square root only.
+_EARLY = 30  # intervals
+_LATER_INTERVAL = 3  # times
+_LATER_RATE = 2  # times
 
 
 class ScaleByHindsightState(NamedTuple):
@@ -65,9 +71,12 @@ def scale_by_hindsight(
 
     Args:
       rate: by how much the logarithm of the factor changes at most; with 0 it stays 1.
+        After 30 intervals it is twice as much.
       place: where on the way the slope is taken, 0 at its start and 1 at its end; above
         a half, or the factor would not decay under noise.
-      update_interval: look back at every so many updates; it costs one gradient.
+      update_interval: look back at every so many updates; it costs one gradient. After
+        30 such intervals they are three times as long: the way grows in proportion to
+        its length, its noise by the square root only.
       smallest, largest: the factor stays between these two.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
         how frozen entries moved is not our doing; by default none is frozen.
@@ -120,6 +129,8 @@ def scale_by_hindsight(
         check_arguments("scale_by_hindsight", params, value_fn)
         loss_args = picked(value_fn, extra_args)
         moving = _moving(params, param_labels)
+        later = state.count >= _EARLY * update_interval
+        change = jnp.where(later, _LATER_RATE * rate, rate)
 
         def loss_at(moved: optax.Params) -> jax.Array:
             value = value_fn(_put_back(moved, params), **loss_args)
@@ -138,11 +149,12 @@ def scale_by_hindsight(
             products = active.inner(jax.tree.leaves(grads), jax.tree.leaves(way))
             slope = jnp.sum(products).astype(old.slope.dtype)
             known = jnp.where(jnp.isfinite(slope), slope, 0)
-            factor = old.factor * jnp.exp(-rate * jnp.sign(known))
+            factor = old.factor * jnp.exp(-change * jnp.sign(known))
             factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)
             return old._replace(factor=factor, slope=known, anchor=moving)
 
-        due = state.count % update_interval == 0
+        interval = jnp.where(later, _LATER_INTERVAL * update_interval, update_interval)
+        due = state.count % interval == 0
         state = jax.lax.cond(due, look_back, lambda old: old, state)
         scaled = jax.tree.map(lambda u: (state.factor * u).astype(u.dtype), updates)
         return scaled, state._replace(count=optax.safe_increment(state.count))

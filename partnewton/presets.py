@@ -30,7 +30,7 @@ def partition_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """One learning rate per subset, solved for: an optimizer to use as it is.
 
-    At every tenth update, or every S-th if there are more than ten subsets, the exact
+    At every 20th update, or every S-th if there are more than 20 subsets, the exact
     summary of the loss along the unit directions of all subsets enters a running
     average, and :func:`partnewton.rules.robust` solves it for one length of step per
     subset, which is kept until the next. So
@@ -52,11 +52,12 @@ def partition_newton(
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the lengths at every so many updates; by default as many
-        as there are subsets, from 10 to 100.
+        as there are subsets, from 20 to 100.
       backtracking: how often lengths are halved, at most, while they do not lower the
         loss as they should, see :func:`scale_by_partition_newton`.
       adaptation: by how much the logarithm of the factor may change at every ten
-        updates; 0 for a factor that is `learning_rate` throughout.
+        updates, see :func:`partnewton.scale_by_hindsight`; 0 for a factor that is
+        `learning_rate` throughout.
       engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:

@@ -108,7 +108,7 @@ def scale_by_partition_newton(
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
       update_interval: refresh the rates at every so many updates, and keep them in
-        between; None for as many as there are subsets, from 10 to 100, so that a
+        between; None for as many as there are subsets, from 20 to 100, so that a
         summary costs about as much as the gradients in between. While all rates are
         zero they are refreshed at each update, since nothing moves until then.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
@@ -276,7 +276,7 @@ def scale_by_partition_newton(
 
 def interval_of(size: int) -> int:
     """After how many updates a partition is measured again, if nobody has said."""
-    return min(max(10, size), 100)
+    return min(max(20, size), 100)
 
 
 def learning_rates(
