@@ -96,12 +96,12 @@ def test_what_is_logged_is_of_the_batch_of_the_refresh(tmp_path):
     """The second refresh and the step with it, by hand."""
     short, long = (
         demo.run(demo.prepare(config(tmp_path, model="mlp", steps=n))).curves
-        for n in (10, 11)
+        for n in (20, 21)
     )
-    experiment = demo.prepare(config(tmp_path, model="mlp", steps=11))
+    experiment = demo.prepare(config(tmp_path, model="mlp", steps=21))
     logged = long["partition_newton"].logged
-    assert logged["step"] == [0, 10]
-    assert logged["count"] == [1, 11]
+    assert logged["step"] == [0, 20]
+    assert logged["count"] == [1, 21]
     assert short["partition_newton"].logged["loss"] == logged["loss"][:1]
     images, labels = (x[experiment.batches[0]] for x in experiment.dataset[:2])
     before = experiment.value_fn(experiment.params, images, labels)
