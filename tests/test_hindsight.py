@@ -54,10 +54,11 @@ def expected(steps, targets, rate, place, interval):
     x = np.array([1.0, -2.0, 3.0])
     anchor, factor, slope, seen = x, 1.0, 0.0, []
     for n, (step, target) in enumerate(zip(steps, targets, strict=True)):
-        if n % interval == 0:
+        later = n >= 30 * interval
+        if n % (3 * interval if later else interval) == 0:
             way = x - anchor
             slope = CURVATURE * (anchor + place * way - target) @ way
-            factor *= np.exp(-rate * np.sign(slope))
+            factor *= np.exp(-(2 * rate if later else rate) * np.sign(slope))
             anchor = x
         x = x + factor * step
         seen.append((factor, slope))
@@ -65,10 +66,11 @@ def expected(steps, targets, rate, place, interval):
 
 
 @pytest.mark.parametrize(
-    ("rate", "place", "interval"), [(0.1, 0.6, 3), (0.5, 1.0, 1), (0.2, 0.0, 7)]
+    ("rate", "place", "interval", "count"),
+    [(0.1, 0.6, 3, 30), (0.5, 1.0, 1, 30), (0.2, 0.0, 7, 30), (0.1, 0.6, 2, 120)],
 )
-def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval):
-    given = steps_and_targets(30)
+def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval, count):
+    given = steps_and_targets(count)
     tx = pn.scale_by_hindsight(rate, place=place, update_interval=interval)
     theirs = expected(*given, rate, place, interval)
     assert np.any(np.diff(theirs[0]) > 0), "it grows and decays in this example"

@@ -57,7 +57,8 @@ def repeating(function: Product) -> Product:
             ]
             return jax.vmap(function)(*pair)
 
-        if versions.on_a_mesh():
+        explicit = versions.is_explicit(a) or versions.is_explicit(b)
+        if explicit or versions.on_a_mesh():
             return plain(a, b), True
         result = jax.lax.platform_dependent(a, b, cpu=repeated, default=plain)
         return result, True
