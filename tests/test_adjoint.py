@@ -26,6 +26,7 @@ from partnewton.engines import (
     operations,
     products,
     reductions,
+    rows,
     rules,
     versions,
 )
@@ -527,29 +528,29 @@ def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
     ]
 
 
-# --- Large sweeps, in parts ----------------------------------------------------------
+# --- Large sweeps, step by step -------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])
 @pytest.mark.parametrize("name", ["convolutional_network", "attention", "lstm"])
-def test_a_sweep_in_parts_is_the_same(name, batch_size, monkeypatch):
+def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
     with jax.enable_x64(True):
         problem = models.make(name, jnp.float64)
 
-        def summary_and_branches():
+        def summary_and_calls():
             # Not one function twice, which jax would trace but once.
             compute = functools.partial(
                 pn.summarize, problem.loss, engine="adjoint", batch_size=batch_size
             )
-            lowered = jax.jit(compute).lower(problem.params, problem.direction)
-            branches = lowered.as_text().count("stablehlo.case")
-            return quick_jit(compute)(problem.params, problem.direction), branches
+            compiled = jax.jit(compute).lower(problem.params, problem.direction)
+            calls = compiled.compile().as_text().count(" call(")
+            return quick_jit(compute)(problem.params, problem.direction), calls
 
-        expected, whole = summary_and_branches()
+        expected, fused = summary_and_calls()
         monkeypatch.setattr(adjoint, "_CACHED_BYTES", 0)
-        monkeypatch.setattr(adjoint, "_PART", 2)
-        found, parts = summary_and_branches()
-    assert (parts > whole) == (jax.default_backend() == "cpu")
+        monkeypatch.setattr(rows, "_LARGE", 0)
+        found, apart = summary_and_calls()
+    assert (apart > fused + 5) == (jax.default_backend() == "cpu")
     for field in expected._fields:
         x, y = getattr(found, field), getattr(expected, field)
         assert_close(x, np.asarray(y), 1e-12, field)
@@ -558,7 +559,6 @@ def test_a_sweep_in_parts_is_the_same(name, batch_size, monkeypatch):
 @pytest.mark.parametrize("cached", [0, 2**23])
 def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
     monkeypatch.setattr(adjoint, "_CACHED_BYTES", cached)
-    monkeypatch.setattr(adjoint, "_PART", 1)
 
     def loss(params: PyTree) -> jax.Array:
         def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:

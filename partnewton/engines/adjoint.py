@@ -50,8 +50,7 @@ Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 Moved = dict[Variable, Rows]  # tangents of the variables that have any
 
 _MOST_BYTES = 2**30  # of the tangents that one step writes
-_CACHED_BYTES = 2**23  # with fewer, a sweep is not cut into parts
-_PART = 5  # steps
+_CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
 
 
 def summarize(
@@ -171,17 +170,16 @@ class _Problem:
             now = [moving, np.outer(moving, moving), moving]
             new = [x & ~y for x, y in zip(now, known, strict=True)]
 
-            sweep = functools.partial(
-                self.sweep, record, adjoints, third_order, numbers=numbers
+            more = self.sweep(
+                record,
+                adjoints,
+                third_order,
+                numbers=numbers,
+                apart=self._is_large(numbers),
             )
-            # Where the loss is not finite there is nothing to be measured. And a branch
-            # starts when all that it needs is there: no tangent waits for an adjoint.
-            if versions.varying_axes(value):
-                more = sweep()
-            elif self._is_large(numbers) and not versions.on_a_mesh():
-                more = sweep(only_if=jnp.isfinite(value))
-            else:
-                more = _branch(jnp.isfinite(value), sweep)
+            # Where the loss is not finite there is nothing to be measured.
+            if not versions.varying_axes(value):
+                more = [jnp.where(jnp.isfinite(value), x, jnp.nan) for x in more]
             columns = zip(new, more, found, strict=True)
             found = [jnp.where(*column) for column in columns]
             known = [x | y for x, y in zip(known, now, strict=True)]
@@ -221,7 +219,7 @@ class _Problem:
         *,
         numbers: Sequence[int] | None = None,
         hold: bool = False,
-        only_if: jax.Array | None = None,
+        apart: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One sweep of tangents: gradient, hessian and third.
 
@@ -231,8 +229,7 @@ class _Problem:
           third_order: whether third is asked for; else it is zero.
           numbers: the subsets that move, by their numbers inside; by default all.
           hold: as for `_sweep`.
-          only_if: if given, the sweep is cut into parts that are executed if this is
-            true; else all is NaN.
+          apart: as for `_sweep`.
         """
         size, dtype = self.partition.size, self.partition.dtype
         numbers = range(size) if numbers is None else numbers
@@ -244,11 +241,8 @@ class _Problem:
             rows = _rows_of_leaf(u, label, self.order, numbers)
             if rows is not None:
                 first[v] = rows
-        if only_if is None:
-            steps = list(enumerate(self.program.steps))
-            _sweep(steps, record, adjoints, first, {}, sums, hold)
-        else:
-            _sweep_in_parts(self.program, record, adjoints, first, sums, only_if)
+        steps = list(enumerate(self.program.steps))
+        _sweep(steps, record, adjoints, first, {}, sums, hold=hold, apart=apart)
         (hessian, third), gradient = sums.totals(), jnp.zeros(size, dtype)
         hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
         value = self.program.outputs[0]
@@ -361,62 +355,6 @@ def _widest_row(program: Program, numbers: dict[Variable, tuple[int, ...]]) -> i
     return widest
 
 
-def _branch(condition: jax.Array, function: Callable[[], PyTree]) -> PyTree:
-    """What a function returns; all NaN, and it is not called, if a condition fails."""
-    types: list[PyTree] = []
-
-    def call() -> PyTree:
-        result = function()
-        types.append(jax.tree.map(jax.typeof, result))
-        return result
-
-    def give_up() -> PyTree:
-        # As a rule jax has traced the other branch by now.
-        like = types[0] if types else jax.eval_shape(function)
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), like)
-
-    return jax.lax.cond(condition, call, give_up)
-
-
-def _sweep_in_parts(
-    program: Program,
-    record: Record,
-    adjoints: dict[int, Any],
-    first: Moved,
-    sums: Sums,
-    condition: jax.Array,
-) -> None:
-    """The same as `_sweep` by a few steps at a time, each part a branch of its own.
-
-    XLA's CPU backend computes over again, for every reader, what it can fuse with it:
-    rows in another layout, for example. What leaves a branch is written once. It takes
-    half of the memory, too.
-    """
-    second: Moved = {}
-    steps = [(n, step) for n, step in enumerate(program.steps) if step.active_outputs]
-    parts = [steps[i : i + _PART] for i in range(0, len(steps), _PART)]
-    last_read = {
-        v: k for k, part in enumerate(parts) for _, x in part for v in x.inputs
-    }
-    if isinstance(program.outputs[0], Variable):
-        last_read[program.outputs[0]] = len(parts)
-    for k, part in enumerate(parts):
-        written = [step.outputs[i] for _, step in part for i in step.active_outputs]
-        kept = [v for v in written if last_read.get(v, k) > k]
-
-        def run(part: list = part, kept: list = kept) -> tuple:
-            inside = dict(first), dict(second)
-            inside_sums = Sums(sums.size, sums.dtype, sums.third_order)
-            _sweep(part, record, adjoints, *inside, inside_sums, hold=False)
-            rows = [[moved.get(v) for v in kept] for moved in inside]
-            return rows, inside_sums.totals()
-
-        rows, totals = _branch(condition, run)
-        sums.add_totals(*totals)
-        for moved, columns in zip((first, second), rows, strict=True):
-            moved.update(_entered(kept, columns))
-
-
 def _sweep(
     steps: Sequence[tuple[int, Step]],
     record: Record,
@@ -424,7 +362,9 @@ def _sweep(
     first: Moved,
     second: Moved,
     sums: Sums,
+    *,
     hold: bool,
+    apart: bool = False,
 ) -> None:
     """Passes tangents through some steps, adds to the sums.
 
@@ -436,6 +376,7 @@ def _sweep(
       second: likewise, of second order.
       sums: what is added to.
       hold: whether derivatives of the sums are to leave out those of the tangents.
+      apart: whether each step is compiled by itself.
     """
     for n, step in steps:
         if not step.active_outputs:
@@ -445,18 +386,33 @@ def _sweep(
         if all(rows is None for rows in tangents.first):
             continue
         values = values_of(step.inputs, record.values)
-        if step.loop:
-            passed = _sweep_loop(
-                step, values, record.loops[n], adjoints[n], tangents, sums, hold
-            )
-        else:
-            passed = RULES[step.kind](step, values, adjoints.get(n), tangents, sums)
+        local = record.loops.get(n), adjoints.get(n), tangents
+        run = functools.partial(_sweep_step, step, values, *local, sums.empty(), hold)
+        passed, more = versions.apart(run)() if apart else run()
+        sums.extend(more)
         if hold:
             passed = jax.lax.stop_gradient(passed)
         written = [step.outputs[i] for i in step.active_outputs]
         for moved, columns in zip((first, second), passed, strict=True):
             pairs = zip(written, columns, strict=True)
             moved.update((v, rows) for v, rows in pairs if rows is not None)
+
+
+def _sweep_step(
+    step: Step,
+    values: Sequence[jax.Array],
+    loop: Record | None,
+    adjoints: Any,
+    tangents: Tangents,
+    sums: Sums,
+    hold: bool,
+) -> tuple[Tangents, Sums]:
+    """Passes tangents through one step; returns `sums`, too, with what it adds."""
+    if step.loop:
+        passed = _sweep_loop(step, values, loop, adjoints, tangents, sums, hold)
+    else:
+        passed = RULES[step.kind](step, values, adjoints, tangents, sums)
+    return passed, sums
 
 
 def _sweep_loop(
@@ -508,10 +464,10 @@ def _sweep_loop(
                 inside[order][v] = Rows(reached[v], x)
             for v, x in zip(of_xs[order], x_rows[order], strict=True):
                 inside[order][v] = Rows(outside[v].subsets, x)
-        inside_sums = Sums(sums.size, sums.dtype, sums.third_order)
+        inside_sums = sums.empty()
         inside_record = Record({**known, **inside_record.values}, inside_record.loops)
         steps = list(enumerate(body.steps))
-        _sweep(steps, inside_record, inside_adjoints, *inside, inside_sums, hold)
+        _sweep(steps, inside_record, inside_adjoints, *inside, inside_sums, hold=hold)
         totals = inside_sums.totals()
         ys = [
             [
@@ -528,7 +484,7 @@ def _sweep_loop(
         [jnp.moveaxis(x[v].values, 1, 0) for v in variables]
         for x, variables in zip(moved, of_xs, strict=True)
     ]
-    nothing = Sums(sums.size, sums.dtype, sums.third_order).totals()
+    nothing = sums.empty().totals()
     (after, *totals), ys = jax.lax.scan(
         iterate,
         (before, *nothing),

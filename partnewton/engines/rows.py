@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton.engines import versions
+
 __all__ = ["Rows", "add", "apply", "expanded", "map_rows", "runs", "taken", "union"]
+
+_LARGE = 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +33,7 @@ class Rows:
     values: jax.Array
 
 
-jax.tree_util.register_pytree_node(
-    Rows, lambda rows: ((rows.values,), rows.subsets), lambda x, y: Rows(x, *y)
-)
+jax.tree_util.register_dataclass(Rows, data_fields=["values"], meta_fields=["subsets"])
 
 
 def union(*subsets: Sequence[int]) -> tuple[int, ...]:
@@ -116,8 +118,19 @@ def map_rows(
     if not parts:
         return None
     results = zip(*parts, strict=True)
-    joined = [x[0] if len(x) == 1 else jnp.concatenate(x) for x in results]
-    return [Rows(tuple(subsets), x) for x in joined]
+    return [Rows(tuple(subsets), _joined(x)) for x in results]
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """The rows of all parts, large ones written but once."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(*parts: jax.Array) -> jax.Array:
+        return jnp.concatenate(parts)
+
+    is_large = sum(x.nbytes for x in parts) > _LARGE
+    return versions.apart(join)(*parts) if is_large else join(*parts)
 
 
 def apply(function: Callable, *columns: jax.Array) -> list[jax.Array]:

@@ -15,7 +15,9 @@ and adds to the sums over all steps
 `local` does so for any function, by way of jax; all other rules are there for speed.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,21 +49,49 @@ class Tangents(NamedTuple):
     second: Sequence[Rows | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Inner products, by subsets.
+
+    Attributes:
+      subsets: those of each axis.
+      factor: what they are multiplied by.
+      values: all in one axis.
+    """
+
+    subsets: tuple[tuple[int, ...], ...]
+    factor: float
+    values: jax.Array
+
+    def places(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Where they are in an array of this shape, as one axis."""
+        places = np.ravel_multi_index(np.ix_(*self.subsets), shape)
+        return places.astype(np.int32).ravel()
+
+
+jax.tree_util.register_dataclass(
+    _Block, data_fields=["values"], meta_fields=["subsets", "factor"]
+)
+
+
+@dataclasses.dataclass
 class Sums:
     """The sums over all steps, S x S and S.
+
+    What steps add is kept as it is and put in its place at the end, all at once.
 
     Attributes:
       size: S.
       dtype: of the sums.
       third_order: whether the sums of third order are asked for.
+      hessian, third: what was added.
     """
 
-    def __init__(self, size: int, dtype: np.dtype, third_order: bool):
-        self.size = size
-        self.dtype = dtype
-        self.third_order = third_order
-        self._blocks: dict[tuple, jax.Array] = {}
-        self._thirds: dict[tuple, jax.Array] = {}
+    size: int
+    dtype: np.dtype
+    third_order: bool
+    hessian: list[_Block] = dataclasses.field(default_factory=list)
+    third: list[_Block] = dataclasses.field(default_factory=list)
 
     def add_hessian(
         self,
@@ -72,46 +102,51 @@ class Sums:
         factor: float = 1.0,
     ) -> None:
         """Adds the inner products of some rows, whose symmetric part will count."""
-        block = factor * self._everywhere(gram(left.values, right.values, weight))
-        _accumulate(self._blocks, (left.subsets, right.subsets), block)
+        products = self._everywhere(gram(left.values, right.values, weight))
+        subsets = left.subsets, right.subsets
+        self.hessian.append(_Block(subsets, factor, products.ravel()))
 
-    def add_third(self, subsets: tuple[int, ...], values: jax.Array) -> None:
+    def add_third(
+        self, subsets: tuple[int, ...], values: jax.Array, *, factor: float = 1.0
+    ) -> None:
         """Adds a number to each of some subsets."""
-        _accumulate(self._thirds, subsets, self._everywhere(values))
+        self.third.append(_Block((subsets,), factor, self._everywhere(values)))
 
     def add_totals(self, hessian: jax.Array, third: jax.Array) -> None:
         """Adds sums over all subsets, from the inside of a loop."""
         everyone = tuple(range(self.size))
-        _accumulate(self._blocks, (everyone, everyone), hessian)
-        _accumulate(self._thirds, everyone, third)
+        self.hessian.append(_Block((everyone, everyone), 1.0, hessian.ravel()))
+        self.third.append(_Block((everyone,), 1.0, third))
+
+    def empty(self) -> "Sums":
+        """Sums of the same kind to which nothing was added."""
+        return Sums(self.size, self.dtype, self.third_order)
+
+    def extend(self, other: "Sums") -> None:
+        """Adds what was added to others."""
+        self.hessian.extend(other.hessian)
+        self.third.extend(other.third)
 
     def placed(self, rows: Rows) -> jax.Array:
         """Rows of scalars as an array (S,)."""
-        return self._placed(rows.values.real.astype(self.dtype), rows.subsets)
+        values = rows.values.real.astype(self.dtype)
+        return self._total([_Block((rows.subsets,), 1.0, values)], (self.size,))
 
     def totals(self) -> tuple[jax.Array, jax.Array]:
         """The hessian (S, S), of which the symmetric part counts, and third (S,)."""
-        blocks = [self._placed(x, *places) for places, x in self._blocks.items()]
-        hessian = sum(blocks, start=jnp.zeros((self.size, self.size), self.dtype))
-        thirds = [self._placed(x, subsets) for subsets, x in self._thirds.items()]
-        return hessian, sum(thirds, start=jnp.zeros(self.size, self.dtype))
+        return (
+            self._total(self.hessian, (self.size, self.size)),
+            self._total(self.third, (self.size,)),
+        )
 
-    def _placed(self, values: jax.Array, *subsets: tuple[int, ...]) -> jax.Array:
-        """An array with axes of subsets as one with axes of all S, zeros elsewhere."""
-        widths = [(0, 0)] * values.ndim
-        scattered = {}
-        for axis, some in enumerate(subsets):
-            first, last = some[0], some[-1]
-            if last - first == len(some) - 1:
-                widths[axis] = (first, self.size - 1 - last)
-            else:
-                widths[axis] = (0, 1)
-                scattered[axis] = np.full(self.size, len(some))
-                scattered[axis][np.array(some)] = np.arange(len(some))
-        values = jnp.pad(values, widths)
-        for axis, places in scattered.items():
-            values = jnp.take(values, places, axis, mode="clip")
-        return values
+    def _total(self, blocks: list[_Block], shape: tuple[int, ...]) -> jax.Array:
+        total = jnp.zeros(math.prod(shape), self.dtype)
+        for factor in sorted({block.factor for block in blocks}):
+            some = [block for block in blocks if block.factor == factor]
+            places = np.concatenate([block.places(shape) for block in some])
+            values = jnp.concatenate([block.values for block in some])
+            total = total.at[places].add(factor * values, mode="promise_in_bounds")
+        return total.reshape(shape)
 
     def _everywhere(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of a `shard_map`, as far as they have their own."""
@@ -119,8 +154,11 @@ class Sums:
         return (jax.lax.psum(x, axes) if axes else x).astype(self.dtype)
 
 
-def _accumulate(sums: dict[tuple, jax.Array], key: tuple, x: jax.Array) -> None:
-    sums[key] = sums[key] + x if key in sums else x
+jax.tree_util.register_dataclass(
+    Sums,
+    data_fields=["hessian", "third"],
+    meta_fields=["size", "dtype", "third_order"],
+)
 
 
 def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Array:
@@ -338,7 +376,7 @@ def product(
     def add_third(rows: Rows | None) -> None:
         if rows is not None:
             weights = jnp.broadcast_to(adjoint, rows.values.shape)
-            sums.add_third(rows.subsets, 3 * dots(rows.values, weights))
+            sums.add_third(rows.subsets, dots(rows.values, weights), factor=3.0)
 
     (a, b), (aa, bb) = tangents
     first = map_rows(with_fixed, [a, b])
@@ -392,7 +430,8 @@ def elementwise(
     for f, adjoint in zip(partials, adjoints, strict=True):
         for places, x in f.items():
             if len(places) > 1:
-                _accumulate(weights, places, _wide(adjoint) * x)
+                term = _wide(adjoint) * x
+                weights[places] = weights[places] + term if places in weights else term
     first, second = tangents
 
     bends = [places for places in weights if len(places) == 2]
@@ -576,7 +615,7 @@ def local(
             common = [s for s in subsets if rows is not None and s in rows.subsets]
             if common:
                 w, v = taken(Rows(subsets, w), common), taken(rows, common)
-                sums.add_third(tuple(common), 3 * dots(w, v))
+                sums.add_third(tuple(common), dots(w, v), factor=3.0)
         function, at = _restricted(step, inputs, members)
         curve = _curve(step, function, at)
         second_derivatives, third_derivatives = _split(apply(curve, *columns))

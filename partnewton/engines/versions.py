@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.extend.core import primitives
 from jax.sharding import PartitionSpec
@@ -18,6 +19,7 @@ __all__ = [
     "Equation",
     "Jaxpr",
     "Variable",
+    "apart",
     "constants_of",
     "function_of",
     "inlined",
@@ -75,6 +77,24 @@ def inlined(equation: Equation) -> Any | None:
     if equation.primitive is primitives.closed_call_p:
         return equation.params["call_jaxpr"]
     return None
+
+
+def apart(function: Callable) -> Callable:
+    """The function, compiled by itself on a CPU.
+
+    XLA puts the body of a call in its place as a rule, and its CPU backend then
+    computes, and compiles, over again for every reader what can be fused with it: rows
+    in another layout, for example. What a call returns that stays a call is written
+    once. Where arrays may be sharded, nothing is changed.
+    """
+
+    def called(*args: Any) -> Any:
+        if jax.default_backend() != "cpu" or on_a_mesh():
+            return function(*args)
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(function)(*args)
+
+    return called
 
 
 def varying_axes(x: jax.Array | Variable) -> tuple[str, ...]:
