@@ -436,6 +436,10 @@ def gelu(w1, w2):
     return jnp.sum(jax.nn.gelu(X @ w1) @ w2)
 
 
+def elu(w1, w2):
+    return jnp.sum(jnp.sin(jax.nn.elu(jax.nn.elu(X @ w1) @ w2)))
+
+
 def softmax(w):
     return jnp.sum(jax.nn.softmax(X @ w) @ normal(5, 2))
 
@@ -452,12 +456,26 @@ def dropout(w1, w2):
         (gated, (W1,), ["elementwise", "elementwise"]),
         (layer_norm, (W1,), ["elementwise"] * 3),
         (gelu, (W1, W2), ["elementwise", "product"]),
+        (elu, (W1, W2), ["elementwise", "product", "elementwise"]),
         (softmax, (W1,), ["elementwise"] * 2),
         (dropout, (W1, W2), ["elementwise", "product"]),
     ],
 )
 def test_runs_of_elementwise_operations_are_one_step(loss, shapes, expected):
     assert kinds(loss, *shapes) == expected
+
+
+def masks_in_turn(params: PyTree) -> jax.Array:
+    """Each of two runs waits for the other, by way of masks, if it goes on."""
+    x = jnp.tanh(params["x"])
+    y = jnp.where(x > 0, jnp.sin(params["y"]), params["y"])
+    return jnp.sum(jnp.where(y > 0, jnp.exp(x), x) * y)
+
+
+def test_no_run_waits_for_itself():
+    with jax.enable_x64(True):
+        params = {"x": jnp.array(normal(20)), "y": jnp.array(normal(20, seed=1))}
+        assert_engines_agree(masks_in_turn, params, params)
 
 
 # --- Sparsity over subsets -----------------------------------------------------------

@@ -387,7 +387,7 @@ def _program(
     pairs = zip(flat.outputs, needed, strict=True)
     wanted = {v for v, flag in pairs if flag and _is_variable(v)}
     relevant = _needed(flat.equations, wanted & active, active)
-    groups = _groups(flat.equations, moving, active, relevant)
+    groups = _groups(flat.equations, active, relevant)
     groups = _ordered(groups, flat.equations)
     outputs = {v for v in flat.outputs if _is_variable(v)}
     readers: dict[Variable, set[int]] = {v: {-1} for v in outputs}
@@ -528,7 +528,6 @@ def _needed(
 
 def _groups(
     equations: Sequence[Equation],
-    moving: Iterable[Variable],
     active: Collection[Variable],
     relevant: Collection[Variable],
 ) -> list[list[int]]:
@@ -538,19 +537,21 @@ def _groups(
     example, are one group: one function of that variable. Every other equation is a
     group of its own.
     """
-    dependent = set(moving)  # on the parameters, be it by way of a stop_gradient
     run_of: dict[Variable, Variable] = {}  # a run is called as what it starts from
     runs: dict[Variable, list[int]] = {}
+    behind: dict[Variable, set[Variable]] = {}  # the runs that a variable comes after
+    before: dict[Variable, set[Variable]] = {}  # the runs that a run comes after
     groups = []
     for i, equation in enumerate(equations):
         operands = _operands(equation)
         read = {v for v in operands if v in active}
         names = {run_of.get(v, v) for v in read}
         written = [v for v in equation.outvars if v in relevant]
-        # What else it reads may have been computed from a run: so that is over.
-        is_start = not dependent.isdisjoint(set(operands) - read)
-        if not dependent.isdisjoint(operands):
-            dependent.update(equation.outvars)
+        # No run may wait for what comes after itself, by way of a mask or of a
+        # stop_gradient for example.
+        fixed = [behind.get(v, set()) for v in operands if v not in read]
+        is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
+        after = set().union(*(behind.get(v, set()) for v in operands))
         if (
             written
             and len(read if is_start else names) == 1
@@ -563,9 +564,25 @@ def _groups(
             if name not in runs:
                 groups.append(runs.setdefault(name, []))
             runs[name].append(i)
+            before.setdefault(name, set()).update(after - {name})
+            after = {name}
         else:
             groups.append([i])
+        behind.update(dict.fromkeys(equation.outvars, after))
     return groups
+
+
+def _all_before(
+    runs: Iterable[Variable], before: dict[Variable, set[Variable]]
+) -> set[Variable]:
+    """Some runs and all that they come after."""
+    found, left = set(), list(runs)
+    while left:
+        run = left.pop()
+        if run not in found:
+            found.add(run)
+            left.extend(before.get(run, ()))
+    return found
 
 
 def _ordered(
