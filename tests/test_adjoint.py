@@ -628,8 +628,61 @@ def test_batched_products_of_rows(with_rows):
             jnp.array(normal(*([7] if axis == 0 else []), *x.shape))
             for axis, x in zip(axes, (a, b), strict=True)
         )
-        found = quick_jit(jax.vmap(product, axes) if with_rows else product)(a, b)
+        found = quick_jit(product)(a, b)
     np.testing.assert_allclose(found, np.matmul(a, b), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("formula", "shapes", "in_order"),
+    [
+        ("btnh,bsnh->bnts", [(2, 3, 4, 5), (2, 7, 4, 5)], False),
+        ("bnts,bsnh->btnh", [(2, 4, 3, 7), (2, 7, 4, 5)], False),
+        ("abcde,feda->ebfc", [(2, 3, 4, 5, 6), (7, 6, 5, 2)], False),
+        ("ab,ab->b", [(5, 6), (5, 6)], False),
+        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], True),
+        ("ij,jk->ik", [(3, 4), (4, 5)], True),
+    ],
+)
+def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(formula, x, y)
+
+    operands = [jnp.ones(shape) for shape in shapes]
+    (equation,) = [
+        e
+        for e in versions.open_jaxpr(versions.traced(product, *operands)[1]).eqns
+        if e.primitive.name in ("dot_general", "jit")
+    ]
+    if equation.primitive.name == "jit":
+        inner = versions.open_jaxpr(versions.inlined(equation)).eqns
+        (equation,) = [e for e in inner if e.primitive.name == "dot_general"]
+    assert (products.in_order(equation) is None) == in_order
+
+    with jax.enable_x64(True):
+        params = [jnp.array(normal(*s, seed=i)) for i, s in enumerate(shapes)]
+        loss = lambda p: jnp.sum(jnp.sin(product(jnp.tanh(p[0]), jnp.tanh(p[1]))))  # noqa: E731
+        assert_engines_agree(loss, params, params)
+        steps = steps_of(lambda *p: loss(p), *params).steps
+    for equation in (e for step in steps for e in step.equations):
+        if products.is_batched(equation):
+            assert products.in_order(equation) is None
+
+
+def test_a_summary_with_batched_products_can_be_differentiated():
+    def loss(params: PyTree) -> jax.Array:
+        x, y = (jnp.tanh(p) for p in params)
+        return jnp.sum(jnp.sin(jnp.einsum("btnh,bsnh->bnts", x, y)))
+
+    def curvature(params: PyTree, engine: str) -> jax.Array:
+        return jnp.sum(pn.summarize(loss, params, params, engine=engine).hessian)
+
+    with jax.enable_x64(True):
+        params = [jnp.array(normal(2, 3, 2, 3)), jnp.array(normal(2, 4, 2, 3))]
+        gradient = quick_jit(jax.grad(functools.partial(curvature, engine="adjoint")))
+        reference = functools.partial(curvature, engine="jvp_of_grad")
+        expected = quick_jit(jax.grad(reference))(params)
+        for x, y in zip(gradient(params), expected, strict=True):
+            assert_close(x, np.asarray(y), 1e-12, "gradient")
 
 
 # --- Exact zeros ---------------------------------------------------------------------

@@ -388,7 +388,7 @@ def _sweep(
         values = values_of(step.inputs, record.values)
         local = record.loops.get(n), adjoints.get(n), tangents
         run = functools.partial(_sweep_step, step, values, *local, sums.empty(), hold)
-        passed, more = versions.apart(run)() if apart else run()
+        passed, more = versions.apart(run)() if apart and step.is_curved else run()
         sums.extend(more)
         if hold:
             passed = jax.lax.stop_gradient(passed)

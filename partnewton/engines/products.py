@@ -6,7 +6,9 @@ that all that follows has to bring them to the front again. If what stands still
 repeated for each row, the rows are one more batch axis, in front of all others.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from partnewton.engines import versions
 from partnewton.engines.versions import Equation
 
-__all__ = ["is_batched", "of_rows", "repeating"]
+__all__ = ["in_order", "is_batched", "of_rows", "repeating"]
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -27,30 +29,86 @@ def is_batched(equation: Equation) -> bool:
     return len(batch) > 0
 
 
+def in_order(equation: Equation) -> Any | None:
+    """A batched product as one of operands whose axes are in order; None if they are.
+
+    The order is batch, free, contracted on the left and batch, contracted, free on the
+    right. What has to be copied to get there is copied once, and not in each product
+    that has to do with it.
+    """
+    if not is_batched(equation):
+        return None
+    contracted, batch = equation.params["dimension_numbers"]
+    left, right = (atom.aval for atom in equation.invars)
+    if any(axis is not None for x in (left, right) for axis in x.sharding.spec):
+        return None
+    free = [
+        [n for n in range(x.ndim) if n not in (*some, *others)]
+        for x, some, others in zip((left, right), contracted, batch, strict=True)
+    ]
+    orders = (
+        (*batch[0], *free[0], *contracted[0]),
+        (*batch[1], *contracted[1], *free[1]),
+    )
+    if all(order == tuple(range(len(order))) for order in orders):
+        return None
+    arguments = {
+        name: equation.params[name]
+        for name in ("precision", "preferred_element_type", "out_sharding")
+    }
+    n = len(batch[0])
+    axes = tuple(range(n))
+    numbers = ((n + 1,), (n,)), (axes, axes)
+
+    def shape_of(x: Any, *groups: Sequence[int]) -> tuple[int, ...]:
+        return tuple(math.prod(x.shape[i] for i in group) for group in groups)
+
+    many = shape_of(left, *([i] for i in batch[0]))
+    shapes = (
+        (*many, *shape_of(left, free[0], contracted[0])),
+        (*many, *shape_of(right, contracted[1], free[1])),
+    )
+
+    def product(*operands: jax.Array) -> jax.Array:
+        matrices = [
+            jnp.transpose(x, order).reshape(shape)
+            for x, order, shape in zip(operands, orders, shapes, strict=True)
+        ]
+        result = jax.lax.dot_general(*matrices, numbers, **arguments)
+        return result.reshape(equation.outvars[0].aval.shape)
+
+    return versions.traced(product, left, right)[1]
+
+
 def of_rows(equation: Equation) -> Product | None:
-    """The product of an equation, to be taken of many rows; None if not batched."""
+    """The product of an equation, to be taken of all rows at once; None if not batched.
+
+    Either operand may have one more axis in front, that of the rows.
+    """
     if not is_batched(equation):
         return None
     names = "dimension_numbers", "precision", "preferred_element_type", "out_sharding"
     arguments = {name: equation.params[name] for name in names}
-    return repeating(lambda a, b: jax.lax.dot_general(a, b, **arguments))
+    ndims = [atom.aval.ndim for atom in equation.invars]
+    return repeating(lambda a, b: jax.lax.dot_general(a, b, **arguments), ndims)
 
 
-def repeating(function: Product) -> Product:
-    """A product that repeats the operand without rows, where the other one has some."""
+def repeating(function: Product, ndims: Sequence[int]) -> Product:
+    """A bilinear function of rows that repeats the operand that has none.
 
-    @jax.custom_batching.custom_vmap
+    Args:
+      function: of operands without rows.
+      ndims: how many axes these have.
+    """
+
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return function(a, b)
+        has_rows = [x.ndim > n for x, n in zip((a, b), ndims, strict=True)]
+        if not any(has_rows):
+            return function(a, b)
+        plain = jax.vmap(function, [0 if has else None for has in has_rows])
 
-    @product.def_vmap
-    def of_many(
-        count: int, has_rows: list[bool], a: jax.Array, b: jax.Array
-    ) -> tuple[jax.Array, bool]:
-        def plain(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jax.vmap(function, [0 if has else None for has in has_rows])(a, b)
-
-        def repeated(a: jax.Array, b: jax.Array) -> jax.Array:
+        def by_repetition(a: jax.Array, b: jax.Array) -> jax.Array:
+            count = len(a if has_rows[0] else b)
             pair = [
                 x if has else jnp.broadcast_to(x, (count, *x.shape))
                 for x, has in zip((a, b), has_rows, strict=True)
@@ -58,9 +116,8 @@ def repeating(function: Product) -> Product:
             return jax.vmap(function)(*pair)
 
         explicit = versions.is_explicit(a) or versions.is_explicit(b)
-        if explicit or versions.on_a_mesh():
-            return plain(a, b), True
-        result = jax.lax.platform_dependent(a, b, cpu=repeated, default=plain)
-        return result, True
+        if all(has_rows) or explicit or versions.on_a_mesh():
+            return plain(a, b)
+        return jax.lax.platform_dependent(a, b, cpu=by_repetition, default=plain)
 
     return product

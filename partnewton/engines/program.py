@@ -67,8 +67,13 @@ class Step:
 
     @functools.cached_property
     def function_of_rows(self) -> Callable[..., list[jax.Array]]:
-        """The same function, to be applied to many rows at once."""
+        """The same function, to be applied to many rows: see `takes_rows`."""
         return self._with(convolutions.of_rows, products.of_rows, reductions.of_rows)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `function_of_rows` is of all rows at once; else it is of each."""
+        return len(self.equations) == 1 and products.is_batched(self.equations[0])
 
     @functools.cached_property
     def function_to_be_transposed(self) -> Callable[..., list[jax.Array]]:
@@ -349,7 +354,7 @@ def _flattened(closed: Any) -> _Flat:
 
         for equation in jaxpr.eqns:
             inputs = [renamed(atom) for atom in equation.invars]
-            called = versions.inlined(equation)
+            called = versions.inlined(equation) or products.in_order(equation)
             if called is None:
                 outputs = [fresh(v.aval) for v in equation.outvars]
                 if _is_scan(equation):

@@ -98,6 +98,8 @@ def runs(
 def map_rows(
     function_of: Callable[[tuple[int, ...]], Callable],
     operands: Sequence[Rows | None],
+    *,
+    takes_rows: bool = False,
 ) -> list[Rows] | None:
     """A linear function of several tangents on all of their rows.
 
@@ -105,6 +107,7 @@ def map_rows(
       function_of: from the places of some operands to the function of these alone, as
         if all others were zero; it returns a list of arrays.
       operands: the rows of each operand, or None.
+      takes_rows: whether the function is of all rows at once.
 
     Returns:
       The rows of each result, or None if no operand has any.
@@ -113,7 +116,7 @@ def map_rows(
     parts: list[list[jax.Array]] = []
     for run, members in runs(operands):
         columns = [taken(operands[i], run) for i in members]
-        parts.append(apply(function_of(members), *columns))
+        parts.append(apply(function_of(members), *columns, takes_rows=takes_rows))
         subsets.extend(run)
     if not parts:
         return None
@@ -133,8 +136,12 @@ def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     return versions.apart(join)(*parts) if is_large else join(*parts)
 
 
-def apply(function: Callable, *columns: jax.Array) -> list[jax.Array]:
-    """The function on each row of some columns."""
+def apply(
+    function: Callable, *columns: jax.Array, takes_rows: bool = False
+) -> list[jax.Array]:
+    """The function on each row of some columns, or on all rows if it takes them."""
+    if takes_rows:
+        return list(function(*columns))
     if len(columns[0]) == 1:  # no need of a batching rule
         return [y[None] for y in function(*(x[0] for x in columns))]
     return list(jax.vmap(lambda *x: tuple(function(*x)))(*columns))

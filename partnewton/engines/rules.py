@@ -267,7 +267,10 @@ def linear(
 
         return of
 
-    return _each_order(step, lambda rows: map_rows(of_members, rows), tangents)
+    def push(rows: Sequence[Rows | None]) -> list[Rows] | None:
+        return map_rows(of_members, rows, takes_rows=step.takes_rows)
+
+    return _each_order(step, push, tangents)
 
 
 def piecewise_linear(
@@ -337,6 +340,7 @@ def product(
     to_be_transposed = step.active(step.function_to_be_transposed, inputs)
     at = [inputs[i] for i in step.active_inputs]
     (adjoint,) = adjoints
+    how = {"takes_rows": step.takes_rows}
 
     def with_fixed(members: tuple[int, ...]) -> Callable:
         """B(adot, b), B(a, bdot) or the sum of both."""
@@ -360,9 +364,9 @@ def product(
 
             return jax.linear_transpose(of_other, at[other])(adjoint)[0]
 
-        if products.is_batched(step.equations[0]):
-            pull = products.repeating(pull)
-        (values,) = apply(lambda x: [pull(x, adjoint)], rows.values)
+        if step.takes_rows:
+            pull = products.repeating(pull, (at[i].ndim, adjoint.ndim))
+        (values,) = apply(lambda x: [pull(x, adjoint)], rows.values, **how)
         return Rows(rows.subsets, values)
 
     def crossed(x: Rows, y: Rows) -> Rows | None:
@@ -370,8 +374,8 @@ def product(
         common = tuple(s for s in x.subsets if s in y.subsets)
         if not common:
             return None
-        values = apply(function, taken(x, common), taken(y, common))
-        return Rows(common, values[0])
+        (values,) = apply(function, taken(x, common), taken(y, common), **how)
+        return Rows(common, values)
 
     def add_third(rows: Rows | None) -> None:
         if rows is not None:
@@ -379,7 +383,7 @@ def product(
             sums.add_third(rows.subsets, dots(rows.values, weights), factor=3.0)
 
     (a, b), (aa, bb) = tangents
-    first = map_rows(with_fixed, [a, b])
+    first = map_rows(with_fixed, [a, b], **how)
     cross = None
     if a is not None and b is not None:
         # The symmetric part counts, hence the factor 2. The side with fewer rows, a
@@ -390,7 +394,7 @@ def product(
             sums.add_hessian(pulled(a, 0), b, factor=2.0)
         if sums.third_order:
             cross = crossed(a, b)
-    second = map_rows(with_fixed, [aa, bb])
+    second = map_rows(with_fixed, [aa, bb], **how)
     if cross is not None:
         doubled = Rows(cross.subsets, 2 * cross.values)
         second = [add(second[0] if second else None, doubled)]
