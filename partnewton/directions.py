@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from partnewton import partitions
@@ -184,16 +185,21 @@ def balanced(
 
 def normalize_by_subset(
     param_labels: partitions.ParamLabels = partitions.per_tensor,
+    *,
+    root_mean_square: bool = False,
 ) -> optax.GradientTransformation:
-    """Give each subset of the updates the norm 1.
+    """Give each subset of the updates the norm 1, or the root mean square 1.
 
     With u_s the updates on subset s, the outgoing updates are u_s / ||u_s||, and zero
     where u_s is zero or frozen. A learning rate of such a direction is the length of a
     step. Lengths, unlike rates, can be kept while the norm of a gradient changes, and
-    the derivatives along unit directions can be averaged over time.
+    the derivatives along unit directions can be averaged over time. With the root mean
+    square in place of the norm, a learning rate is by how much the entries of a subset
+    move, whatever their number: what Adam's is, and alike for large and small tensors.
 
     Args:
       param_labels: the partition, see :mod:`partnewton.partitions`.
+      root_mean_square: whether that is 1, over all entries of the subset.
 
     Returns:
       A :class:`optax.GradientTransformation`, without state; its update function needs
@@ -224,7 +230,9 @@ def normalize_by_subset(
         partition = partitions.partition_of(params, param_labels)
         active = [jnp.asarray(leaves[i]) for i in partition.active]
         norms = jnp.sqrt(partition.of_active().inner(active, active))
-        inverse = jnp.where(norms == 0, 0, 1 / jnp.where(norms == 0, 1, norms))
+        unit_norms = np.sqrt(partition.counts(leaves)) if root_mean_square else 1.0
+        inverse = jnp.where(norms == 0, 0, unit_norms / jnp.where(norms == 0, 1, norms))
+        inverse = inverse.astype(norms.dtype)
         factors = partition.spread(inverse)
         unit = [
             (factor * u).astype(jnp.result_type(u))

@@ -3,7 +3,7 @@
 Each step may be the best of its kind and all of them together be too long, where noise
 or a narrow valley makes them jump to and fro, or too short, where they all point the
 same way. Neither is seen in the summary of a single step; both are seen in hindsight,
-in how the loss changes along the way of the last ten, later of the last thirty.
+in how the loss changes along the way of the last ten, and later of many more.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,6 @@ from partnewton.transform import check_arguments, picked
 
 __all__ = ["ScaleByHindsightState", "scale_by_hindsight"]
 
-# Early there is much to gain and little noise; later it is the other way round. Over a
-# longer way progress grows in proportion, and noise by its square root only.
-_EARLY = 30  # intervals
-_LATER_INTERVAL = 3  # times
-_LATER_RATE = 2  # times
-
-
 class ScaleByHindsightState(NamedTuple):
     """State of :func:`scale_by_hindsight`.
 
@@ -35,19 +28,22 @@ class ScaleByHindsightState(NamedTuple):
       slope: the derivative of the loss along the way of the last interval when the
         factor was last adapted, shape ().
       anchor: the parameters at that time, None for leaves that are frozen.
+      begin: how many updates were made by then, shape (), int32.
     """
 
     count: jax.Array
     factor: jax.Array
     slope: jax.Array
     anchor: optax.Params
+    begin: jax.Array
 
 
 def scale_by_hindsight(
-    rate: jax.typing.ArrayLike = 0.1,
+    rate: jax.typing.ArrayLike = 0.2,
     *,
     place: jax.typing.ArrayLike = 0.6,
     update_interval: jax.typing.ArrayLike = 10,
+    growth: jax.typing.ArrayLike = 3.0,
     smallest: jax.typing.ArrayLike = 0.005,
     largest: jax.typing.ArrayLike = 20.0,
     param_labels: partitions.ParamLabels | None = None,
@@ -69,14 +65,22 @@ def scale_by_hindsight(
     it. Nothing but a sign enters: neither the units of the loss nor those of the
     parameters matter, and one bad batch does little.
 
+    The way is that of the last n updates, more and more of them,
+
+        n = max(update_interval, growth * sqrt(updates made)).
+
+    Early there is much to gain and little noise; later it is the other way round. Along
+    a longer way progress grows in proportion and noise by its square root only, so that
+    slow progress is told from none. Were the way a share of all that was made, the
+    factor could change by a power of time at most, and a bad one would last for long.
+
     Args:
-      rate: by how much the logarithm of the factor changes at most; with 0 it stays 1.
-        After 30 intervals it is twice as much.
+      rate: by how much the logarithm of the factor changes; with 0 it stays 1.
       place: where on the way the slope is taken, 0 at its start and 1 at its end; above
         a half, or the factor would not decay under noise.
-      update_interval: look back at every so many updates; it costs one gradient. After
-        30 such intervals they are three times as long: the way grows in proportion to
-        its length, its noise by the square root only.
+      update_interval: look back at every so many updates at first; each time costs one
+        gradient.
+      growth: how quickly the way gets longer; 0 for `update_interval` throughout.
       smallest, largest: the factor stays between these two.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
         how frozen entries moved is not our doing; by default none is frozen.
@@ -93,17 +97,18 @@ def scale_by_hindsight(
 
     Example:
       >>> loss = lambda params: params["x"] ** 2
-      >>> tx = scale_by_hindsight(update_interval=1)
+      >>> tx = scale_by_hindsight(update_interval=1, growth=0)
       >>> params, state = {"x": jnp.array(8.0)}, tx.init({"x": jnp.array(8.0)})
       >>> for _ in range(3):
       ...     steps = {"x": jnp.array(-1.0)}
       ...     updates, state = tx.update(steps, state, params, value_fn=loss)
       ...     params = optax.apply_updates(params, updates)
       ...     print(f"{state.factor:.3f}", end=" ")
-      1.000 1.105 1.221
+      1.000 1.221 1.492
     """
     param_labels = partitions.per_tensor if param_labels is None else param_labels
-    numbers = {"rate": rate, "place": place, "smallest": smallest, "largest": largest}
+    numbers = {"rate": rate, "place": place, "growth": growth}
+    numbers |= {"smallest": smallest, "largest": largest}
     for name, number in numbers.items():
         if isinstance(number, int | float | np.number) and not number >= 0:
             raise ValueError(f"{name} must not be negative, got {number}.")
@@ -113,10 +118,8 @@ def scale_by_hindsight(
     def init_fn(params: optax.Params) -> ScaleByHindsightState:
         is_placeholder = partitions.is_placeholder(params)
         anchor = params if is_placeholder else _moving(params, param_labels)
-        one = jnp.ones((), jnp.float32)
-        return ScaleByHindsightState(
-            jnp.zeros((), jnp.int32), one, jnp.zeros_like(one), anchor
-        )
+        one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
+        return ScaleByHindsightState(none, one, jnp.zeros_like(one), anchor, none)
 
     def update_fn(
         updates: optax.Updates,
@@ -129,8 +132,6 @@ def scale_by_hindsight(
         check_arguments("scale_by_hindsight", params, value_fn)
         loss_args = picked(value_fn, extra_args)
         moving = _moving(params, param_labels)
-        later = state.count >= _EARLY * update_interval
-        change = jnp.where(later, _LATER_RATE * rate, rate)
 
         def loss_at(moved: optax.Params) -> jax.Array:
             value = value_fn(_put_back(moved, params), **loss_args)
@@ -149,12 +150,12 @@ def scale_by_hindsight(
             products = active.inner(jax.tree.leaves(grads), jax.tree.leaves(way))
             slope = jnp.sum(products).astype(old.slope.dtype)
             known = jnp.where(jnp.isfinite(slope), slope, 0)
-            factor = old.factor * jnp.exp(-change * jnp.sign(known))
+            factor = old.factor * jnp.exp(-rate * jnp.sign(known))
             factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)
-            return old._replace(factor=factor, slope=known, anchor=moving)
+            return ScaleByHindsightState(old.count, factor, known, moving, old.count)
 
-        interval = jnp.where(later, _LATER_INTERVAL * update_interval, update_interval)
-        due = state.count % interval == 0
+        interval = jnp.maximum(update_interval, jnp.floor(growth * jnp.sqrt(state.begin)))
+        due = state.count - state.begin >= interval
         state = jax.lax.cond(due, look_back, lambda old: old, state)
         scaled = jax.tree.map(lambda u: (state.factor * u).astype(u.dtype), updates)
         return scaled, state._replace(count=optax.safe_increment(state.count))

@@ -348,6 +348,14 @@ class Partition:
             result = result.at[np.array(whole_labels)].add(jnp.stack(whole_sums))
         return result
 
+    def counts(self, leaves: Sequence[jax.Array]) -> np.ndarray:
+        """How many entries each subset has, (S,)."""
+        result = np.zeros(self.size, int)
+        for x, label in zip(leaves, self.labels, strict=True):
+            placed = np.broadcast_to(label, np.shape(x)).ravel()
+            result += np.bincount(placed[placed != FROZEN], minlength=self.size)
+        return result
+
     def spread(self, values: jax.Array) -> list[jax.Array]:
         """`values` (S,) at the entries of each leaf: () or the leaf's shape."""
         padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1: the last

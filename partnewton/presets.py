@@ -23,7 +23,7 @@ def partition_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
-    adaptation: jax.typing.ArrayLike = 0.1,
+    adaptation: jax.typing.ArrayLike = 0.2,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
@@ -33,11 +33,13 @@ def partition_newton(
     At every 20th update, or every S-th if there are more than 20 subsets, the exact
     summary of the loss along the unit directions of all subsets enters a running
     average, and :func:`partnewton.rules.robust` solves it for one length of step per
-    subset, which is kept until the next. So
-    :func:`partnewton.learning_rates` of its state are lengths. One factor on all of
-    them is found in hindsight, see :func:`partnewton.scale_by_hindsight`: it grows
-    while the way of the last ten steps pays on the next batch and decays where noise or
-    a narrow valley makes steps jump to and fro.
+    subset, half of the way between the best lengths and the best length that is the
+    same for all; it is kept until the next. Directions have the root mean square 1, so
+    that :func:`partnewton.learning_rates` of its state are lengths per entry: by how
+    much the entries of a subset move. One factor on all of them is found in hindsight,
+    see :func:`partnewton.scale_by_hindsight`: it grows while the way of the last steps,
+    ten and later more, pays on the next batch and decays where noise or a narrow valley
+    makes steps jump to and fro.
 
     Args:
       learning_rate: the factor on all lengths at the start, a number or a schedule.
@@ -45,8 +47,9 @@ def partition_newton(
         that of Muon, orthogonalised momentum for matrices and kernels of convolutions
         and Adam for all other leaves, in the units of
         :func:`partnewton.directions.balanced`.
-      rule: from a summary to lengths; by default :func:`partnewton.rules.robust`, on
-        the subsets whose slope is :func:`partnewton.rules.above_rounding`.
+      rule: from a summary to lengths; by default :func:`partnewton.rules.robust` with
+        ``alike=0.5``, on the subsets whose slope is
+        :func:`partnewton.rules.above_rounding`.
       average: a running average of the summaries; by default an exponential one of
         decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
@@ -55,9 +58,9 @@ def partition_newton(
         as there are subsets, from 20 to 100.
       backtracking: how often lengths are halved, at most, while they do not lower the
         loss as they should, see :func:`scale_by_partition_newton`.
-      adaptation: by how much the logarithm of the factor may change at every ten
-        updates, see :func:`partnewton.scale_by_hindsight`; 0 for a factor that is
-        `learning_rate` throughout.
+      adaptation: by how much the logarithm of the factor changes at each look back, see
+        :func:`partnewton.scale_by_hindsight`; 0 for a factor that is `learning_rate`
+        throughout.
       engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -93,9 +96,9 @@ def partition_newton(
     labels = partitions.per_tensor if param_labels is None else param_labels
     return optax.chain(
         directions.guarded(direction),
-        directions.normalize_by_subset(labels),
+        directions.normalize_by_subset(labels, root_mean_square=True),
         scale_by_partition_newton(
-            rules.above_rounding(rules.robust()) if rule is None else rule,
+            rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
             param_labels=labels,
             update_interval=update_interval,
             average=average,

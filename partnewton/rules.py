@@ -191,6 +191,8 @@ def robust(
     damping: jax.typing.ArrayLike = 1.0,
     *,
     floor: jax.typing.ArrayLike = 1.0,
+    alike: jax.typing.ArrayLike = 0.0,
+    spread: jax.typing.ArrayLike = 5.0,
     nonnegative: bool = True,
 ) -> Rule:
     """The cubic model with a curvature that is nowhere negative and a D nowhere small.
@@ -213,17 +215,32 @@ def robust(
     equivariant when a subset or the loss is rescaled, and does not see a constant that
     is added to the loss.
 
+    The minimiser is a point, and what a model of one batch or ten says of single
+    subsets is often wrong: a negative rate, set to zero, leaves a tensor untrained for
+    hundreds of steps. So it can be drawn to the best step in which all rates are alike,
+    the minimum of the same model at eta = t (1, ..., 1), in the units of the direction
+    (see `root_mean_square` of :func:`partnewton.directions.normalize_by_subset`):
+
+        eta_s <- min((1 - alike) eta_s + alike t, spread t).
+
+    The model is convex: the mean of two points promises no less than the mean of what
+    they promise. Where there is no curvature along it at all, t = 1, for backtracking
+    to shorten: see :func:`partnewton.scale_by_partition_newton`.
+
     Args:
       damping: the factor of the third-order term, not negative.
       floor: how large D is at least, not negative; 0 for the third order alone.
+      alike: the weight of the step in which all rates are alike, from 0 to 1.
+      spread: how many times that a rate is at most; counts where `alike` is not 0.
       nonnegative: whether negative learning rates are set to zero.
 
     Returns:
       A rule. A subset that has no gradient and no curvature gets the rate zero, and
-      without any curvature there is no unit to measure steps in: all rates are zero.
+      without any curvature there is no unit to measure steps in: all rates are zero,
+      or those that are alike.
 
     Raises:
-      ValueError: a negative damping or floor.
+      ValueError: a negative damping, floor, `alike` or `spread`.
 
     Example:
       >>> hessian = jnp.diag(jnp.array([2.0, -2.0]))
@@ -233,6 +250,8 @@ def robust(
     """
     _check_not_negative("damping", damping)
     _check_not_negative("floor", floor)
+    _check_not_negative("alike", alike)
+    _check_not_negative("spread", spread)
 
     def rule(summary: Summary) -> Proposal:
         D = _floored_scale(summary, floor)
@@ -244,8 +263,12 @@ def robust(
         hessian = D[:, None] * magnitude * D
         solution = solve_cubic(summary.gradient, hessian, D, damping)
         eta = _clip(solution.learning_rates, nonnegative)
-        third_order_term = damping / 6 * jnp.sum((D * eta) ** 2) ** 1.5
         model = summary._replace(hessian=hessian)
+        common = _all_alike(model, D, damping)
+        drawn = (1 - alike) * eta + alike * common
+        drawn = jnp.where(common > 0, jnp.minimum(drawn, spread * common), drawn)
+        eta = jnp.where(alike > 0, drawn, eta)
+        third_order_term = damping / 6 * jnp.sum((D * eta) ** 2) ** 1.5
         decrease = _quadratic_decrease(model, eta) - third_order_term
         return Proposal(eta, decrease, solution.status)
 
@@ -315,6 +338,22 @@ def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
     least = jnp.maximum(jnp.sqrt(h) / root, g / root / root) * jnp.cbrt(root) ** 2
     least = jnp.where(known, floor * least, 0)
     return jnp.maximum(jnp.cbrt(jnp.abs(summary.third)), least)
+
+
+def _all_alike(model: Summary, D: jax.Array, damping: jax.typing.ArrayLike) -> jax.Array:
+    """The minimum of the cubic model where all rates are one number, none negative.
+
+    It minimises - t g + t^2/2 h + damping/6 t^3 ||D||^3, with g the sum of the gradient
+    and h that of the Hessian. Subsets that the model does not see stay at zero.
+    """
+    seen = (model.gradient != 0) | (jnp.diagonal(model.hessian) != 0)
+    slope = jnp.maximum(jnp.sum(model.gradient), 0)
+    curvature = jnp.maximum(jnp.sum(model.hessian), 0)
+    cubed = damping * jnp.sum(D**2) ** 1.5
+    # The root in the form without cancellation, as in `diagonal`.
+    below = curvature + jnp.hypot(curvature, jnp.sqrt(2 * cubed) * jnp.sqrt(slope))
+    t = jnp.where(below > 0, 2 * slope / jnp.where(below > 0, below, 1), 1)
+    return jnp.where(seen & (slope > 0), t, 0)
 
 
 def needs_third_order(rule: Rule) -> bool:

@@ -49,30 +49,37 @@ def run(tx, steps, targets, params=PARAMS, **kwargs):
     return *np.array(seen).T, flat(params)
 
 
-def expected(steps, targets, rate, place, interval):
+def expected(steps, targets, rate, place, interval, growth):
     """The same in numpy, with the gradient of the quadratic by hand."""
     x = np.array([1.0, -2.0, 3.0])
-    anchor, factor, slope, seen = x, 1.0, 0.0, []
+    anchor, begin, factor, slope, seen = x, 0, 1.0, 0.0, []
     for n, (step, target) in enumerate(zip(steps, targets, strict=True)):
-        later = n >= 30 * interval
-        if n % (3 * interval if later else interval) == 0:
+        if n == begin + max(interval, int(growth * np.sqrt(begin))):
             way = x - anchor
             slope = CURVATURE * (anchor + place * way - target) @ way
-            factor *= np.exp(-(2 * rate if later else rate) * np.sign(slope))
-            anchor = x
+            factor *= np.exp(-rate * np.sign(slope))
+            anchor, begin = x, n
         x = x + factor * step
         seen.append((factor, slope))
     return *np.array(seen).T, x
 
 
 @pytest.mark.parametrize(
-    ("rate", "place", "interval", "count"),
-    [(0.1, 0.6, 3, 30), (0.5, 1.0, 1, 30), (0.2, 0.0, 7, 30), (0.1, 0.6, 2, 120)],
+    ("rate", "place", "interval", "growth", "count"),
+    [
+        (0.1, 0.6, 3, 0.0, 30),
+        (0.5, 1.0, 1, 0.0, 30),
+        (0.2, 0.0, 7, 3.0, 60),
+        (0.1, 0.6, 2, 1.0, 120),
+        (0.1, 0.6, 2, 0.5, 60),
+    ],
 )
-def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval, count):
+def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval, growth, count):
     given = steps_and_targets(count)
-    tx = pn.scale_by_hindsight(rate, place=place, update_interval=interval)
-    theirs = expected(*given, rate, place, interval)
+    tx = pn.scale_by_hindsight(
+        rate, place=place, update_interval=interval, growth=growth
+    )
+    theirs = expected(*given, rate, place, interval, growth)
     assert np.any(np.diff(theirs[0]) > 0), "it grows and decays in this example"
     assert np.any(np.diff(theirs[0]) < 0), "it grows and decays in this example"
     for actual, wanted in zip(run(tx, *given), theirs, strict=True):
@@ -81,7 +88,7 @@ def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval, count):
 
 def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
     steps = np.tile([-1e-3, 0.0, 0.0], (40, 1))
-    tx = pn.scale_by_hindsight(update_interval=2, largest=1.5)
+    tx = pn.scale_by_hindsight(0.1, update_interval=2, growth=0, largest=1.5)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
     np.testing.assert_allclose(factors[:6:2], np.exp([0.0, 0.1, 0.2]), rtol=1e-6)
     assert factors[-1] == pytest.approx(1.5)
@@ -89,16 +96,19 @@ def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
 
 def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
     steps = np.tile([1.0, 0.0, 0.0], (40, 1))
-    tx = pn.scale_by_hindsight(0.2, update_interval=1, smallest=0.01)
+    tx = pn.scale_by_hindsight(0.2, update_interval=1, growth=0, smallest=0.01)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
     np.testing.assert_allclose(factors[:3], np.exp([0.0, -0.2, -0.4]), rtol=1e-6)
     assert factors[-1] == pytest.approx(0.01)
 
 
-def test_under_noise_alone_it_decays_by_orders_of_magnitude():
+@pytest.mark.parametrize(
+    ("rate", "growth", "bound"), [(0.1, 0.0, 0.1), (0.2, 3.0, 0.5)]
+)
+def test_under_noise_alone_it_decays(rate, growth, bound):
     """Stochastic gradients of a quadratic, long after the start."""
     rng = np.random.default_rng(0)
-    tx = pn.scale_by_hindsight()
+    tx = pn.scale_by_hindsight(rate, growth=growth)
     targets = jnp.float32(rng.normal(size=(6000, 3)))
 
     def step(carry, target):
@@ -110,7 +120,7 @@ def test_under_noise_alone_it_decays_by_orders_of_magnitude():
 
     carry = PARAMS, tx.init(PARAMS)
     _, factors = jax.jit(lambda c: jax.lax.scan(step, c, targets))(carry)
-    assert np.exp(np.log(factors[-2000:]).mean()) < 0.1
+    assert np.exp(np.log(factors[-2000:]).mean()) < bound
 
 
 def test_a_loss_with_a_custom_vjp():
@@ -143,7 +153,8 @@ def test_neither_units_nor_a_constant_of_the_loss_matter(factor, shift):
 def test_a_slope_that_is_not_finite_changes_nothing():
     steps, targets = steps_and_targets(9)
     targets[6] = np.nan
-    factors, slopes, _ = run(pn.scale_by_hindsight(update_interval=3), steps, targets)
+    tx = pn.scale_by_hindsight(update_interval=3, growth=0)
+    factors, slopes, _ = run(tx, steps, targets)
     assert slopes[6] == 0
     assert factors[6] == factors[5]
     assert np.all(np.isfinite(factors))
@@ -190,7 +201,7 @@ def test_leaves_of_integers_may_be_frozen():
         )
         params = optax.apply_updates(params, updates)
     assert updates["n"].dtype == jnp.int32
-    assert state.factor == pytest.approx(np.exp(0.1))
+    assert state.factor == pytest.approx(np.exp(0.2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
@@ -242,6 +253,7 @@ def test_what_a_loss_returns_beside_its_value_is_dropped():
         ({"place": -1}, "place must not be negative"),
         ({"smallest": -1}, "smallest must not be negative"),
         ({"largest": float("nan")}, "largest must not be negative"),
+        ({"growth": -0.5}, "growth must not be negative"),
         ({"update_interval": 0}, "update_interval must be at least 1, got 0"),
     ],
 )

@@ -86,14 +86,14 @@ def test_partition_newton_is_a_chain_of_five():
     chain = optax.chain(
         directions.balanced(optax.contrib.muon(1.0)),
         optax.scale(-1.0),
-        directions.normalize_by_subset(),
+        directions.normalize_by_subset(root_mean_square=True),
         pn.scale_by_partition_newton(
-            rules.above_rounding(rules.robust()),
+            rules.above_rounding(rules.robust(alike=0.5)),
             update_interval=3,
             average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
             backtracking=30,
         ),
-        pn.scale_by_hindsight(0.1),
+        pn.scale_by_hindsight(),
         optax.scale(-0.3),
     )
     theirs, state, _ = train(chain, steps=25)
@@ -114,7 +114,7 @@ def test_without_adaptation_the_factor_is_the_learning_rate():
     _, state, _ = train(pn.partition_newton(adaptation=0.0), steps=15)
     assert state[-2].factor == 1
     _, state, _ = train(preset(), steps=15)
-    assert abs(np.log(state[-2].factor)) == pytest.approx(0.1, rel=1e-5)
+    assert abs(np.log(state[-2].factor)) == pytest.approx(0.2, rel=1e-5)
 
 
 def test_between_refreshes_the_length_of_a_step_is_kept():
@@ -123,7 +123,7 @@ def test_between_refreshes_the_length_of_a_step_is_kept():
     update = jax.jit(functools.partial(tx.update, value_fn=loss))
     for n in range(5):
         updates, state = update(jax.grad(loss)(params), state, params)
-        lengths = [jnp.linalg.norm(u) for u in jax.tree.leaves(updates)]
+        lengths = [jnp.sqrt(jnp.mean(u**2)) for u in jax.tree.leaves(updates)]
         np.testing.assert_allclose(
             lengths, 0.3 * link_of(state).learning_rates, rtol=1e-5
         )
