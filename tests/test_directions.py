@@ -206,6 +206,18 @@ def test_each_subset_gets_the_norm_one_and_keeps_its_direction(case):
     np.testing.assert_allclose(after, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", LABELS)
+def test_each_subset_gets_the_root_mean_square_one(case):
+    labels, subsets = LABELS[case]
+    (u,) = gradients(1)
+    after = flat(normalized(u, param_labels=labels, root_mean_square=True))
+    before = flat(normalized(u, param_labels=labels))
+    expected = np.zeros(4)
+    for places in subsets:
+        expected[places] = before[places] * np.sqrt(len(places))
+    np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
 def test_a_dead_subset_stays_zero():
     u = {**PARAMS, "a": jnp.zeros(2)}
     np.testing.assert_array_equal(normalized(u)["a"], [0.0, 0.0])

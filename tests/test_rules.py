@@ -348,6 +348,51 @@ def test_robust_is_stationary_for_its_own_model(seed, damping, floor, dtype):
     assert decrease > 0
 
 
+@pytest.mark.parametrize("alike", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("spread", [1.5, 5.0, np.inf])
+@pytest.mark.parametrize("seed", range(4))
+def test_robust_draws_rates_to_the_best_step_with_all_rates_alike(seed, spread, alike):
+    with jax.enable_x64(True):
+        summary = indefinite(seed, dtype=jnp.float64)
+        summary = summary._replace(gradient=jnp.abs(summary.gradient))
+        g, h, D = robust_model(summary, 1.0, 1.0)
+        alone = np.asarray(rules.robust()(summary).learning_rates)
+        proposal = rules.robust(alike=alike, spread=spread)(summary)
+
+    def decrease(eta):
+        return g @ eta - eta @ h @ eta / 2 - np.linalg.norm(D * eta) ** 3 / 6
+
+    # The stationary point in t of the decrease along (1, ..., 1), by bisection.
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        t = (low + high) / 2
+        slope = g.sum() - t * h.sum() - t**2 / 2 * np.linalg.norm(D) ** 3
+        low, high = (t, high) if slope > 0 else (low, t)
+    expected = np.minimum((1 - alike) * alone + alike * t, spread * t)
+    np.testing.assert_allclose(proposal.learning_rates, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        proposal.predicted_decrease, decrease(expected), rtol=1e-6, atol=1e-9
+    )
+    assert np.all(expected > 0), "no subset stays behind"
+
+
+def test_robust_where_all_together_ascend_draws_rates_to_zero():
+    gradient = jnp.array([1.0, -3.0])
+    summary = Summary(jnp.ones(()), gradient, jnp.eye(2), jnp.zeros(2))
+    alone = rules.robust()(summary).learning_rates
+    half = rules.robust(alike=0.5)(summary).learning_rates
+    np.testing.assert_allclose(half, alone / 2, rtol=1e-6)
+
+
+def test_robust_where_rates_are_alike_leaves_a_dead_subset_at_zero():
+    gradient = jnp.array([1.0, 0.0])
+    hessian = jnp.diag(gradient)
+    summary = Summary(jnp.ones(()), gradient, hessian, jnp.zeros(2))
+    rates = rules.robust(alike=1.0)(summary).learning_rates
+    assert rates[0] > 0
+    assert rates[1] == 0
+
+
 def test_robust_bounds_the_step_where_the_third_order_is_zero():
     summary = one(1.0, 1e-3, 0.0)  # Newton's step would be 1000
     newton = rules.cubic()(summary).learning_rates
@@ -429,11 +474,15 @@ def test_robust_bounds_a_subset_without_curvature_by_the_others():
 def test_robust_without_any_curvature_stays_where_it_is():
     summary = Summary(jnp.ones(()), jnp.ones(2), jnp.zeros((2, 2)), jnp.zeros(2))
     np.testing.assert_array_equal(rules.robust()(summary).learning_rates, [0, 0])
+    # With rates alike there is a step to shorten, for those who evaluate the loss.
+    rates = rules.robust(alike=0.5)(summary).learning_rates
+    np.testing.assert_array_equal(rates, [0.5, 0.5])
 
 
-def test_a_negative_floor_is_an_error():
-    with pytest.raises(ValueError, match="floor must not be negative"):
-        rules.robust(floor=-1.0)
+@pytest.mark.parametrize("name", ["floor", "alike", "spread"])
+def test_a_negative_number_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} must not be negative"):
+        rules.robust(**{name: -1.0})
 
 
 # --- above_rounding --------------------------------------------------------------
