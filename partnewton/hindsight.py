@@ -25,10 +25,11 @@ class ScaleByHindsightState(NamedTuple):
     Attributes:
       count: how many updates were made, shape (), int32.
       factor: what the updates are multiplied by, shape ().
-      slope: the derivative of the loss along the way of the last interval when the
+      slope: the derivative of the loss along the way of the last interval by which the
         factor was last adapted, shape ().
       anchor: the parameters at that time, None for leaves that are frozen.
       begin: how many updates were made by then, shape (), int32.
+      seen: the sum of the slopes that were seen since, shape ().
     """
 
     count: jax.Array
@@ -36,6 +37,7 @@ class ScaleByHindsightState(NamedTuple):
     slope: jax.Array
     anchor: optax.Params
     begin: jax.Array
+    seen: jax.Array
 
 
 def scale_by_hindsight(
@@ -44,6 +46,7 @@ def scale_by_hindsight(
     place: jax.typing.ArrayLike = 0.6,
     update_interval: jax.typing.ArrayLike = 10,
     growth: jax.typing.ArrayLike = 3.0,
+    share: jax.typing.ArrayLike = 0.1,
     smallest: jax.typing.ArrayLike = 0.005,
     largest: jax.typing.ArrayLike = 20.0,
     param_labels: partitions.ParamLabels | None = None,
@@ -73,14 +76,17 @@ def scale_by_hindsight(
     a longer way progress grows in proportion and noise by its square root only, so that
     slow progress is told from none. Were the way a share of all that was made, the
     factor could change by a power of time at most, and a bad one would last for long.
+    The slope of one batch is still mostly noise. So it is the mean over the last tenth
+    of these updates, each with its own batch and the way so far: n / 10 batches.
 
     Args:
       rate: by how much the logarithm of the factor changes; with 0 it stays 1.
       place: where on the way the slope is taken, 0 at its start and 1 at its end; above
         a half, or the factor would not decay under noise.
-      update_interval: look back at every so many updates at first; each time costs one
-        gradient.
+      update_interval: look back at every so many updates at first.
       growth: how quickly the way gets longer; 0 for `update_interval` throughout.
+      share: over which of the updates, the last, slopes are averaged; each costs one
+        gradient. It is one update at least.
       smallest, largest: the factor stays between these two.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
         how frozen entries moved is not our doing; by default none is frozen.
@@ -108,6 +114,7 @@ def scale_by_hindsight(
     """
     param_labels = partitions.per_tensor if param_labels is None else param_labels
     numbers = {"rate": rate, "place": place, "growth": growth}
+    numbers["share"] = share
     numbers |= {"smallest": smallest, "largest": largest}
     for name, number in numbers.items():
         if isinstance(number, int | float | np.number) and not number >= 0:
@@ -119,7 +126,8 @@ def scale_by_hindsight(
         is_placeholder = partitions.is_placeholder(params)
         anchor = params if is_placeholder else _moving(params, param_labels)
         one, none = jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32)
-        return ScaleByHindsightState(none, one, jnp.zeros_like(one), anchor, none)
+        zero = jnp.zeros_like(one)
+        return ScaleByHindsightState(none, one, zero, anchor, none, zero)
 
     def update_fn(
         updates: optax.Updates,
@@ -137,6 +145,11 @@ def scale_by_hindsight(
             value = value_fn(_put_back(moved, params), **loss_args)
             return value[0] if has_aux else value
 
+        interval = jnp.floor(growth * jnp.sqrt(state.begin))
+        interval = jnp.maximum(update_interval, interval)
+        looks = jnp.maximum(jnp.floor(share * interval), 1)
+        age = state.count - state.begin
+
         def look_back(old: ScaleByHindsightState) -> ScaleByHindsightState:
             way = jax.tree.map(jnp.subtract, moving, old.anchor)
             way = _without_frozen(way, params, param_labels)
@@ -149,14 +162,23 @@ def scale_by_hindsight(
             active = partitions.partition_of(params, param_labels).of_active()
             products = active.inner(jax.tree.leaves(grads), jax.tree.leaves(way))
             slope = jnp.sum(products).astype(old.slope.dtype)
-            known = jnp.where(jnp.isfinite(slope), slope, 0)
-            factor = old.factor * jnp.exp(-rate * jnp.sign(known))
-            factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)
-            return ScaleByHindsightState(old.count, factor, known, moving, old.count)
+            seen = old.seen + jnp.where(jnp.isfinite(slope), slope, 0)
+            return jax.lax.cond(
+                age >= interval, adapt, lambda s: s, old._replace(seen=seen)
+            )
 
-        interval = jnp.maximum(update_interval, jnp.floor(growth * jnp.sqrt(state.begin)))
-        due = state.count - state.begin >= interval
-        state = jax.lax.cond(due, look_back, lambda old: old, state)
+        def adapt(old: ScaleByHindsightState) -> ScaleByHindsightState:
+            slope = (old.seen / looks).astype(old.slope.dtype)
+            slope = jnp.where(jnp.isfinite(slope), slope, 0)
+            factor = old.factor * jnp.exp(-rate * jnp.sign(slope))
+            factor = jnp.clip(factor, smallest, largest).astype(old.factor.dtype)
+            zero = jnp.zeros_like(old.seen)
+            return ScaleByHindsightState(
+                old.count, factor, slope, moving, old.count, zero
+            )
+
+        looks_now = age > interval - looks
+        state = jax.lax.cond(looks_now, look_back, lambda old: old, state)
         scaled = jax.tree.map(lambda u: (state.factor * u).astype(u.dtype), updates)
         return scaled, state._replace(count=optax.safe_increment(state.count))
 

@@ -49,37 +49,42 @@ def run(tx, steps, targets, params=PARAMS, **kwargs):
     return *np.array(seen).T, flat(params)
 
 
-def expected(steps, targets, rate, place, interval, growth):
+def expected(steps, targets, rate, place, interval, growth, share):
     """The same in numpy, with the gradient of the quadratic by hand."""
     x = np.array([1.0, -2.0, 3.0])
-    anchor, begin, factor, slope, seen = x, 0, 1.0, 0.0, []
+    anchor, begin, factor, slope, looks, seen = x, 0, 1.0, 0.0, [], []
     for n, (step, target) in enumerate(zip(steps, targets, strict=True)):
-        if n == begin + max(interval, int(growth * np.sqrt(begin))):
+        length = max(interval, int(growth * np.sqrt(begin)))
+        if n > begin + length - max(1, int(share * length)):
             way = x - anchor
-            slope = CURVATURE * (anchor + place * way - target) @ way
+            looks.append(CURVATURE * (anchor + place * way - target) @ way)
+        if n == begin + length:
+            slope = np.mean(looks)
             factor *= np.exp(-rate * np.sign(slope))
-            anchor, begin = x, n
+            anchor, begin, looks = x, n, []
         x = x + factor * step
         seen.append((factor, slope))
     return *np.array(seen).T, x
 
 
 @pytest.mark.parametrize(
-    ("rate", "place", "interval", "growth", "count"),
+    ("rate", "place", "interval", "growth", "share", "count"),
     [
-        (0.1, 0.6, 3, 0.0, 30),
-        (0.5, 1.0, 1, 0.0, 30),
-        (0.2, 0.0, 7, 3.0, 60),
-        (0.1, 0.6, 2, 1.0, 120),
-        (0.1, 0.6, 2, 0.5, 60),
+        (0.1, 0.6, 3, 0.0, 0.0, 30),
+        (0.5, 1.0, 1, 0.0, 0.1, 30),
+        (0.2, 0.0, 7, 3.0, 0.1, 80),
+        (0.1, 0.6, 2, 1.0, 0.5, 120),
+        (0.1, 0.6, 2, 0.5, 1.0, 60),
     ],
 )
-def test_the_factor_follows_the_sign_of_the_slope(rate, place, interval, growth, count):
+def test_the_factor_follows_the_sign_of_the_slope(
+    rate, place, interval, growth, share, count
+):
     given = steps_and_targets(count)
     tx = pn.scale_by_hindsight(
-        rate, place=place, update_interval=interval, growth=growth
+        rate, place=place, update_interval=interval, growth=growth, share=share
     )
-    theirs = expected(*given, rate, place, interval, growth)
+    theirs = expected(*given, rate, place, interval, growth, share)
     assert np.any(np.diff(theirs[0]) > 0), "it grows and decays in this example"
     assert np.any(np.diff(theirs[0]) < 0), "it grows and decays in this example"
     for actual, wanted in zip(run(tx, *given), theirs, strict=True):
@@ -254,6 +259,7 @@ def test_what_a_loss_returns_beside_its_value_is_dropped():
         ({"smallest": -1}, "smallest must not be negative"),
         ({"largest": float("nan")}, "largest must not be negative"),
         ({"growth": -0.5}, "growth must not be negative"),
+        ({"share": -1}, "share must not be negative"),
         ({"update_interval": 0}, "update_interval must be at least 1, got 0"),
     ],
 )
