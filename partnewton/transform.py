@@ -47,6 +47,8 @@ class ScaleByPartitionNewtonState(NamedTuple):
       refused: at how many updates something was not finite and was refused: a refresh,
         which leaves the last good rates in force, or the updates themselves, which are
         then zero; shape (), int32.
+      overdue: whether the last refresh was refused, and is due again at the next
+        update; shape (), bool.
       average: the state of the running average of summaries, or an empty tuple.
       smoothing: the state of the running average of rates, or an empty tuple.
       subsets: ``{"0 first name": None, "1 second name": None, ...}``, the subsets in
@@ -62,6 +64,7 @@ class ScaleByPartitionNewtonState(NamedTuple):
     predicted_decrease: jax.Array
     status: jax.Array
     refused: jax.Array
+    overdue: jax.Array
     average: Any
     smoothing: Any
     subsets: dict[str, None]
@@ -183,6 +186,7 @@ def scale_by_partition_newton(
             predicted_decrease=jnp.zeros((), dtype),
             status=jnp.zeros((), jnp.int32),
             refused=jnp.zeros((), jnp.int32),
+            overdue=jnp.zeros((), bool),
             average=average.init(zeros),
             smoothing=smoothing.init((zeros.gradient,)),
             subsets=subsets,
@@ -249,17 +253,20 @@ def scale_by_partition_newton(
                 learning_rates=eta,
                 predicted_decrease=proposal.predicted_decrease,
                 status=proposal.status,
+                overdue=jnp.zeros((), bool),
                 average=average_state,
                 smoothing=smoothing_state,
             )
             good = all_finite((measured, proposal, new))
-            refused = old._replace(refused=optax.safe_increment(old.refused))
+            refused = old._replace(
+                refused=optax.safe_increment(old.refused), overdue=jnp.ones((), bool)
+            )
             return select(good, new, refused)
 
         at_rest = jnp.all(state.learning_rates == 0)
         automatic = update_interval is None
         interval = interval_of(partition.size) if automatic else update_interval
-        due = (state.count % interval == 0) | at_rest
+        due = (state.count % interval == 0) | at_rest | state.overdue
         refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
         scaled = _scaled(updates, params, partition, refreshed.learning_rates)
         usable = all_finite(scaled)

@@ -469,7 +469,9 @@ def test_a_refresh_that_is_not_finite_keeps_the_last_good_rates(bad):
     grads = jax.grad(loss)(PARAMS)
     updates, after = update(tx, grads, good, PARAMS, BAD_LOSSES[bad])
     assert after.refused == 1
-    assert_same(after, good._replace(count=after.count, refused=after.refused))
+    assert after.overdue
+    same = good._replace(count=after.count, refused=after.refused, overdue=True)
+    assert_same(after, same)
     rates = iter(good.learning_rates)
     assert_same(updates, jax.tree.map(lambda u: next(rates) * u, grads))
     # The next good refresh is as if nothing had been between.
