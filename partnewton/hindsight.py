@@ -19,6 +19,7 @@ from partnewton.transform import check_arguments, picked
 
 __all__ = ["ScaleByHindsightState", "scale_by_hindsight"]
 
+
 class ScaleByHindsightState(NamedTuple):
     """State of :func:`scale_by_hindsight`.
 

@@ -340,7 +340,9 @@ def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
     return jnp.maximum(jnp.cbrt(jnp.abs(summary.third)), least)
 
 
-def _all_alike(model: Summary, D: jax.Array, damping: jax.typing.ArrayLike) -> jax.Array:
+def _all_alike(
+    model: Summary, D: jax.Array, damping: jax.typing.ArrayLike
+) -> jax.Array:
     """The minimum of the cubic model where all rates are one number, none negative.
 
     It minimises - t g + t^2/2 h + damping/6 t^3 ||D||^3, with g the sum of the gradient
