@@ -352,8 +352,11 @@ class Partition:
         """How many entries each subset has, (S,)."""
         result = np.zeros(self.size, int)
         for x, label in zip(leaves, self.labels, strict=True):
-            placed = np.broadcast_to(label, np.shape(x)).ravel()
-            result += np.bincount(placed[placed != FROZEN], minlength=self.size)
+            subsets, numbers = np.unique(label, return_counts=True)
+            if np.ndim(label) == 0:
+                numbers = np.array([np.size(x)])
+            moving = subsets != FROZEN
+            result[subsets[moving]] += numbers[moving]
         return result
 
     def spread(self, values: jax.Array) -> list[jax.Array]:
