@@ -647,8 +647,7 @@ def _rate_table(results: Results) -> str:
     header = ("subset", "first step", "median", "last", "zero")
     return (
         f"{_table(header, rows, left=(0,))}\n\n"
-        "So far does a step move each subset. What would be negative is set to zero "
-        "until the next refresh."
+        "By so much does a step move the entries of each subset."
     )
 
 
@@ -729,7 +728,7 @@ def _partition_picture(results: Results) -> Figure:
     shown = slice(_refreshes_above_rounding(ours))
     lengths = {name: values[shown] for name, values in ours.lengths.items()}
     plot.learning_rates((ours.logged["step"][shown], lengths), rates)
-    rates.set_title("How far a step moves each subset")
+    rates.set_title("How far a step moves the entries of each subset")
     return figure
 
 
