@@ -114,9 +114,14 @@ def scale_by_hindsight(
       1.000 1.221 1.492
     """
     param_labels = partitions.per_tensor if param_labels is None else param_labels
-    numbers = {"rate": rate, "place": place, "growth": growth}
-    numbers["share"] = share
-    numbers |= {"smallest": smallest, "largest": largest}
+    numbers = {
+        "rate": rate,
+        "place": place,
+        "growth": growth,
+        "share": share,
+        "smallest": smallest,
+        "largest": largest,
+    }
     for name, number in numbers.items():
         if isinstance(number, int | float | np.number) and not number >= 0:
             raise ValueError(f"{name} must not be negative, got {number}.")

@@ -168,15 +168,8 @@ def diagonal(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -
     def rule(summary: Summary) -> Proposal:
         g, h = summary.gradient, jnp.diagonal(summary.hessian)
         c = damping * jnp.abs(summary.third)
-        # The positive root of c/2 x^2 + h x - |g| = 0, x = |eta|, in the form without
-        # cancellation for either sign of h.
-        root = jnp.hypot(h, jnp.sqrt(2 * c) * jnp.sqrt(jnp.abs(g)))
-        numerator = jnp.where(h > 0, 2 * jnp.abs(g), root - h)
-        denominator = jnp.where(h > 0, h + root, c)
-        bounded = (denominator > 0) | (g == 0)
-        x = jnp.where(
-            denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0
-        )
+        x, exists = _positive_root(jnp.abs(g), h, c)  # x = |eta|
+        bounded = exists | (g == 0)
         eta = _clip(jnp.sign(g) * x, nonnegative)
         decrease = jnp.sum(eta * g - h / 2 * eta**2 - c / 6 * jnp.abs(eta) ** 3)
         status = jnp.where(
@@ -352,10 +345,22 @@ def _all_alike(
     slope = jnp.maximum(jnp.sum(model.gradient), 0)
     curvature = jnp.maximum(jnp.sum(model.hessian), 0)
     cubed = damping * jnp.sum(D**2) ** 1.5
-    # The root in the form without cancellation, as in `diagonal`.
-    below = curvature + jnp.hypot(curvature, jnp.sqrt(2 * cubed) * jnp.sqrt(slope))
-    t = jnp.where(below > 0, 2 * slope / jnp.where(below > 0, below, 1), 1)
-    return jnp.where(seen & (slope > 0), t, 0)
+    t, exists = _positive_root(slope, curvature, cubed)
+    return jnp.where(seen & (slope > 0), jnp.where(exists, t, 1), 0)
+
+
+def _positive_root(
+    g: jax.Array, h: jax.Array, c: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The positive root of c/2 x^2 + h x - g = 0, and whether there is one; else zero.
+
+    In the form without cancellation for either sign of h; g and c are not negative.
+    """
+    root = jnp.hypot(h, jnp.sqrt(2 * c) * jnp.sqrt(g))
+    numerator = jnp.where(h > 0, 2 * g, root - h)
+    denominator = jnp.where(h > 0, h + root, c)
+    exists = denominator > 0
+    return jnp.where(exists, numerator / jnp.where(exists, denominator, 1), 0), exists
 
 
 def needs_third_order(rule: Rule) -> bool:

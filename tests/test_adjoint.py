@@ -647,6 +647,9 @@ def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(formula, x, y)
 
+    def loss(params: list[jax.Array]) -> jax.Array:
+        return jnp.sum(jnp.sin(product(*map(jnp.tanh, params))))
+
     operands = [jnp.ones(shape) for shape in shapes]
     (equation,) = [
         e
@@ -660,9 +663,8 @@ def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):
 
     with jax.enable_x64(True):
         params = [jnp.array(normal(*s, seed=i)) for i, s in enumerate(shapes)]
-        loss = lambda p: jnp.sum(jnp.sin(product(jnp.tanh(p[0]), jnp.tanh(p[1]))))  # noqa: E731
         assert_engines_agree(loss, params, params)
-        steps = steps_of(lambda *p: loss(p), *params).steps
+        steps = steps_of(loss, params).steps
     for equation in (e for step in steps for e in step.equations):
         if products.is_batched(equation):
             assert products.in_order(equation) is None

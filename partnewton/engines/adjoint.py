@@ -208,8 +208,7 @@ class _Problem:
 
     def _is_large(self, numbers: Sequence[int]) -> bool:
         """Whether the rows of some subsets go beyond the cache of a CPU."""
-        written = len(numbers) * self._bytes_of_a_row
-        return jax.default_backend() == "cpu" and written > _CACHED_BYTES
+        return len(numbers) * self._bytes_of_a_row > _CACHED_BYTES
 
     def sweep(
         self,

@@ -39,9 +39,9 @@ def in_order(equation: Equation) -> Any | None:
     if not is_batched(equation):
         return None
     contracted, batch = equation.params["dimension_numbers"]
-    left, right = (atom.aval for atom in equation.invars)
-    if any(axis is not None for x in (left, right) for axis in x.sharding.spec):
+    if any(map(versions.is_explicit, equation.invars)):
         return None
+    left, right = (atom.aval for atom in equation.invars)
     free = [
         [n for n in range(x.ndim) if n not in (*some, *others)]
         for x, some, others in zip((left, right), contracted, batch, strict=True)
@@ -52,29 +52,19 @@ def in_order(equation: Equation) -> Any | None:
     )
     if all(order == tuple(range(len(order))) for order in orders):
         return None
-    arguments = {
-        name: equation.params[name]
-        for name in ("precision", "preferred_element_type", "out_sharding")
-    }
-    n = len(batch[0])
-    axes = tuple(range(n))
-    numbers = ((n + 1,), (n,)), (axes, axes)
-
-    def shape_of(x: Any, *groups: Sequence[int]) -> tuple[int, ...]:
-        return tuple(math.prod(x.shape[i] for i in group) for group in groups)
-
-    many = shape_of(left, *([i] for i in batch[0]))
-    shapes = (
-        (*many, *shape_of(left, free[0], contracted[0])),
-        (*many, *shape_of(right, contracted[1], free[1])),
-    )
+    axes = tuple(range(len(batch[0])))
+    numbers = ((len(axes) + 1,), (len(axes),)), (axes, axes)
+    many = [left.shape[i] for i in batch[0]]
+    m, k = (math.prod(left.shape[i] for i in some) for some in (free[0], contracted[0]))
+    n = math.prod(right.shape[i] for i in free[1])
+    shapes = (*many, m, k), (*many, k, n)
 
     def product(*operands: jax.Array) -> jax.Array:
         matrices = [
             jnp.transpose(x, order).reshape(shape)
             for x, order, shape in zip(operands, orders, shapes, strict=True)
         ]
-        result = jax.lax.dot_general(*matrices, numbers, **arguments)
+        result = jax.lax.dot_general(*matrices, numbers, **_options(equation))
         return result.reshape(equation.outvars[0].aval.shape)
 
     return versions.traced(product, left, right)[1]
@@ -87,10 +77,15 @@ def of_rows(equation: Equation) -> Product | None:
     """
     if not is_batched(equation):
         return None
-    names = "dimension_numbers", "precision", "preferred_element_type", "out_sharding"
-    arguments = {name: equation.params[name] for name in names}
+    numbers, options = equation.params["dimension_numbers"], _options(equation)
     ndims = [atom.aval.ndim for atom in equation.invars]
-    return repeating(lambda a, b: jax.lax.dot_general(a, b, **arguments), ndims)
+    return repeating(lambda a, b: jax.lax.dot_general(a, b, numbers, **options), ndims)
+
+
+def _options(equation: Equation) -> dict[str, Any]:
+    """How a product is to be taken, beside its axes."""
+    names = "precision", "preferred_element_type", "out_sharding"
+    return {name: equation.params[name] for name in names}
 
 
 def repeating(function: Product, ndims: Sequence[int]) -> Product:
@@ -115,8 +110,7 @@ def repeating(function: Product, ndims: Sequence[int]) -> Product:
             ]
             return jax.vmap(function)(*pair)
 
-        explicit = versions.is_explicit(a) or versions.is_explicit(b)
-        if all(has_rows) or explicit or versions.on_a_mesh():
+        if all(has_rows) or versions.may_be_sharded(a, b):
             return plain(a, b)
         return jax.lax.platform_dependent(a, b, cpu=by_repetition, default=plain)
 

@@ -37,8 +37,8 @@ def total(x: jax.Array, axes: Sequence[int]) -> jax.Array:
         x = x.reshape(*kept, math.prod(x.shape[len(kept) :]))
         return x @ jnp.ones(x.shape[-1:], x.dtype)
 
-    explicit = versions.is_explicit(x) or versions.on_a_mesh()
-    if explicit or not _are_last(axes, x.ndim) or x.dtype.itemsize < 4:
+    sharded = versions.may_be_sharded(x)
+    if sharded or not _are_last(axes, x.ndim) or x.dtype.itemsize < 4:
         return plain(x)
     return jax.lax.platform_dependent(x, cpu=by_product, default=plain)
 

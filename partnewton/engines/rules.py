@@ -172,10 +172,10 @@ def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Arr
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     a, b = a.astype(dtype), b.astype(dtype)
-    explicit = versions.is_explicit(a) or versions.is_explicit(b)
-    if explicit or versions.on_a_mesh():
+    if versions.may_be_sharded(a, b):
         # To join axes that are sharded would be to gather them.
         a = a if weight is None else weight * a
+        explicit = versions.is_explicit(a) or versions.is_explicit(b)
         kwargs = {"out_sharding": jax.P(None, None)} if explicit else {}
         return _inner(a, b, **kwargs).real
     # One contracted axis: with more, some backends take a much slower way.

@@ -24,6 +24,7 @@ __all__ = [
     "function_of",
     "inlined",
     "is_explicit",
+    "may_be_sharded",
     "on_a_mesh",
     "open_jaxpr",
     "traced",
@@ -110,13 +111,18 @@ def varying_axes(x: jax.Array | Variable) -> tuple[str, ...]:
 
 def is_explicit(x: jax.Array | Variable) -> bool:
     """Whether an array is sharded over explicit axes of a mesh: part of its type."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return any(axis is not None for axis in sharding.spec)
+    aval = x.aval if isinstance(x, Variable) else jax.typeof(x)
+    return any(axis is not None for axis in aval.sharding.spec)
 
 
 def on_a_mesh() -> bool:
     """Whether a mesh is set around, so that arrays may be sharded over it."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def may_be_sharded(*arrays: jax.Array) -> bool:
+    """Whether some arrays are sharded explicitly, or may be over a mesh around."""
+    return on_a_mesh() or any(map(is_explicit, arrays))
 
 
 def zeros(variable: Variable, leading: tuple[int, ...]) -> jax.Array:
