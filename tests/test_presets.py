@@ -308,7 +308,7 @@ def run_on(value_fn, params, tx, steps):
         return jax.lax.scan(step, (params, tx.init(params)), length=steps)
 
     (params, _), (rates, losses) = run(params)
-    return jax.tree.map(jnp.max, rates), params, np.asarray(losses)
+    return jax.tree.map(jnp.max, rates), params, losses
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -343,12 +343,20 @@ SATURATED = {
 
 @pytest.mark.parametrize("halvings", [0, 30])
 def test_halvings_keep_a_saturated_softmax_from_throwing_the_parameters_away(halvings):
-    """There is no curvature to bound a step, and the lengths ask for anything."""
+    """There is no curvature to bound a step, and the lengths ask for anything.
+
+    One start may get away with it, by rounding alone: eight starts do not.
+    """
     tx = preset(backtracking=halvings)
-    _, _, losses = run_on(saturated_loss, SATURATED, tx, 100)
-    start = float(saturated_loss(SATURATED))
-    assert (max(losses) <= 1.5 * start) == (halvings > 0)
-    assert losses[-1] < 0.2 * start or halvings == 0
+
+    def run(scale):
+        params = optax.tree.scale(scale, SATURATED)
+        _, _, losses = run_on(saturated_loss, params, tx, 100)
+        return losses / saturated_loss(params)
+
+    losses = jax.vmap(run)(jnp.linspace(0.9, 1.1, 8))
+    assert (jnp.max(losses) <= 1.5) == (halvings > 0)
+    assert jnp.max(losses[:, -1]) < 0.2 or halvings == 0
 
 
 def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit():
