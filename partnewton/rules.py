@@ -206,7 +206,9 @@ def robust(
     Where the third order is small or, as in piecewise linear networks, zero, the second
     term stands in for it: no step promises more than a few times N. All of this is
     equivariant when a subset or the loss is rescaled, and does not see a constant that
-    is added to the loss.
+    is added to the loss. But where all of the diagonal is zero, as in a piecewise
+    linear network with a piecewise linear loss, hessian_ss stands for the sum of the
+    magnitudes in row s, in the units of the direction.
 
     The minimiser is a point, and what a model of one batch or ten says of single
     subsets is often wrong: a negative rate, set to zero, leaves a tensor untrained for
@@ -323,6 +325,10 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
 def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
     """D of :func:`robust`."""
     g, h = jnp.abs(summary.gradient), jnp.abs(jnp.diagonal(summary.hessian))
+    # Without any diagonal, as in piecewise linear networks with a piecewise linear
+    # loss, the rows stand in for it: no less curved for all that is off it.
+    rows = jnp.sum(jnp.abs(summary.hessian), 1)
+    h = jnp.where(jnp.any(h > 0), h, rows)
     # g / sqrt(h) before it is squared: numbers of any size.
     alone = jnp.where(h > 0, g / jnp.sqrt(jnp.where(h > 0, h, 1)), 0)
     root = jnp.sqrt(jnp.sum(alone**2))

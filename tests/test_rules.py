@@ -316,6 +316,8 @@ def robust_model(summary, damping, floor):
     """|hessian| and D of the robust rule, in float64 numpy."""
     g, h, t = as_float64(summary)
     diagonal = np.abs(np.diag(h))
+    if not diagonal.any():
+        diagonal = np.abs(h).sum(1)
     alone = np.sum(g**2 / diagonal)
     least = alone ** (1 / 3) * np.maximum(np.sqrt(diagonal / alone), np.abs(g) / alone)
     D = np.maximum(np.cbrt(np.abs(t)), floor * least)
@@ -469,6 +471,21 @@ def test_robust_bounds_a_subset_without_curvature_by_the_others():
     proposal = rules.robust()(summary)
     assert np.all(np.isfinite(proposal.learning_rates))
     assert 0 < proposal.predicted_decrease < 3 * 0.5  # N = 1/2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_robust_measures_by_the_rows_where_the_diagonal_is_zero(dtype):
+    """As of a piecewise linear network with a piecewise linear loss."""
+    summary = indefinite(3, dtype=dtype)
+    hessian = summary.hessian - jnp.diag(jnp.diagonal(summary.hessian))
+    summary = summary._replace(hessian=hessian, third=jnp.zeros(4, dtype))
+    g, h, D = robust_model(summary, 1.0, 1.0)
+    eta = rules.robust(nonnegative=False)(summary).learning_rates
+    eta = np.asarray(eta, np.float64)
+    slope = -g + h @ eta + 0.5 * np.linalg.norm(D * eta) * D**2 * eta
+    np.testing.assert_allclose(
+        slope, 0, atol=np.abs(g).max() * 200 * np.finfo(dtype).eps
+    )
 
 
 def test_robust_without_any_curvature_stays_where_it_is():
