@@ -12,16 +12,19 @@ from partnewton.transform import (
     learning_rates,
     scale_by_partition_newton,
 )
+from partnewton.trust import ClipByParameterRmsState, clip_by_parameter_rms
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipByParameterRmsState",
     "CubicSolution",
     "CubicStatus",
     "ScaleByHindsightState",
     "ScaleByPartitionNewtonState",
     "Summary",
     "averaging",
+    "clip_by_parameter_rms",
     "derivative_tensors",
     "directions",
     "learning_rates",

@@ -14,7 +14,15 @@ import partnewton as pn
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 MODULES = ["averaging", "data", "engines", "metrics", "partitions", "plot", "rules"]
-MODULES += ["cubic", "directions", "hindsight", "presets", "summary", "transform"]
+MODULES += [
+    "cubic",
+    "directions",
+    "hindsight",
+    "presets",
+    "summary",
+    "transform",
+    "trust",
+]
 
 
 def public_objects():

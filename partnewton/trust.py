@@ -1,0 +1,121 @@
+"""How far a step may go: a share of the size of what it moves."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from partnewton import partitions
+from partnewton.summary import checked_direction
+
+__all__ = ["ClipByParameterRmsState", "clip_by_parameter_rms"]
+
+
+class ClipByParameterRmsState(NamedTuple):
+    """The state of :func:`clip_by_parameter_rms`.
+
+    Attributes:
+      size: what each subset is compared with, its largest root mean square so far;
+        shape (S,).
+    """
+
+    size: jax.Array
+
+
+def clip_by_parameter_rms(
+    share: jax.typing.ArrayLike = 0.01,
+    *,
+    param_labels: partitions.ParamLabels | None = None,
+) -> optax.GradientTransformation:
+    """Clip the step of each subset to a share of the size of its parameters.
+
+    A model of second or third order is true nearby. How near is not for it to say: it
+    does not see what is piecewise, a relu or a hinge, nor what the next batches will
+    want. With rms(x) the root mean square of the entries of a subset, and size_s the
+    largest so far of rms(theta_s) and of the root mean square of all that move,
+
+        u_s <- u_s * min(1, share * size_s / rms(u_s)).
+
+    Behind :func:`partnewton.partition_newton` it keeps weights from growing where steps
+    that lower the loss of a batch make them large, as networks of relus do on labels
+    with noise; elsewhere it costs speed at the start, see ``docs/how_to_choose.md``.
+
+    So a tensor that starts from zero, a bias, is compared with the others, and a number
+    on its way through zero with what it was. Where all parameters are zero there is
+    nothing to compare with: then the longest of the first steps is taken to be the
+    share.
+
+    Args:
+      share: how long a step is at most, relative to the parameters; positive.
+      param_labels: the partition, see :mod:`partnewton.partitions`; by default each
+        leaf is a subset.
+
+    Returns:
+      A :class:`optax.GradientTransformation` whose state is a
+      :class:`ClipByParameterRmsState`; its update function needs `params`.
+
+    Raises:
+      ValueError: a `share` that is not positive; from `update`, at trace time, if an
+        argument does not fit.
+
+    Example:
+      >>> tx = clip_by_parameter_rms(0.1)
+      >>> params = {"kernel": jnp.array([3.0, -3.0]), "bias": jnp.zeros(1)}
+      >>> updates = {"kernel": jnp.array([1.0, 1.0]), "bias": jnp.array([0.1])}
+      >>> clipped, state = tx.update(updates, tx.init(params), params)
+      >>> print(clipped["kernel"])
+      [0.3 0.3]
+
+    References:
+      The size of a tensor as the measure of its steps: You, Gitman and Ginsburg, arXiv
+      1708.03888, as in :func:`optax.scale_by_trust_ratio`; as a bound: Brock, De, Smith
+      and Simonyan, arXiv 2102.06171, as in :func:`optax.adaptive_grad_clip`.
+    """
+    param_labels = partitions.per_tensor if param_labels is None else param_labels
+    if isinstance(share, int | float | np.number) and not share > 0:
+        raise ValueError(f"share must be positive, got {share}.")
+
+    def init_fn(params: optax.Params) -> ClipByParameterRmsState:
+        if partitions.is_placeholder(params):
+            return ClipByParameterRmsState(jnp.zeros(1, jnp.float32))
+        partition = partitions.partition_of(params, param_labels)
+        return ClipByParameterRmsState(jnp.zeros(partition.size, partition.dtype))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ClipByParameterRmsState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ClipByParameterRmsState]:
+        if params is None:
+            raise ValueError("params: clip_by_parameter_rms needs the parameters.")
+        leaves = checked_direction(updates, params, "updates")
+        partition = partitions.partition_of(params, param_labels)
+        counts = partition.counts(leaves)
+
+        def squares(leaves: list) -> jax.Array:
+            active = [jnp.asarray(leaves[i]) for i in partition.active]
+            return partition.of_active().inner(active, active)
+
+        own = squares(jax.tree.leaves(params))
+        lengths = jnp.sqrt(squares(leaves) / counts)
+        moves = lengths > 0
+        number = jnp.sum(jnp.where(moves, counts, 0))
+        pooled = jnp.sum(jnp.where(moves, own, 0)) / jnp.maximum(number, 1)
+        now = jnp.sqrt(jnp.maximum(own / counts, pooled))
+        size = jnp.maximum(state.size, jnp.where(jnp.isfinite(now), now, 0))
+        size = jnp.where(jnp.any(size > 0), size, jnp.max(lengths, initial=0) / share)
+        size = size.astype(state.size.dtype)
+
+        longest = share * size
+        is_longer = lengths > longest
+        factors = jnp.where(is_longer, longest / jnp.where(is_longer, lengths, 1), 1)
+        clipped = [
+            (factor * u).astype(jnp.result_type(u))
+            for u, factor in zip(leaves, partition.spread(factors), strict=True)
+        ]
+        treedef = jax.tree.structure(updates)
+        return jax.tree.unflatten(treedef, clipped), ClipByParameterRmsState(size)
+
+    return optax.GradientTransformation(init_fn, update_fn)
