@@ -2,6 +2,8 @@
 
     python -m benchmarks.training --output training_results
     python -m benchmarks.training --quick
+    python -m benchmarks.training --unseen
+    python -m benchmarks.training --variants
 
 Results are kept in the output folder, and a run that was stopped goes on where it was.
 """
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import problems, training_report
 from benchmarks.training_loop import seconds_a_step, train
-from benchmarks.training_optimizers import GRADIENT, OPTIMIZERS, SWEEPS
+from benchmarks.training_optimizers import GRADIENT, OPTIMIZERS, SWEEPS, VARIANTS
 
 QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
 TIMED = ("gradient", "adam_c", "muon_c", "partition_newton")
@@ -29,11 +31,13 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "training.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    names = options.problems or (
-        QUICK if options.quick else (*problems.FIRST, *problems.SECOND)
-    )
+    names = options.problems or _names(options)
     seeds = 1 if options.quick else options.seeds
-    optimizers = options.optimizers or [x for x in OPTIMIZERS if x not in SWEEPS]
+    optimizers = options.optimizers or (
+        ["partition_newton", *VARIANTS]
+        if options.variants
+        else [x for x in OPTIMIZERS if x not in SWEEPS | VARIANTS]
+    )
     jobs = [(p, o) for p in names for o in optimizers]
     for name, optimizer in tqdm(jobs, unit="run"):
         row = results.setdefault(name, {})
@@ -55,13 +59,27 @@ def main(arguments: list[str] | None = None) -> None:
     print(text)
 
 
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.quick:
+        return QUICK
+    if options.unseen:
+        return tuple(problems.UNSEEN)
+    return (*problems.FIRST, *problems.SECOND)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training")
     parser.add_argument("--quick", action="store_true", help="4 problems, 1 seed")
     parser.add_argument("--time", action="store_true", help="measure time per step too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("training_results"))
-    known = [*problems.FIRST, *problems.SECOND]
+    parser.add_argument(
+        "--unseen", action="store_true", help="problems that no default was chosen on"
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="the preset, one default changed each"
+    )
+    known = [*problems.FIRST, *problems.SECOND, *problems.UNSEEN]
     parser.add_argument("--problems", nargs="+", choices=known, metavar="NAME")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME")
     return parser

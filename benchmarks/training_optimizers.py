@@ -1,5 +1,6 @@
 """What is compared: ours, by one fixed call each, and the rivals over their grids."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,18 @@ import optax
 from optax import contrib
 
 import partnewton as pn
+from partnewton import averaging, presets, rules
 
-__all__ = ["GRADIENT", "OPTIMIZERS", "OURS", "SWEEPS", "TUNED", "UNTUNED", "Optimizer"]
+__all__ = [
+    "GRADIENT",
+    "OPTIMIZERS",
+    "OURS",
+    "SWEEPS",
+    "TUNED",
+    "UNTUNED",
+    "VARIANTS",
+    "Optimizer",
+]
 
 
 class Optimizer(NamedTuple):
@@ -118,9 +129,75 @@ SWEEPS: dict[str, Optimizer] = {
 }
 """What the defaults were chosen by; run only when they are named."""
 
+
+def _variant(
+    *,
+    direction: optax.GradientTransformation | None = None,
+    rule: Any = None,
+    average: Any = None,
+    root_mean_square: bool = True,
+    adaptation: float = 0.2,
+    backtracking: int = 30,
+    look_back: dict[str, float] | None = None,
+) -> Any:
+    """`partition_newton`, link by link, with what it keeps to itself."""
+    if direction is None:
+        direction = pn.directions.balanced(presets.orthogonal_momentum())
+    if average is None:
+        average = averaging.exponential(0.9, absolute_third=True)
+        average = averaging.relative(average)
+    return optax.chain(
+        pn.directions.guarded(direction),
+        pn.directions.normalize_by_subset(root_mean_square=root_mean_square),
+        pn.scale_by_partition_newton(
+            rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
+            update_interval=None,
+            average=average,
+            backtracking=backtracking,
+        ),
+        pn.scale_by_hindsight(adaptation, **(look_back or {})),
+        optax.scale_by_learning_rate(0.2),
+    )
+
+
+def _rule(**options: Any) -> Any:
+    return rules.above_rounding(rules.robust(**options))
+
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "alike=0": {"rule": _rule()},
+    "alike=1": {"rule": _rule(alike=1.0)},
+    "spread=2": {"rule": _rule(alike=0.5, spread=2.0)},
+    "spread=50": {"rule": _rule(alike=0.5, spread=50.0)},
+    "floor=0": {"rule": _rule(alike=0.5, floor=0.0)},
+    "not above_rounding": {"rule": rules.robust(alike=0.5)},
+    "no average": {"average": averaging.relative(averaging.none())},
+    "not relative": {"average": averaging.exponential(0.9, absolute_third=True)},
+    "not balanced": {"direction": presets.orthogonal_momentum()},
+    "lengths in norm": {"root_mean_square": False},
+    "backtracking=0": {"backtracking": 0},
+    "adaptation=0": {"adaptation": 0.0},
+    "adaptation=0.1": {"adaptation": 0.1},
+    "place=0.5": {"look_back": {"place": 0.5}},
+    "place=0.8": {"look_back": {"place": 0.8}},
+    "growth=0": {"look_back": {"growth": 0.0}},
+    "growth=6": {"look_back": {"growth": 6.0}},
+    "one slope": {"look_back": {"share": 0.0}},
+}
+
+VARIANTS: dict[str, Optimizer] = {
+    name: _fixed(functools.partial(_variant, **options))
+    for name, options in _VARIANTS.items()
+}
+VARIANTS["clipped"] = _fixed(
+    lambda: optax.chain(pn.partition_newton(), pn.clip_by_parameter_rms(0.01))
+)
+"""`partition_newton` with one of its defaults changed; run by ``--variants``."""
+
 OPTIMIZERS: dict[str, Optimizer] = {
     **OURS,
     **SWEEPS,
+    **VARIANTS,
     **{
         f"{name}_{schedule}": optimizer
         for name, (make, rates) in _GRIDS.items()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED
+from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED, VARIANTS
 
 __all__ = ["FLOOR", "markdown", "picture"]
 
@@ -36,6 +36,12 @@ def markdown(results: dict[str, Row]) -> str:
         if any(sweep in row for row in results.values()):
             parts += [f"Final training loss by what is varied: `{sweep}`."]
             parts += [_sweep(results, sweep)]
+    if any(name in row for row in results.values() for name in VARIANTS):
+        parts += [
+            "`partition_newton` with one default changed: final training losses over "
+            "those of the best tuned Adam, and over those with all defaults.",
+            _variants(results),
+        ]
     if all("seconds" in row for row in results.values()):
         parts += ["Milliseconds a step, all but evaluation.", _times(results)]
         parts += [
@@ -183,6 +189,30 @@ def _sweep(results: dict[str, Row], sweep: str) -> str:
             adam = _loss(row, "adam")
             cells.append("" if adam is None else f"{adam:.3g}")
             lines.append(f"| {problem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _variants(results: dict[str, Row]) -> str:
+    columns = "over adam | at or below adam | most over the defaults | least"
+    lines = [f"| variant | {columns} |", "| --- " * 5 + "|"]
+    for name in ("partition_newton", *VARIANTS):
+        rows = {p: row for p, row in results.items() if name in row}
+        ratios = [x for row in rows.values() if (x := _ratio(row, name)) is not None]
+        changes = {
+            p: _loss(row, name) / _loss(row, "partition_newton")
+            for p, row in rows.items()
+            if "partition_newton" in row
+        }
+        if not ratios or not changes:
+            continue
+        most, least = max(changes, key=changes.get), min(changes, key=changes.get)
+        cells = [
+            f"{np.exp(np.mean(np.log(ratios))):.3g}",
+            f"{sum(x <= 1.001 for x in ratios)} of {len(ratios)}",
+            f"{changes[most]:.3g} ({most})",
+            f"{changes[least]:.3g} ({least})",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

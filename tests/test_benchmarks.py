@@ -1,17 +1,21 @@
 """The networks of the benchmark, and a very small run of it."""
 
 import doctest
+import functools
 import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+
+import partnewton as pn
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
-from benchmarks import models, summary, training_report
+from benchmarks import models, problems, summary, training_optimizers, training_report
 
 SLOW = ("mlp_deep", "cnn", "vgg11", "resnet18")
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
@@ -234,3 +238,53 @@ def test_losses_at_equal_gradients_are_read_off_the_curves():
     )
     text = training_report.markdown({"curve": row})
     assert "| curve | 2.00 |" in text
+
+
+@pytest.mark.parametrize("name", problems.UNSEEN)
+def test_an_unseen_problem_can_be_trained_and_tested_on(name):
+    problem = problems.make(name)
+    params = problem.init(jax.random.key(0))
+    batch = [x[: problem.batch] for x in problem.train]
+    loss, gradient = jax.value_and_grad(problem.loss)(params, *batch)
+    assert np.isfinite(loss)
+    assert np.isfinite(problem.metric(params, *problem.test))
+    # Of a difference of scores, the last bias is no part.
+    still = sum(not np.any(x) for x in jax.tree.leaves(gradient))
+    assert still == (name == "ranking")
+    assert all(len(x) > 100 for x in (*problem.train, *problem.test))
+
+
+def test_a_variant_without_a_change_is_the_preset():
+    """What the table of variants compares with is what users call."""
+    problem = problems.make("diabetes")
+    batch = [x[:32] for x in problem.train]
+
+    def run(tx):
+        def step(carry, _):
+            params, state = carry
+            value_fn = functools.partial(problem.loss, x=batch[0], y=batch[1])
+            grads = jax.grad(value_fn)(params)
+            updates, state = tx.update(grads, state, params, value_fn=value_fn)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = problem.init(jax.random.key(0))
+        return jax.lax.scan(step, (params, tx.init(params)), length=45)[0][0]
+
+    expected = jax.jit(lambda: run(pn.partition_newton()))()
+    found = jax.jit(lambda: run(training_optimizers._variant()))()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_variants_are_compared_with_adam_and_with_the_defaults():
+    def entry(loss: float) -> dict:
+        return {"rates": [1.0], "train": [[[1.0, loss]]], "metric": [[[1.0, loss]]]}
+
+    results = {
+        "a": {"adam_c": entry(0.1), "partition_newton": entry(0.01)},
+        "b": {"adam_c": entry(0.1), "partition_newton": entry(0.2)},
+    }
+    results["a"]["alike=0"] = entry(0.4)
+    results["b"]["alike=0"] = entry(0.1)
+    text = training_report.markdown(results)
+    assert "| partition_newton | 0.447 | 1 of 2 | 1 (a) | 1 (a) |" in text
+    assert "| alike=0 | 2 | 1 of 2 | 40 (a) | 0.5 (b) |" in text

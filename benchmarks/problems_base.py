@@ -1,0 +1,98 @@
+"""What a problem is, and the losses, metrics and data that several have."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import datasets
+from sklearn.model_selection import train_test_split
+
+__all__ = [
+    "Data",
+    "Problem",
+    "cross_entropy",
+    "digits",
+    "error_rate",
+    "huber",
+    "one_hot_squared",
+    "split",
+    "squared",
+    "standardised",
+]
+
+PyTree = Any
+Data = tuple[np.ndarray, np.ndarray]
+
+
+class Problem(NamedTuple):
+    """What is trained, on what, and for how long.
+
+    Attributes:
+      name: as on the command line.
+      init: from a key to parameters.
+      loss: ``loss(params, x, y)``, a mean over the examples.
+      metric: ``metric(params, x, y)``, what the test is about; smaller is better.
+      train, test: inputs and targets.
+      batch: the examples of a step; all of them for a full batch.
+      steps: how many steps make a run.
+    """
+
+    name: str
+    init: Callable[[jax.Array], PyTree]
+    loss: Callable[..., jax.Array]
+    metric: Callable[..., jax.Array]
+    train: Data
+    test: Data
+    batch: int
+    steps: int
+
+    @property
+    def is_full_batch(self) -> bool:
+        """Whether each step sees all of the data."""
+        return self.batch == len(self.train[0])
+
+
+# --- Losses and metrics, from the outputs of a network -----------------------------
+
+
+def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+
+def error_rate(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.argmax(outputs, -1) != y)
+
+
+def squared(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean((outputs - y) ** 2)
+
+
+def huber(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return optax.huber_loss(outputs, y).mean()
+
+
+def one_hot_squared(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return squared(outputs, jax.nn.one_hot(y, outputs.shape[-1]))
+
+
+# --- Data --------------------------------------------------------------------------
+
+
+def split(x: np.ndarray, y: np.ndarray) -> tuple[Data, Data]:
+    x = np.asarray(x, np.float32)
+    y = np.asarray(y, np.int32 if np.issubdtype(y.dtype, np.integer) else np.float32)
+    a, b, c, d = train_test_split(x, y, test_size=0.2, random_state=0)
+    return (a, c), (b, d)
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(0)) / (x.std(0) + 1e-6)
+
+
+def digits() -> tuple[Data, Data]:
+    """8 x 8 images as rows of 64 numbers from 0 to 1."""
+    x, y = datasets.load_digits(return_X_y=True)
+    return split(x / 16, y)
