@@ -19,14 +19,13 @@ from benchmarks import problems_models as models
 from benchmarks.problems_base import (
     Data,
     Problem,
-    cross_entropy,
     digits,
-    error_rate,
     huber,
     one_hot_squared,
     split,
     squared,
     standardised,
+    supervised,
 )
 from benchmarks.problems_text import windows
 from benchmarks.problems_unseen import UNSEEN
@@ -69,34 +68,9 @@ def _table(load: Callable, regression: bool = False) -> tuple[Data, Data]:
 # --- The problems ------------------------------------------------------------------
 
 
-def _supervised(
-    name: str,
-    data: Callable[[], tuple[Data, Data]],
-    network: models.Network,
-    loss: Callable = cross_entropy,
-    metric: Callable | None = None,
-    batch: int | None = 64,
-    steps: int = 1000,
-) -> Problem:
-    train, test = data()
-    metric = metric or (
-        error_rate if loss in (cross_entropy, one_hot_squared) else loss
-    )
-    return Problem(
-        name,
-        network.init,
-        lambda params, x, y: loss(network.apply(params, x), y),
-        lambda params, x, y: metric(network.apply(params, x), y),
-        train,
-        test,
-        len(train[0]) if batch is None else batch,
-        steps,
-    )
-
-
 def _problem(*args: Any, **kwargs: Any) -> Callable[[str], Problem]:
     named = dict(zip(_FIELDS, args, strict=False))
-    return functools.partial(_supervised, **named, **kwargs)
+    return functools.partial(supervised, **named, **kwargs)
 
 
 _FIELDS = ("data", "network", "loss", "metric", "batch", "steps")

@@ -10,6 +10,8 @@ import optax
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
+from benchmarks import problems_models as models
+
 __all__ = [
     "Data",
     "Problem",
@@ -21,6 +23,7 @@ __all__ = [
     "split",
     "squared",
     "standardised",
+    "supervised",
 ]
 
 PyTree = Any
@@ -96,3 +99,32 @@ def digits() -> tuple[Data, Data]:
     """8 x 8 images as rows of 64 numbers from 0 to 1."""
     x, y = datasets.load_digits(return_X_y=True)
     return split(x / 16, y)
+
+
+# --- Problems ----------------------------------------------------------------------
+
+
+def supervised(
+    name: str,
+    data: Callable[[], tuple[Data, Data]],
+    network: models.Network,
+    loss: Callable = cross_entropy,
+    metric: Callable | None = None,
+    batch: int | None = 64,
+    steps: int = 1000,
+) -> Problem:
+    """A network from inputs to outputs, and a loss of these and the targets."""
+    train, test = data()
+    metric = metric or (
+        error_rate if loss in (cross_entropy, one_hot_squared) else loss
+    )
+    return Problem(
+        name,
+        network.init,
+        lambda params, x, y: loss(network.apply(params, x), y),
+        lambda params, x, y: metric(network.apply(params, x), y),
+        train,
+        test,
+        len(train[0]) if batch is None else batch,
+        steps,
+    )

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Network", "cnn", "factors", "lstm", "mlp", "residual", "transformer"]
+__all__ = [
+    "Network",
+    "affine",
+    "cnn",
+    "factors",
+    "lstm",
+    "mlp",
+    "residual",
+    "transformer",
+]
 
 PyTree = Any
 
@@ -25,7 +34,8 @@ def _dense(key: jax.Array, inputs: int, outputs: int) -> PyTree:
     return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
 
-def _apply(layer: PyTree, x: jax.Array) -> jax.Array:
+def affine(layer: PyTree, x: jax.Array) -> jax.Array:
+    """A dense layer without an activation."""
     return x @ layer["kernel"] + layer["bias"]
 
 
@@ -43,8 +53,8 @@ def mlp(widths: Sequence[int], activation: Callable) -> Network:
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         for name in names[:-1]:
-            x = activation(_apply(params[name], x))
-        return _apply(params[names[-1]], x)
+            x = activation(affine(params[name], x))
+        return affine(params[names[-1]], x)
 
     return Network(init, apply)
 
@@ -80,7 +90,7 @@ def cnn(size: int, channels: Sequence[int], classes: int) -> Network:
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x = jax.nn.relu(x + params[name]["bias"])
-        return _apply(params["dense"], x.reshape(len(x), -1))
+        return affine(params["dense"], x.reshape(len(x), -1))
 
     return Network(init, apply)
 
@@ -110,12 +120,12 @@ def residual(inputs: int, width: int, blocks: int, outputs: int) -> Network:
         return params | {"output": _dense(next(keys), width, outputs)}
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        x = _apply(params["input"], x)
+        x = affine(params["input"], x)
         for n in range(blocks):
             block = params[f"block_{n}"]
-            h = jax.nn.gelu(_apply(block["up"], _norm(block["norm"], x)))
-            x = x + _apply(block["down"], h)
-        return _apply(params["output"], x)
+            h = jax.nn.gelu(affine(block["up"], _norm(block["norm"], x)))
+            x = x + affine(block["down"], h)
+        return affine(params["output"], x)
 
     return Network(init, apply)
 
@@ -166,22 +176,22 @@ def transformer(
         return params
 
     def attend(block: PyTree, x: jax.Array) -> jax.Array:
-        qkv = _apply(block["qkv"], x).reshape(*x.shape[:2], 3, heads, width // heads)
+        qkv = affine(block["qkv"], x).reshape(*x.shape[:2], 3, heads, width // heads)
         q, k, v = jnp.moveaxis(qkv, 2, 0)
         scores = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(width // heads)
         mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(mask, scores, -1e9))
         mixed = jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape)
-        return _apply(block["out"], mixed)
+        return affine(block["out"], mixed)
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = params["embedding"][x] + params["position"]
         for n in range(layers):
             block = params[f"block_{n}"]
             x = x + attend(block, _norm(block["norm_0"], x))
-            h = jax.nn.gelu(_apply(block["up"], _norm(block["norm_1"], x)))
-            x = x + _apply(block["down"], h)
-        return _apply(params["head"], _norm(params["norm"], x))
+            h = jax.nn.gelu(affine(block["up"], _norm(block["norm_1"], x)))
+            x = x + affine(block["down"], h)
+        return affine(params["head"], _norm(params["norm"], x))
 
     return Network(init, apply)
 
@@ -200,7 +210,7 @@ def lstm(vocabulary: int, width: int) -> Network:
         }
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        inputs = _apply(params["input"], params["embedding"][x])
+        inputs = affine(params["input"], params["embedding"][x])
 
         def step(carry: tuple, inputs: jax.Array) -> tuple:
             c, h = carry
@@ -212,6 +222,6 @@ def lstm(vocabulary: int, width: int) -> Network:
 
         zeros = jnp.zeros((x.shape[0], width))
         _, h = lax.scan(step, (zeros, zeros), jnp.moveaxis(inputs, 1, 0))
-        return _apply(params["head"], jnp.moveaxis(h, 0, 1))
+        return affine(params["head"], jnp.moveaxis(h, 0, 1))
 
     return Network(init, apply)

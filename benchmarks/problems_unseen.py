@@ -1,8 +1,8 @@
-"""Problems that no default was chosen on: written when the preset was there, run once.
+"""Problems that no default was chosen on: written when the preset was there.
 
 They ask for what the others do not: convolutions and recurrences over time, pairs,
 counts, densities, a tied decoder, the residual of a differential equation, a graph,
-heavy tails, soft and ordered labels.
+heavy tails, soft labels, margins.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from benchmarks.problems_base import (
     huber,
     split,
     squared,
+    supervised,
 )
 
 __all__ = ["UNSEEN"]
@@ -31,34 +32,15 @@ __all__ = ["UNSEEN"]
 PyTree = Any
 
 
-def _problem(
-    data: Callable[[], tuple[Data, Data]],
-    network: models.Network,
-    loss: Callable[[jax.Array, jax.Array], jax.Array],
-    metric: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    batch: int = 64,
-    steps: int = 1500,
-) -> Callable[[str], Problem]:
+def _problem(*args: Any, **kwargs: Any) -> Callable[[str], Problem]:
     def make(name: str) -> Problem:
-        return Problem(
-            name,
-            network.init,
-            lambda params, x, y: loss(network.apply(params, x), y),
-            lambda params, x, y: (metric or loss)(network.apply(params, x), y),
-            *data(),
-            batch,
-            steps,
-        )
+        return supervised(name, *args, **({"steps": 1500} | kwargs))
 
     return make
 
 
 def _dense(key: jax.Array, inputs: int, outputs: int) -> PyTree:
     return models.mlp([inputs, outputs], jnp.tanh).init(key)["layer_0"]
-
-
-def _apply(layer: PyTree, x: jax.Array) -> jax.Array:
-    return x @ layer["kernel"] + layer["bias"]
 
 
 # --- Time series -------------------------------------------------------------------
@@ -106,7 +88,7 @@ def _convolutions_over_time(channels: Sequence[int], classes: int) -> models.Net
                 dimension_numbers=("NWC", "WIO", "NWC"),
             )
             x = jax.nn.gelu(x + layer["bias"])
-        return _apply(params["dense"], x.max(1))
+        return models.affine(params["dense"], x.max(1))
 
     return models.Network(init, apply)
 
@@ -135,7 +117,7 @@ def _gated_recurrence(width: int) -> models.Network:
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
-            inputs = jnp.split(_apply(params["input"], x[:, None]), 3, axis=-1)
+            inputs = jnp.split(models.affine(params["input"], x[:, None]), 3, axis=-1)
             hidden = jnp.split(h @ params["hidden"], 3, axis=-1)
             reset = jax.nn.sigmoid(inputs[0] + hidden[0])
             keep = jax.nn.sigmoid(inputs[1] + hidden[1])
@@ -143,7 +125,7 @@ def _gated_recurrence(width: int) -> models.Network:
             return keep * h + (1 - keep) * new, None
 
         h, _ = lax.scan(step, jnp.zeros((len(x), width)), x.T)
-        return _apply(params["dense"], h)
+        return models.affine(params["dense"], h)
 
     return models.Network(init, apply)
 
@@ -214,7 +196,7 @@ def _tied_decoder(inputs: int, width: int) -> models.Network:
         return {"encoder": _dense(key, inputs, width), "bias": jnp.zeros(inputs)}
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
-        h = jax.nn.sigmoid(_apply(params["encoder"], x))
+        h = jax.nn.sigmoid(models.affine(params["encoder"], x))
         return h @ params["encoder"]["kernel"].T + params["bias"]
 
     return models.Network(init, apply)
@@ -278,8 +260,8 @@ def _graph(name: str) -> Problem:
     network = models.mlp([30, 32, 5], jax.nn.relu)
 
     def outputs(params: PyTree, nodes: jax.Array) -> jax.Array:
-        h = jax.nn.relu(mean @ _apply(params["layer_0"], features))
-        return (mean @ _apply(params["layer_1"], h))[nodes]
+        h = jax.nn.relu(mean @ models.affine(params["layer_0"], features))
+        return (mean @ models.affine(params["layer_1"], h))[nodes]
 
     (nodes, labels), (test_nodes, test_labels) = split(np.arange(700)[:, None], y)
     return Problem(
