@@ -3,13 +3,12 @@
 from partnewton import averaging, directions, partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.hindsight import ScaleByHindsightState, scale_by_hindsight
-from partnewton.metrics import metrics
+from partnewton.metrics import learning_rates, metrics
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
 from partnewton.summary import Summary, derivative_tensors, summarize
 from partnewton.transform import (
     ScaleByPartitionNewtonState,
-    learning_rates,
     scale_by_partition_newton,
 )
 from partnewton.trust import ClipByParameterRmsState, clip_by_parameter_rms

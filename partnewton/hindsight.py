@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from partnewton import partitions
-from partnewton.transform import check_arguments, picked
+from partnewton._extra_args import check_arguments, picked
 
 __all__ = ["ScaleByHindsightState", "scale_by_hindsight"]
 

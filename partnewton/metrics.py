@@ -1,16 +1,51 @@
-"""What to log of a training run: numbers under names, for any logger."""
+"""What to read from a state: learning rates and metrics under names."""
 
 import jax
 import optax
 
+from partnewton._extra_args import states_of
 from partnewton.hindsight import ScaleByHindsightState
-from partnewton.transform import (
-    ScaleByPartitionNewtonState,
-    learning_rates,
-    states_of,
-)
+from partnewton.transform import ScaleByPartitionNewtonState
 
-__all__ = ["metrics"]
+__all__ = ["learning_rates", "metrics"]
+
+
+def learning_rates(
+    state: optax.OptState, params: optax.Params | None = None
+) -> dict[str, jax.Array]:
+    """The learning rate of each subset, wherever in a state it stands.
+
+    Args:
+      state: the state of an optimizer that contains one
+        :func:`scale_by_partition_newton`, in a chain or a wrapper.
+      params: not needed, since the state knows the names of its subsets; accepted
+        because what reads a state is usually called with both.
+
+    Returns:
+      ``{subset name: eta}``, in the order of :func:`partnewton.subset_names`; arrays of
+      shape (), also under a trace.
+
+    Raises:
+      ValueError: `state` contains no such state, or several.
+
+    Example:
+      >>> import jax.numpy as jnp, partnewton
+      >>> params = {"w": jnp.zeros(2)}
+      >>> tx = partnewton.scale_by_partition_newton()
+      >>> learning_rates(tx.init(params), params)
+      {'w': Array(0., dtype=float32)}
+    """
+    del params
+    found = states_of(ScaleByPartitionNewtonState, state)
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain exactly one ScaleByPartitionNewtonState, found "
+            f"{len(found)}."
+        )
+    (ours,) = found
+    numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
+    names = sorted((int(s), name) for s, name in numbered)
+    return {name: ours.learning_rates[..., s] for s, name in names}
 
 
 def metrics(

@@ -7,7 +7,6 @@ What differs from the paper: rates that cannot be trusted (not finite) are refus
 counted, and a subset whose direction is zero keeps its last rate.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,14 +16,11 @@ import numpy as np
 import optax
 
 from partnewton import averaging, partitions, rules
+from partnewton._extra_args import check_arguments, picked
 from partnewton.directions import all_finite, select
 from partnewton.summary import Summary, checked_direction, summarize
 
-__all__ = [
-    "ScaleByPartitionNewtonState",
-    "learning_rates",
-    "scale_by_partition_newton",
-]
+__all__ = ["ScaleByPartitionNewtonState", "scale_by_partition_newton"]
 
 
 class ScaleByPartitionNewtonState(NamedTuple):
@@ -284,83 +280,6 @@ def scale_by_partition_newton(
 def interval_of(size: int) -> int:
     """After how many updates a partition is measured again, if nobody has said."""
     return min(max(20, size), 100)
-
-
-def learning_rates(
-    state: optax.OptState, params: optax.Params | None = None
-) -> dict[str, jax.Array]:
-    """The learning rate of each subset, wherever in a state it stands.
-
-    Args:
-      state: the state of an optimizer that contains one
-        :func:`scale_by_partition_newton`, in a chain or a wrapper.
-      params: not needed, since the state knows the names of its subsets; accepted
-        because what reads a state is usually called with both.
-
-    Returns:
-      ``{subset name: eta}``, in the order of :func:`partnewton.subset_names`; arrays of
-      shape (), also under a trace.
-
-    Raises:
-      ValueError: `state` contains no such state, or several.
-
-    Example:
-      >>> params = {"w": jnp.zeros(2)}
-      >>> learning_rates(scale_by_partition_newton().init(params), params)
-      {'w': Array(0., dtype=float32)}
-    """
-    del params
-    found = states_of(ScaleByPartitionNewtonState, state)
-    if len(found) != 1:
-        raise ValueError(
-            "state must contain exactly one ScaleByPartitionNewtonState, found "
-            f"{len(found)}."
-        )
-    (ours,) = found
-    numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
-    names = sorted((int(s), name) for s, name in numbered)
-    return {name: ours.learning_rates[..., s] for s, name in names}
-
-
-def states_of(kind: type, state: optax.OptState) -> list[Any]:
-    """The states of a kind, wherever in `state` they stand."""
-
-    def is_it(node: Any) -> bool:
-        return isinstance(node, kind)
-
-    return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]
-
-
-def check_arguments(
-    name: str, params: optax.Params | None, value_fn: Callable[..., Any] | None
-) -> None:
-    """Raises if what the update function called `name` needs beside updates is wrong.
-
-    Raises:
-      ValueError: one of the two is missing.
-      TypeError: `value_fn` is no function.
-    """
-    if params is None:
-        raise ValueError(
-            f"params: {name} needs the parameters; call "
-            "tx.update(updates, state, params, value_fn=loss)."
-        )
-    if value_fn is None:
-        raise ValueError(
-            f"value_fn: {name} needs the loss as a function of "
-            "the parameters; call tx.update(updates, state, params, value_fn=loss)."
-        )
-    if not callable(value_fn):
-        raise TypeError(
-            "value_fn must be a function from params to a scalar loss, got "
-            f"{type(value_fn).__name__}."
-        )
-
-
-def picked(fn: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that `fn` names in its signature, as optax's line searches do."""
-    names = inspect.signature(fn).parameters
-    return {name: x for name, x in arguments.items() if name in names}
 
 
 def _scaled(
