@@ -63,7 +63,6 @@ def test_a_label_serves_all_leaves_below_its_place():
     labels = {"embedding": "in", "layers": ["first", "second"], "scale": "in"}
     assert pn.subset_names(network(), labels) == ("in", "first", "second")
     assert partition_of(network(), labels).labels == (0, 1, 1, 2, 2, 0)
-    assert pn.subset_names(network(), "everything") == ("everything",)
     assert pn.subset_names(network(), 7) == ("7",)
 
 
@@ -448,7 +447,7 @@ def test_values_are_spread_to_the_entries_of_their_subset():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_sums_over_low_precision_are_taken_in_float32(dtype):
     x = jnp.full(3000, 1.0, dtype)
-    partition = partition_of(x, "x")
+    partition = partition_of(x, partitions.whole)
     assert partition.dtype == np.float32
     assert partition.inner([x], [x]).tolist() == [3000.0]
 
