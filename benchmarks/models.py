@@ -1,4 +1,8 @@
-"""The networks that are measured: seven losses ``loss(params, batch)``, pure functions.
+"""The networks that are measured: losses ``loss(params, batch)``, pure functions.
+
+`NETWORKS` are those of :mod:`benchmarks.summary`, one of each kind. `MORE` are for
+:mod:`benchmarks.cost`: a transformer at several depths, and the network of the
+demonstration.
 
 Data are random: what is measured is time and memory, not learning. Weights are drawn
 as one would draw them for training, so that no activation dies or overflows.
@@ -14,14 +18,17 @@ import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 
-__all__ = ["NETWORKS", "Model", "Network", "make"]
+from partnewton import demo
+
+__all__ = ["MORE", "NETWORKS", "Model", "Network", "make"]
 
 PyTree = Any
 CLASSES = 10
 MLP_DEEP, MLP = (3072, *20 * [1024]), (784, 1024, 200, 100)
 CNN, CNN_PLACES = (16, 32, 64), 4 * 4  # channels; what is left of 32 x 32
 VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
-VOCABULARY, TOKENS, WIDTH, HEADS, LAYERS = 256, 64, 128, 4, 2
+VOCABULARY, TOKENS, WIDTH, HEADS = 256, 64, 128, 4
+DEPTHS = (2, 6, 12, 24)  # layers of the transformers
 RESNET18 = (64, 128, 256, 512)  # two blocks each
 LSTM_STEPS, LSTM_INPUTS, LSTM_WIDTH = 64, 64, 128
 
@@ -33,7 +40,7 @@ class Model(NamedTuple):
     """A loss and where to measure it.
 
     Attributes:
-      name: its key in `NETWORKS`.
+      name: its key in `NETWORKS` or `MORE`.
       loss: ``loss(params, batch)``, a scalar.
       params: float32 leaves.
       batch: the data, a pytree of arrays.
@@ -47,7 +54,7 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An entry of `NETWORKS`.
+    """An entry of `NETWORKS` or `MORE`.
 
     Attributes:
       build: from a key, a batch size and a divisor of all widths to the loss, the
@@ -69,8 +76,8 @@ def make(
     """The model called `name`.
 
     Args:
-      name: a key of `NETWORKS`.
-      batch: the batch size, if not the one of `NETWORKS`.
+      name: a key of `NETWORKS` or `MORE`.
+      batch: the batch size, if not that of the network.
       scale: all widths are divided by this; the number of tensors stays.
       seed: of weights and data.
 
@@ -80,7 +87,7 @@ def make(
     Raises:
       KeyError: there is no such network.
     """
-    network = NETWORKS[name]
+    network = (NETWORKS | MORE)[name]
     size = network.batch if batch is None else batch
     return Model(name, *network.build(jax.random.key(seed), size, scale))
 
@@ -177,53 +184,74 @@ def _convolutional(plan: Sequence[int | str], places: int) -> Callable:
     return build
 
 
-def _transformer(key: jax.Array, batch: int, scale: int) -> tuple:
-    """Pre-norm decoder; the embedding is also the output; no bias on q, k and v."""
-    width = WIDTH // scale
-    data, embedding, position, *keys = jax.random.split(key, 3 + 4 * LAYERS)
+def _transformer(layers: int, *, scan: bool = False) -> Callable:
+    """Pre-norm decoder; the embedding is also the output; no bias on q, k and v.
 
-    def norm() -> PyTree:
-        return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+    Args:
+      layers: how many blocks there are.
+      scan: whether the blocks are stacked along a leading axis of each parameter and
+        run by `lax.scan`, instead of a list of blocks and a Python loop.
+    """
 
-    def block(qkv: jax.Array, out: jax.Array, up: jax.Array, down: jax.Array) -> PyTree:
-        return {
-            "norm1": norm(),
-            "qkv": kernel_init(qkv, (width, 3 * width)),
-            "out": _layer(out, width, width),
-            "norm2": norm(),
-            "up": _layer(up, width, 4 * width),
-            "down": _layer(down, 4 * width, width),
+    def build(key: jax.Array, batch: int, scale: int) -> tuple:
+        width = WIDTH // scale
+        data, embedding, position, *keys = jax.random.split(key, 3 + 4 * layers)
+        blocks = [_block_params(width, *keys[4 * i : 4 * i + 4]) for i in range(layers)]
+        params = {
+            "embedding": embedding_init(embedding, (VOCABULARY, width)),
+            "position": embedding_init(position, (TOKENS, width)),
+            "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+            if scan
+            else blocks,
+            "norm": _norm_params(width),
         }
 
-    params = {
-        "embedding": embedding_init(embedding, (VOCABULARY, width)),
-        "position": embedding_init(position, (TOKENS, width)),
-        "blocks": [block(*keys[4 * i : 4 * i + 4]) for i in range(LAYERS)],
-        "norm": norm(),
+        def loss(params: PyTree, batch: PyTree) -> jax.Array:
+            x = params["embedding"][batch["tokens"][:, :-1]] + params["position"]
+            if scan:
+                x, _ = jax.lax.scan(
+                    lambda x, block: (_block(block, x), None), x, params["blocks"]
+                )
+            else:
+                for block in params["blocks"]:
+                    x = _block(block, x)
+            logits = _norm(params["norm"], x) @ params["embedding"].T
+            return _cross_entropy(logits, batch["tokens"][:, 1:])
+
+        tokens = jax.random.randint(data, (batch, TOKENS + 1), 0, VOCABULARY)
+        return loss, params, {"tokens": tokens}
+
+    return build
+
+
+def _norm_params(width: int) -> PyTree:
+    return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+
+
+def _block_params(
+    width: int, qkv: jax.Array, out: jax.Array, up: jax.Array, down: jax.Array
+) -> PyTree:
+    return {
+        "norm1": _norm_params(width),
+        "qkv": kernel_init(qkv, (width, 3 * width)),
+        "out": _layer(out, width, width),
+        "norm2": _norm_params(width),
+        "up": _layer(up, width, 4 * width),
+        "down": _layer(down, 4 * width, width),
     }
 
-    def attention(layer: PyTree, x: jax.Array) -> jax.Array:
-        qkv = x @ layer["qkv"]  # (batch, tokens, 3 width)
-        q, k, v = (
-            y.reshape(*y.shape[:-1], HEADS, -1) for y in jnp.split(qkv, 3, axis=-1)
-        )
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return _dense(layer["out"], mixed.reshape(x.shape))
 
-    def loss(params: PyTree, batch: PyTree) -> jax.Array:
-        x = params["embedding"][batch["tokens"][:, :-1]] + params["position"]
-        for layer in params["blocks"]:
-            x = x + attention(layer, _norm(layer["norm1"], x))
-            hidden = jax.nn.gelu(_dense(layer["up"], _norm(layer["norm2"], x)))
-            x = x + _dense(layer["down"], hidden)
-        logits = _norm(params["norm"], x) @ params["embedding"].T
-        return _cross_entropy(logits, batch["tokens"][:, 1:])
-
-    tokens = jax.random.randint(data, (batch, TOKENS + 1), 0, VOCABULARY)
-    return loss, params, {"tokens": tokens}
+def _block(params: PyTree, x: jax.Array) -> jax.Array:
+    """Causal attention and a perceptron, each with a norm before and a shortcut."""
+    qkv = _norm(params["norm1"], x) @ params["qkv"]  # (batch, tokens, 3 width)
+    q, k, v = (y.reshape(*y.shape[:-1], HEADS, -1) for y in jnp.split(qkv, 3, axis=-1))
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + _dense(params["out"], mixed.reshape(x.shape))
+    hidden = jax.nn.gelu(_dense(params["up"], _norm(params["norm2"], x)))
+    return x + _dense(params["down"], hidden)
 
 
-class _Block(nnx.Module):
+class _ResidualBlock(nnx.Module):
     """Two convolutions around a shortcut, as in He et al., arXiv 1512.03385."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):
@@ -260,8 +288,8 @@ class _ResNet(nnx.Module):
         self.norm = nnx.BatchNorm(widths[0], rngs=rngs)
         blocks, inputs = [], widths[0]
         for stage, width in enumerate(widths):
-            blocks.append(_Block(inputs, width, 1 if stage == 0 else 2, rngs))
-            blocks.append(_Block(width, width, 1, rngs))
+            blocks.append(_ResidualBlock(inputs, width, 1 if stage == 0 else 2, rngs))
+            blocks.append(_ResidualBlock(width, width, 1, rngs))
             inputs = width
         self.blocks = nnx.List(blocks)
         self.output = nnx.Linear(inputs, CLASSES, rngs=rngs)
@@ -277,12 +305,25 @@ def _resnet18(key: jax.Array, batch: int, scale: int) -> tuple:
     """Batch norm normalises by the batch; its running averages are thrown away."""
     data, init = jax.random.split(key)
     model = _ResNet([width // scale for width in RESNET18], nnx.Rngs(init))
+    return *_classifier_of(model), _images(data, batch, (32, 32, 3))
+
+
+def _digits_cnn(key: jax.Array, batch: int, scale: int) -> tuple:
+    """The network of ``python -m partnewton``; its widths are fixed."""
+    del scale
+    data, init = jax.random.split(key)
+    model = demo.Convolutional((8, 8, 1), nnx.Rngs(init))
+    return *_classifier_of(model), _images(data, batch, (8, 8, 1))
+
+
+def _classifier_of(model: nnx.Module) -> tuple:
+    """The loss of a module and its parameters; what else it keeps never changes."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def logits(params: PyTree, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, rest, copy=True)(x)
 
-    return _classifier(logits), params, _images(data, batch, (32, 32, 3))
+    return _classifier(logits), params
 
 
 def _lstm(key: jax.Array, batch: int, scale: int) -> tuple:
@@ -332,10 +373,31 @@ NETWORKS = {
     ),
     "vgg11": Network(_convolutional(VGG11, 1), 16, 18, "VGG-11 on 32x32, elu"),
     "transformer": Network(
-        _transformer, 16, 26, "2-layer transformer, d=128, T=64, tied embedding"
+        _transformer(DEPTHS[0]),
+        16,
+        26,
+        "2-layer transformer, d=128, T=64, tied embedding",
     ),
     "resnet18": Network(
         _resnet18, 16, 62, "ResNet-18 with batch norm on 32x32, relu, flax nnx"
     ),
     "lstm": Network(_lstm, 32, 5, "LSTM of width 128, 64 steps by scan"),
+}
+
+MORE = {
+    "digits_cnn": Network(
+        _digits_cnn, 64, 8, "2 convolutions, 2 dense layers on 8x8, tanh, flax nnx"
+    ),
+    **{
+        f"transformer_{n}": Network(
+            _transformer(n), 16, 11 * n + 4, f"the transformer with {n} layers"
+        )
+        for n in DEPTHS[1:]
+    },
+    **{
+        f"transformer_{n}_scan": Network(
+            _transformer(n, scan=True), 16, 15, f"the same, {n} layers by scan"
+        )
+        for n in DEPTHS
+    },
 }

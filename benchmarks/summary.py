@@ -9,17 +9,9 @@ factor of two how long memory takes to come.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
-import multiprocessing
-import os
-import platform
-import re
 import shlex
 import statistics
 import sys
@@ -33,6 +25,16 @@ import jax.numpy as jnp
 
 import partnewton as pn
 from benchmarks import models
+from benchmarks.reporting import (
+    facts,
+    in_a_process,
+    integer,
+    machine,
+    markdown,
+    number,
+    positive,
+    write,
+)
 from partnewton.__main__ import Parser
 from partnewton.engines import ENGINES
 
@@ -326,17 +328,17 @@ def table(rows: Sequence[Row]) -> str:
             str(row.batch),
             str(row.subsets),
             row.quantity,
-            _number(row.median, 1e3, 2),
-            _number(row.compile_seconds, 1, 2),
-            _number(row.temp_bytes, 1 / 2**20, 1),
-            _number(row.flops, 1e-9, 2),
+            number(row.median, 1e3, 2),
+            number(row.compile_seconds, 1, 2),
+            number(row.temp_bytes, 1 / 2**20, 1),
+            number(row.flops, 1e-9, 2),
         )
         for row in rows
         if not row.engine
     ]
     gradients = {row.model: row for row in rows if row.quantity == GRADIENT}
     header = "network,batch,S,function,ms,compiling s,temp MiB,GFlop"
-    lines = _markdown(header.split(","), plain)
+    lines = markdown(header.split(","), plain)
     measured = [row for row in rows if row.engine]
     if measured:
         header = (
@@ -344,7 +346,7 @@ def table(rows: Sequence[Row]) -> str:
             "compiling / gradient's,temp MiB,GFlop,difference,calls"
         )
         cells = [_cells(row, gradients[row.model]) for row in measured]
-        lines += ["", *_markdown(header.split(","), cells)]
+        lines += ["", *markdown(header.split(","), cells)]
     return "\n".join(lines)
 
 
@@ -357,59 +359,16 @@ def _cells(row: Row, gradient: Row) -> tuple[str, ...]:
         str(row.subsets),
         row.engine,
         row.quantity,
-        _number(row.gradients, 1, 2) if row.skipped is None else f"- {row.skipped}",
-        _number(row.floor, 1, 2),
-        _number(over(row.gradients, row.floor), 1, 2),
-        _number(row.compile_seconds, 1, 1),
-        _number(over(row.compile_seconds, gradient.compile_seconds), 1, 1),
-        _number(row.temp_bytes, 1 / 2**20, 1),
-        _number(row.flops, 1e-9, 2),
+        number(row.gradients, 1, 2) if row.skipped is None else f"- {row.skipped}",
+        number(row.floor, 1, 2),
+        number(over(row.gradients, row.floor), 1, 2),
+        number(row.compile_seconds, 1, 1),
+        number(over(row.compile_seconds, gradient.compile_seconds), 1, 1),
+        number(row.temp_bytes, 1 / 2**20, 1),
+        number(row.flops, 1e-9, 2),
         "-" if row.difference is None else f"{row.difference:.0e}",
         str(len(row.seconds)),
     )
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": _cpu(),
-        "cores": _cores(),
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "partnewton": pn.__version__,
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def _cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE)
-    facts = dict(found)
-    if "model name" not in facts:
-        return platform.processor() or platform.machine()
-    name, numbers = facts.pop("model name"), ", ".join(map(" ".join, facts.items()))
-    return f"{name} ({numbers})" if numbers else name
 
 
 NOTES = """\
@@ -423,8 +382,7 @@ float32; 0 for the first engine itself.
 
 def report(rows: Sequence[Row], where: dict[str, Any]) -> str:
     """The whole of it in Markdown: the machine, the tables, and what they mean."""
-    facts = ", ".join(f"{key} {value}" for key, value in where.items() if value)
-    return f"Measured: {facts}.\n\n{table(rows)}\n\n{NOTES}"
+    return f"{facts(where)}\n\n{table(rows)}\n\n{NOTES}"
 
 
 # --- The command line ------------------------------------------------------------
@@ -462,13 +420,13 @@ def parser() -> Parser:
     )
     add(
         "--batch",
-        type=_integer,
+        type=integer,
         metavar="N",
         help="batch size (default: that of each network)",
     )
     add(
         "--batch-size",
-        type=_integer,
+        type=integer,
         metavar="N",
         help="how many subsets an engine processes at once (default: the engine's own)",
     )
@@ -479,28 +437,28 @@ def parser() -> Parser:
     )
     add(
         "--repeats",
-        type=_integer,
+        type=integer,
         default=5,
         metavar="N",
         help="calls that a median is of, after a first one (default: %(default)s)",
     )
     add(
         "--scale",
-        type=_integer,
+        type=integer,
         default=1,
         metavar="N",
         help="divide the widths of the networks by this, for a quick look",
     )
     add(
         "--max-gib",
-        type=_positive,
+        type=positive,
         default=12.0,
         metavar="X",
         help="compile, but do not run, what needs more memory (default: %(default)g)",
     )
     add(
         "--max-seconds",
-        type=_positive,
+        type=positive,
         default=100.0,
         metavar="X",
         help="do not try what is guessed to take longer a call, and stop repeating "
@@ -539,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "benchmarks.summary", *given])
     names = list(dict.fromkeys(options.model))
-    call = _here if len(names) == 1 else _in_a_process
+    call = _here if len(names) == 1 else in_a_process
     where, rows = {"command": f"`{command}`", **call(machine)}, []
     for name in names:
         rows += call(_measured, name, options)
@@ -550,13 +508,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _here(function: Callable, *args: Any) -> Any:
     return function(*args)
-
-
-def _in_a_process(function: Callable, *args: Any) -> Any:
-    """Calls a function in a new process, which has all of an accelerator's memory."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, *args).result()
 
 
 def _measured(name: str, options: argparse.Namespace) -> list[Row]:
@@ -575,14 +526,14 @@ def _measured(name: str, options: argparse.Namespace) -> list[Row]:
 def _write(
     options: argparse.Namespace, rows: Sequence[Row], where: dict[str, Any]
 ) -> None:
-    content = {
-        "machine": where,
-        "options": {key: str(value) for key, value in vars(options).items()},
-        "rows": [_as_json(row) for row in rows],
-    }
-    text = json.dumps(content, allow_nan=False, indent=1) + "\n"
-    (options.output / "summary.json").write_text(text, encoding="utf-8")
-    (options.output / "summary.md").write_text(report(rows, where), encoding="utf-8")
+    write(
+        options.output,
+        "summary",
+        where=where,
+        options=options,
+        rows=[_as_json(row) for row in rows],
+        report=report(rows, where),
+    )
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -590,20 +541,6 @@ def _as_json(row: Row) -> dict[str, Any]:
     if row.difference is not None and not math.isfinite(row.difference):
         fields["difference"] = str(row.difference)  # JSON knows no NaN
     return fields
-
-
-def _integer(text: str) -> int:
-    """A type of argument: an integer from 1."""
-    if not re.fullmatch(r"\+?0*[1-9]\d{0,8}", text):
-        raise argparse.ArgumentTypeError(f"must be an integer from 1, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    """A type of argument: a positive number."""
-    if not re.fullmatch(r"\d{1,9}(\.\d*)?", text) or float(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return float(text)
 
 
 if __name__ == "__main__":

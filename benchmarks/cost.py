@@ -1,0 +1,158 @@
+"""What a training step costs: ``python -m benchmarks.cost``.
+
+The step is the ordinary one of a user, jitted and with parameters and state donated.
+Measured are the CPU seconds until it is compiled, its time on average and without a
+refresh, and the size of the optimizer's state, for `partition_newton`, each of its
+links alone, and the optimizers that a user would have taken otherwise. All is told in
+what `optax.contrib.muon` costs on the same network.
+
+Each optimizer has a process of its own, so that none profits from what another has
+compiled, and the processes of a network take turns with their steps, so that what
+disturbs the machine disturbs all.
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import reporting
+from benchmarks.cost_cases import LINKS, NETWORKS, OPTIMIZERS
+from benchmarks.cost_report import Row, report
+from benchmarks.cost_training import MOST_STEPS, measure
+from partnewton.__main__ import Parser
+
+__all__ = ["main"]
+
+QUICK_NETWORKS = ("spirals", "digits_cnn")
+QUICK_OPTIMIZERS = ("adamw", "muon", "partition_newton")
+
+
+def parser() -> Parser:
+    """The parser of the command line."""
+    result = Parser(
+        prog="benchmarks.cost",
+        usage="python -m benchmarks.cost [options]",
+        description="Compiles and times training steps, each as a multiple of what the "
+        "step with optax.contrib.muon takes. Prints a table and writes cost.json and "
+        "cost.md, which are kept up to date while it runs.",
+        allow_abbrev=False,
+    )
+    add = result.add_argument
+    add(
+        "--networks",
+        nargs="+",
+        choices=tuple(NETWORKS),
+        metavar="NAME",
+        help=f"among {', '.join(NETWORKS)} (default: all)",
+    )
+    add(
+        "--optimizers",
+        nargs="+",
+        type=_optimizer_name,
+        metavar="NAME",
+        help=f"among {', '.join(OPTIMIZERS)} (default: all); links, which are "
+        f"{', '.join(LINKS)}, can be joined by +",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help=f"{', '.join(QUICK_NETWORKS)} with {', '.join(QUICK_OPTIMIZERS)} unless "
+        "others are named, and one turn",
+    )
+    add("--compile-only", action="store_true", help="compile, and take no step")
+    add(
+        "--turns",
+        type=reporting.integer,
+        default=3,
+        metavar="N",
+        help="how often steps are repeated for a median (default: %(default)s)",
+    )
+    add(
+        "--seconds",
+        type=reporting.positive,
+        default=3.0,
+        metavar="X",
+        help="of a turn, which has a whole refresh interval at least and "
+        f"{MOST_STEPS} steps or one interval at most (default: %(default)g)",
+    )
+    add(
+        "--max-seconds",
+        type=reporting.positive,
+        default=100.0,
+        metavar="X",
+        help="stop repeating after so long in all (default: %(default)g)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="FOLDER",
+        help="where cost.json and cost.md are written (default: benchmarks/results)",
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes.
+
+    Args:
+      argv: the arguments of the command line, without the name of the program.
+
+    Returns:
+      The exit code, 0.
+
+    Raises:
+      SystemExit: with code 2 after one line on standard error where something is wrong
+        with the arguments; with 0 after ``--help``.
+    """
+    arguments = parser()
+    options = arguments.parse_args(argv)
+    try:  # before anything is measured
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        arguments.error(f"--output {options.output}: {error.strerror}.")
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "benchmarks.cost", *given])
+    where = {"command": f"`{command}`"}
+    where |= reporting.in_a_process(reporting.machine)
+    networks = options.networks or (QUICK_NETWORKS if options.quick else NETWORKS)
+    names = options.optimizers or (QUICK_OPTIMIZERS if options.quick else OPTIMIZERS)
+    turns = 0 if options.compile_only else 1 if options.quick else options.turns
+    rows: list[Row] = []
+    for network in dict.fromkeys(networks):
+        for row in measure(
+            network,
+            tuple(dict.fromkeys(names)),
+            turns=turns,
+            seconds=options.seconds,
+            max_seconds=options.max_seconds,
+            log=functools.partial(print, file=sys.stderr, flush=True),
+        ):
+            if not any(row is known for known in rows):
+                rows.append(row)
+            reporting.write(  # an interrupt loses nothing
+                options.output,
+                "cost",
+                where=where,
+                options=options,
+                rows=[x.as_json() for x in rows],
+                report=report(rows, where),
+            )
+    print(report(rows, where))
+    return 0
+
+
+def _optimizer_name(text: str) -> str:
+    """A type of argument: a key of `OPTIMIZERS`, or links joined by "+"."""
+    if text not in OPTIMIZERS and not set(text.split("+")) <= set(LINKS):
+        raise argparse.ArgumentTypeError(
+            f"must be among {', '.join(OPTIMIZERS)}, got {text!r}"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

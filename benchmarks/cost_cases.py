@@ -1,0 +1,117 @@
+"""What :mod:`benchmarks.cost` compares: optimizers, links, and networks."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+import partnewton as pn
+from benchmarks import models, problems
+from partnewton import averaging, directions, presets, rules
+
+__all__ = ["LINKS", "NETWORKS", "OPTIMIZERS", "Optimizer", "optimizer"]
+
+RATE = 1e-3
+
+
+class Optimizer(NamedTuple):
+    """How an optimizer is made, and after how many steps its cost repeats.
+
+    Attributes:
+      make: the optimizer as a user calls it.
+      period: from the number of tensors, S, to a number of steps.
+    """
+
+    make: Callable[[], optax.GradientTransformation]
+    period: Callable[[int], int] = lambda S: 10
+
+
+def refresh_interval(S: int) -> int:
+    """The default of `partition_newton`: as many as S, from 20 to 100."""
+    return min(max(20, S), 100)
+
+
+def _average() -> averaging.Average:
+    return averaging.relative(averaging.exponential(0.9, absolute_third=True))
+
+
+# The links of `partition_newton()` in their order, as they stand in `presets`.
+LINKS: dict[str, Optimizer] = {
+    "direction": Optimizer(
+        lambda: directions.guarded(directions.balanced(presets.orthogonal_momentum()))
+    ),
+    "normalize": Optimizer(
+        lambda: directions.normalize_by_subset(root_mean_square=True)
+    ),
+    "rates": Optimizer(
+        lambda: pn.scale_by_partition_newton(
+            rules.above_rounding(rules.robust(alike=0.5)),
+            update_interval=None,
+            average=_average(),
+            backtracking=30,
+        ),
+        refresh_interval,
+    ),
+    "lookback": Optimizer(pn.scale_by_hindsight),
+}
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Optimizer(lambda: optax.sgd(RATE)),
+    "adamw": Optimizer(lambda: optax.adamw(RATE)),
+    "muon": Optimizer(lambda: contrib.muon(RATE)),
+    "lbfgs": Optimizer(optax.lbfgs),
+    "partition_newton": Optimizer(pn.partition_newton, refresh_interval),
+    **LINKS,
+}
+"""What is measured by default; links are followed by a learning rate of `RATE`."""
+
+
+def optimizer(name: str) -> Optimizer:
+    """The optimizer called `name`; links joined by "+" make a chain of them."""
+    names = name.split("+")
+    if len(names) == 1 and name not in LINKS:
+        return OPTIMIZERS[name]
+    links = [LINKS[part] for part in names]
+
+    def make() -> optax.GradientTransformation:
+        return optax.chain(
+            *(link.make() for link in links), optax.scale_by_learning_rate(RATE)
+        )
+
+    return Optimizer(make, lambda S: max(link.period(S) for link in links))
+
+
+def _problem(name: str) -> models.Model:
+    """A problem of the training benchmark, on its first batch."""
+    problem = problems.make(name)
+    return models.Model(
+        name,
+        lambda params, batch: problem.loss(params, *batch),
+        problem.init(jax.random.key(0)),
+        tuple(jnp.asarray(x[: problem.batch]) for x in problem.train),
+    )
+
+
+_MODELS = (
+    "digits_cnn",
+    "lstm",
+    "transformer",
+    "transformer_2_scan",
+    "transformer_6",
+    "transformer_6_scan",
+    "resnet18",
+    "mlp_deep",
+    "transformer_12",
+    "transformer_12_scan",
+    "transformer_24",
+    "transformer_24_scan",
+)
+NETWORKS: dict[str, Callable[[], models.Model]] = {
+    **{name: functools.partial(_problem, name) for name in ("spirals", "diabetes")},
+    **{name: functools.partial(models.make, name) for name in _MODELS},
+}
+"""From small to large: two perceptrons of the training benchmark, then networks."""

@@ -1,0 +1,152 @@
+"""What :mod:`benchmarks.cost` measured, as a table of ratios to Muon's cost."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.reporting import facts, markdown, number
+
+__all__ = ["REFERENCE", "Row", "report", "table"]
+
+REFERENCE = "muon"
+
+
+@dataclasses.dataclass
+class Row:
+    """The training step of one optimizer on one network, measured.
+
+    Attributes:
+      network: a key of `benchmarks.cost_cases.NETWORKS`.
+      optimizer: as on the command line.
+      tensors: S, the number of leaves of the parameters.
+      parameters: the number of their entries.
+      init_seconds: CPU seconds of ``tx.init``, outside of jit.
+      trace_seconds: CPU seconds of tracing and lowering the step.
+      compile_seconds: CPU seconds of tracing, lowering and compiling the step.
+      state_bytes: the size of the optimizer's state.
+      temp_bytes: the memory that the executable needs beside arguments and results.
+      turns: the seconds of each step, for each turn; a turn has a whole number of
+        refresh intervals, and all turns start from the same parameters and state.
+      cpu_turns: CPU seconds of an average step, for each turn.
+    """
+
+    network: str
+    optimizer: str
+    tensors: int
+    parameters: int
+    init_seconds: float
+    trace_seconds: float
+    compile_seconds: float
+    state_bytes: int
+    temp_bytes: int | None = None
+    turns: list[list[float]] = dataclasses.field(default_factory=list)
+    cpu_turns: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """For each step its median over the turns, all of which do the same."""
+        return [statistics.median(times) for times in zip(*self.turns, strict=True)]
+
+    @property
+    def average(self) -> float | None:
+        """The seconds of a step, refreshes included."""
+        return statistics.fmean(self.step_seconds) if self.turns else None
+
+    @property
+    def without_refresh(self) -> float | None:
+        """The seconds of a step without a refresh: the median, as few have one."""
+        return statistics.median(self.step_seconds) if self.turns else None
+
+    @property
+    def cpu_average(self) -> float | None:
+        """CPU seconds of a step, refreshes included."""
+        return statistics.median(self.cpu_turns) if self.turns else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Fields and medians; of the turns, their median alone."""
+        fields = dataclasses.asdict(self)
+        turns = fields.pop("turns")
+        return fields | {
+            "average": self.average,
+            "without_refresh": self.without_refresh,
+            "cpu_average": self.cpu_average,
+            "number_of_turns": len(turns),
+            "step_seconds": [float(f"{x:.4g}") for x in self.step_seconds],
+        }
+
+
+# Of a row: the column, the quantity, and the unit and digits of its absolute number.
+QUANTITIES: dict[str, tuple[Callable[[Row], float | None], float, int]] = {
+    "compile": (lambda row: row.compile_seconds, 1, 2),
+    "average step": (lambda row: row.average, 1e3, 3),
+    "step without refresh": (lambda row: row.without_refresh, 1e3, 3),
+}
+HEADER = (
+    "network",
+    "S",
+    "optimizer",
+    *(f"{name} / Muon's" for name in QUANTITIES),
+    "compile CPU s",
+    "average step ms",
+    "without refresh ms",
+    "trace CPU s",
+    "init CPU s",
+    "step CPU ms",
+    "state B / parameter",
+    "temp MiB",
+    "steps",
+)
+NOTES = """\
+The step is jitted and donates parameters and state: the loss and its gradient, the
+update, `optax.apply_updates`. "compile" is tracing, lowering and compiling, in CPU
+seconds of a process of its own with empty caches. An average step is the mean over
+whole refresh intervals, a step without refresh the median of the same steps; each is
+waited for and is itself the median of its repetitions. S is the number of tensors.
+"""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown, ratios first.
+
+    Args:
+      rows: of any number of networks.
+
+    Returns:
+      Lines without an end of line after the last.
+
+    Example:
+      >>> muon = Row("cnn", "muon", 8, 100, 0.1, 0.5, 2.0, 400, 0, [[0.001]], [0.001])
+      >>> adam = Row("cnn", "adam", 8, 100, 0.1, 0.5, 1.0, 800, 0, [[0.002]], [0.002])
+      >>> print(table([muon, adam]).splitlines()[-1][:44])
+      | cnn | 8 | adam | 0.50 | 2.00 | 2.00 | 1.00
+    """
+    references = {row.network: row for row in rows if row.optimizer == REFERENCE}
+    cells = [_cells(row, references.get(row.network)) for row in rows]
+    return "\n".join(markdown(HEADER, cells))
+
+
+def report(rows: Sequence[Row], where: Mapping[str, Any]) -> str:
+    """The whole of it in Markdown: the machine, the table, and what it means."""
+    return f"{facts(where)}\n\n{table(rows)}\n\n{NOTES}"
+
+
+def _cells(row: Row, reference: Row | None) -> tuple[str, ...]:
+    def ratio(quantity: Callable[[Row], float | None]) -> float | None:
+        unit = None if reference is None else quantity(reference)
+        value = quantity(row)
+        return value / unit if value is not None and unit else None
+
+    return (
+        row.network,
+        str(row.tensors),
+        row.optimizer,
+        *(number(ratio(quantity), 1, 2) for quantity, _, _ in QUANTITIES.values()),
+        *(number(get(row), unit, digits) for get, unit, digits in QUANTITIES.values()),
+        number(row.trace_seconds, 1, 2),
+        number(row.init_seconds, 1, 2),
+        number(row.cpu_average, 1e3, 3),
+        number(row.state_bytes / row.parameters, 1, 1),
+        number(row.temp_bytes, 1 / 2**20, 1),
+        str(len(row.step_seconds)),
+    )

@@ -1,0 +1,186 @@
+"""A training step compiled and timed, each optimizer in a process of its own."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import cost_cases, reporting
+from benchmarks.cost_report import Row
+
+__all__ = ["Training", "measure"]
+
+PyTree = Any
+MOST_STEPS = 200  # of a turn, where a refresh interval is shorter
+WARM = 0.2  # seconds; a shorter step is timed after one that warms the caches again
+
+
+@contextlib.contextmanager
+def _without_persistent_cache() -> Iterator[None]:
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+class Training:
+    """A compiled training step, and the parameters and the state that it starts from.
+
+    Args:
+      network: a key of `cost_cases.NETWORKS`.
+      name: of the optimizer.
+
+    Attributes:
+      row: what was measured so far.
+    """
+
+    @_without_persistent_cache()
+    def __init__(self, network: str, name: str):
+        model, chosen = cost_cases.NETWORKS[network](), cost_cases.optimizer(name)
+        tx = optax.with_extra_args_support(chosen.make())
+        leaves = jax.tree.leaves(model.params)
+        self._is_brief = True
+        self._period, self._batch = chosen.period(len(leaves)), model.batch
+        begin = time.process_time()
+        state = jax.block_until_ready(tx.init(model.params))
+        init_seconds = time.process_time() - begin
+        # Copies: a state may hold the parameters themselves, which are donated once.
+        self._start = _copy((model.params, state))
+        jax.clear_caches()
+        # A call of it finds what `compile` has made.
+        self._step = jax.jit(_step_of(model.loss, tx), donate_argnums=(0, 1))
+        begin = time.process_time()
+        lowered = self._step.lower(*self._start, self._batch)
+        trace_seconds = time.process_time() - begin
+        compiled = lowered.compile()
+        compile_seconds = time.process_time() - begin
+        memory = compiled.memory_analysis()
+        self.row = Row(
+            network,
+            name,
+            len(leaves),
+            sum(leaf.size for leaf in leaves),
+            init_seconds,
+            trace_seconds,
+            compile_seconds,
+            sum(x.nbytes for x in jax.tree.leaves(state)),
+            None if memory is None else memory.temp_size_in_bytes,
+        )
+
+    def steps(self, seconds: float) -> int:
+        """How many steps make a turn: whole periods, of so many seconds if they can."""
+        times, _ = self._run(4)  # the first may have a refresh
+        self._is_brief = min(times) < WARM
+        periods = int(min(seconds / min(times), MOST_STEPS) / self._period)
+        return self._period * max(periods, 1)
+
+    def turn(self, steps: int) -> tuple[list[float], float]:
+        """The seconds of each of the first steps, and their mean in CPU seconds."""
+        if self._is_brief:
+            self._run(1)
+        return self._run(steps)
+
+    def _run(self, steps: int) -> tuple[list[float], float]:
+        params, state = jax.block_until_ready(_copy(self._start))
+        seconds, cpu = [], time.process_time()
+        for _ in range(steps):
+            begin = time.perf_counter()
+            params, state, _ = jax.block_until_ready(
+                self._step(params, state, self._batch)
+            )
+            seconds.append(time.perf_counter() - begin)
+        return seconds, (time.process_time() - cpu) / steps
+
+
+def _step_of(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    tx: optax.GradientTransformationExtraArgs,
+) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, jax.Array]]:
+    def step(
+        params: PyTree, state: PyTree, batch: PyTree
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        value_fn = functools.partial(loss, batch=batch)
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+_here: Training | None = None  # that of this process
+
+
+def _prepare(network: str, name: str) -> Row:
+    global _here
+    # Several processes share an accelerator.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    _here = Training(network, name)
+    return _here.row
+
+
+def _steps(seconds: float) -> int:
+    return _here.steps(seconds)
+
+
+def _turn(steps: int) -> tuple[list[float], float]:
+    return _here.turn(steps)
+
+
+def measure(
+    network: str,
+    names: Sequence[str],
+    *,
+    turns: int,
+    seconds: float,
+    max_seconds: float,
+    log: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Compiles all optimizers on a network, then lets them take turns.
+
+    Args:
+      network: a key of `cost_cases.NETWORKS`.
+      names: of optimizers.
+      turns: of each optimizer; 0 to compile and nothing else.
+      seconds: of a turn, or one period of the optimizer where that takes longer.
+      max_seconds: an optimizer has no further turn when its turns took so long in all.
+      log: what takes a line about each step.
+
+    Yields:
+      A row whenever something was added to it, the same object each time.
+    """
+    with contextlib.ExitStack() as stack:
+        rows: dict[str, Row] = {}
+        processes: dict[str, Executor] = {}
+        for name in names:
+            processes[name] = stack.enter_context(reporting.executor())
+            rows[name] = processes[name].submit(_prepare, network, name).result()
+            seconds_told = f"{rows[name].compile_seconds:.2f} CPU s"
+            log(f"{network} {name}: compiled in {seconds_told}")
+            yield rows[name]
+        counts: dict[str, int] = {}
+        for _ in range(turns):
+            for name, process in processes.items():
+                if name not in counts:
+                    counts[name] = process.submit(_steps, seconds).result()
+                row = rows[name]
+                if sum(map(sum, row.turns)) < max_seconds:
+                    times, cpu = process.submit(_turn, counts[name]).result()
+                    row.turns.append(times)
+                    row.cpu_turns.append(cpu)
+                    log(f"{network} {name}: {1e3 * row.average:.3f} ms a step")
+                    yield row

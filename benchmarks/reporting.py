@@ -1,0 +1,128 @@
+"""What the benchmarks share: processes, the machine, arguments, tables and files."""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import partnewton as pn
+
+__all__ = [
+    "executor",
+    "facts",
+    "in_a_process",
+    "integer",
+    "machine",
+    "markdown",
+    "number",
+    "positive",
+    "write",
+]
+
+
+def executor() -> concurrent.futures.Executor:
+    """A new process, which runs what is submitted to it one after the other."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, context)
+
+
+def in_a_process(function: Callable, *args: Any) -> Any:
+    """Calls a function in a new process, which has all of an accelerator's memory."""
+    with executor() as process:
+        return process.submit(function, *args).result()
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "partnewton": pn.__version__,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _cores() -> int | None:
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE)
+    facts = dict(found)
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    name, numbers = facts.pop("model name"), ", ".join(map(" ".join, facts.items()))
+    return f"{name} ({numbers})" if numbers else name
+
+
+def number(value: float | None, factor: float, digits: int) -> str:
+    """A cell: `value` times `factor`, or "-" for what was not measured."""
+    return "-" if value is None else f"{value * factor:.{digits}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def facts(where: Mapping[str, Any]) -> str:
+    """The first line of a report: what :func:`machine` says."""
+    told = ", ".join(f"{key} {value}" for key, value in where.items() if value)
+    return f"Measured: {told}."
+
+
+def write(
+    folder: Path,
+    name: str,
+    *,
+    where: Mapping[str, Any],
+    options: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    report: str,
+) -> None:
+    """Writes ``name.json``, one line a row, and ``name.md`` to a folder."""
+    content = {
+        "machine": where,
+        "options": {key: str(value) for key, value in vars(options).items()},
+    }
+    lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
+    text = json.dumps(content, allow_nan=False, indent=1).removesuffix("\n}")
+    text = f'{text},\n "rows": [\n  {lines}\n ]\n}}\n'
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(report, encoding="utf-8")
+
+
+def integer(text: str) -> int:
+    """A type of argument: an integer from 1."""
+    if not re.fullmatch(r"\+?0*[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be an integer from 1, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A type of argument: a positive number."""
+    if not re.fullmatch(r"\d{1,9}(\.\d*)?", text) or float(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return float(text)
