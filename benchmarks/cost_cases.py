@@ -42,21 +42,21 @@ def _average() -> averaging.Average:
 # The links of `partition_newton()` in their order, as they stand in `presets`.
 LINKS: dict[str, Optimizer] = {
     "direction": Optimizer(
-        lambda: directions.guarded(directions.balanced(presets.orthogonal_momentum()))
-    ),
-    "normalize": Optimizer(
-        lambda: directions.normalize_by_subset(root_mean_square=True)
+        lambda: directions.skip_nonfinite(
+            directions.equilibrated(presets.orthogonal_momentum())
+        )
     ),
     "rates": Optimizer(
         lambda: pn.scale_by_partition_newton(
             rules.above_rounding(rules.robust(alike=0.5)),
+            normalize="rms",
             update_interval=None,
             average=_average(),
             backtracking=30,
         ),
         refresh_interval,
     ),
-    "lookback": Optimizer(pn.scale_by_hindsight),
+    "lookback": Optimizer(pn.scale_by_lookback),
 }
 
 OPTIMIZERS: dict[str, Optimizer] = {

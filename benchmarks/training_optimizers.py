@@ -100,17 +100,17 @@ GRADIENT = Optimizer(lambda rate, steps: optax.scale(-rate), np.array([1e-3]))
 _FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
 
 
-def _balanced(power: jax.Array) -> Any:
+def _equilibrated(power: jax.Array) -> Any:
     muon = optax.chain(contrib.muon(1.0), optax.scale(-1.0))
-    return pn.partition_newton(direction=pn.directions.balanced(muon, power))
+    return pn.partition_newton(direction=pn.directions.equilibrated(muon, power))
 
 
 SWEEPS: dict[str, Optimizer] = {
     "power": Optimizer(
-        lambda rate, steps: _balanced(rate), np.array([0.0, 0.25, 0.35, 0.5])
+        lambda rate, steps: _equilibrated(rate), np.array([0.0, 0.25, 0.35, 0.5])
     ),
-    "adaptation": Optimizer(
-        lambda rate, steps: pn.partition_newton(adaptation=rate),
+    "lookback_rate": Optimizer(
+        lambda rate, steps: pn.partition_newton(lookback_rate=rate),
         np.array([0.0, 0.05, 0.1, 0.2]),
     ),
     "interval": Optimizer(
@@ -135,27 +135,27 @@ def _variant(
     direction: optax.GradientTransformation | None = None,
     rule: Any = None,
     average: Any = None,
-    root_mean_square: bool = True,
-    adaptation: float = 0.2,
+    normalize: str = "rms",
+    lookback_rate: float = 0.2,
     backtracking: int = 30,
     look_back: dict[str, float] | None = None,
 ) -> Any:
     """`partition_newton`, link by link, with what it keeps to itself."""
     if direction is None:
-        direction = pn.directions.balanced(presets.orthogonal_momentum())
+        direction = pn.directions.equilibrated(presets.orthogonal_momentum())
     if average is None:
         average = averaging.exponential(0.9, absolute_third=True)
         average = averaging.relative(average)
     return optax.chain(
-        pn.directions.guarded(direction),
-        pn.directions.normalize_by_subset(root_mean_square=root_mean_square),
+        pn.directions.skip_nonfinite(direction),
         pn.scale_by_partition_newton(
             rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
+            normalize=normalize,
             update_interval=None,
             average=average,
             backtracking=backtracking,
         ),
-        pn.scale_by_hindsight(adaptation, **(look_back or {})),
+        pn.scale_by_lookback(lookback_rate, **(look_back or {})),
         optax.scale_by_learning_rate(0.2),
     )
 
@@ -173,16 +173,16 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "not above_rounding": {"rule": rules.robust(alike=0.5)},
     "no average": {"average": averaging.relative(averaging.none())},
     "not relative": {"average": averaging.exponential(0.9, absolute_third=True)},
-    "not balanced": {"direction": presets.orthogonal_momentum()},
-    "lengths in norm": {"root_mean_square": False},
+    "not equilibrated": {"direction": presets.orthogonal_momentum()},
+    "lengths in norm": {"normalize": "norm"},
     "backtracking=0": {"backtracking": 0},
-    "adaptation=0": {"adaptation": 0.0},
-    "adaptation=0.1": {"adaptation": 0.1},
-    "place=0.5": {"look_back": {"place": 0.5}},
-    "place=0.8": {"look_back": {"place": 0.8}},
-    "growth=0": {"look_back": {"growth": 0.0}},
-    "growth=6": {"look_back": {"growth": 6.0}},
-    "one slope": {"look_back": {"share": 0.0}},
+    "lookback_rate=0": {"lookback_rate": 0.0},
+    "lookback_rate=0.1": {"lookback_rate": 0.1},
+    "slope_position=0.5": {"look_back": {"slope_position": 0.5}},
+    "slope_position=0.8": {"look_back": {"slope_position": 0.8}},
+    "window_growth=0": {"look_back": {"window_growth": 0.0}},
+    "window_growth=6": {"look_back": {"window_growth": 6.0}},
+    "one slope": {"look_back": {"averaging_fraction": 0.0}},
 }
 
 VARIANTS: dict[str, Optimizer] = {

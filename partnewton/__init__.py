@@ -2,7 +2,7 @@
 
 from partnewton import averaging, directions, partitions, rules
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
-from partnewton.hindsight import ScaleByHindsightState, scale_by_hindsight
+from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
 from partnewton.metrics import learning_rates, metrics
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
@@ -19,7 +19,7 @@ __all__ = [
     "ClipByParameterRmsState",
     "CubicSolution",
     "CubicStatus",
-    "ScaleByHindsightState",
+    "ScaleByLookbackState",
     "ScaleByPartitionNewtonState",
     "Summary",
     "averaging",
@@ -32,7 +32,7 @@ __all__ = [
     "partition_newton",
     "partitions",
     "rules",
-    "scale_by_hindsight",
+    "scale_by_lookback",
     "scale_by_partition_newton",
     "solve_cubic",
     "subset_names",

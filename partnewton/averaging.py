@@ -209,7 +209,8 @@ def relative(average: Average) -> Average:
     itself would. (The norm of the Hessian in its place is not safe: where a softmax is
     saturated the curvature vanishes and the gradient does not, and such batches would
     promise ever longer steps.) Directions should have unit norms, see
-    :func:`partnewton.directions.normalize_by_subset`, or the norm measures them.
+    `normalize` of :func:`partnewton.scale_by_partition_newton`, or the norm measures
+    them.
 
     Args:
       average: what averages the summaries so divided.

@@ -5,6 +5,7 @@
 Hessian is measured early on the way of the first of them.
 """
 
+import bisect
 import dataclasses
 import inspect
 import itertools
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import partnewton as pn
 from partnewton import data, plot
-from partnewton.transform import interval_of
+from partnewton.transform import refresh_interval
 
 __all__ = ["Config", "Experiment", "Results", "prepare", "report", "run", "write"]
 
@@ -37,7 +38,7 @@ MEASURED_BATCHES = 16  # for the partition Hessian, and for timings
 LOOK_AFTER = 0.1  # of the steps: later, what is left of the loss is a few images
 ROUNDING = 1e-7  # a loss below it, in float32, is rounding
 
-# As it is: the preset's own factor and interval, nothing chosen for these networks.
+# As it is: the preset's own factor and intervals, nothing chosen for these networks.
 _PRESET = inspect.signature(pn.partition_newton).parameters
 FACTOR = _PRESET["learning_rate"].default
 ADAM_RATE = 1e-3
@@ -129,9 +130,14 @@ class Experiment(NamedTuple):
     param_labels: Callable[[PyTree], PyTree]
 
     @property
-    def refresh_every(self) -> int:
-        """After how many steps `partition_newton` refreshes by default."""
-        return interval_of(len(pn.subset_names(self.params, self.param_labels)))
+    def refreshes(self) -> list[int]:
+        """The steps at which `partition_newton` refreshes by default."""
+        size = len(pn.subset_names(self.params, self.param_labels))
+        found, step = [], 0
+        while step < self.config.steps:
+            found.append(step)
+            step += int(refresh_interval(step, size))
+        return found
 
 
 def prepare(config: Config) -> Experiment:
@@ -328,11 +334,11 @@ def run(experiment: Experiment) -> Results:
     looked_after, params = looks[PARTITION_NEWTON]
     ours, _ = optimizers[PARTITION_NEWTON]
     summary, cost = _measure(experiment, ours, params)
+    refreshes = experiment.refreshes
     for name, curve in curves.items():
         refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0
         curve.gradient_equivalents = [
-            step + refresh * -(-step // experiment.refresh_every)
-            for step in curve.steps
+            step + refresh * bisect.bisect_left(refreshes, step) for step in curve.steps
         ]
     names = pn.subset_names(experiment.params, experiment.param_labels)
     wall_seconds = time.perf_counter() - start
@@ -343,11 +349,10 @@ def _optimizers(
     experiment: Experiment,
 ) -> dict[str, tuple[optax.GradientTransformationExtraArgs, str]]:
     ours = pn.partition_newton(param_labels=experiment.param_labels)
-    every = experiment.refresh_every
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
     return {
-        PARTITION_NEWTON: (ours, f"no argument; a refresh every {every} steps"),
+        PARTITION_NEWTON: (ours, f"no argument; {len(experiment.refreshes)} refreshes"),
         "adam": (adam, f"learning rate {ADAM_RATE:g}"),
         "sgd": (sgd, f"learning rate {SGD_RATE:g}, momentum {SGD_MOMENTUM:g}"),
     }
@@ -371,7 +376,7 @@ def _train(
     batches = jnp.asarray(experiment.batches)
     state = experiment.params, tx.init(experiment.params)
     ours, look = name == PARTITION_NEWTON, None
-    every = experiment.refresh_every
+    refreshes = set(experiment.refreshes)
 
     with tqdm(total=steps, desc=f"{name:16}", unit="step", mininterval=0.5) as bar:
         bar.set_postfix_str("compiling")
@@ -386,12 +391,12 @@ def _train(
             last = min(first + EVALUATE_EVERY, steps)
             seconds = 0.0
             # All optimizers halt where ours refreshes.
-            for start, stop in itertools.pairwise(_halts(first, last, every)):
+            for start, stop in itertools.pairwise(_halts(first, last, refreshes)):
                 begin = time.perf_counter()
                 state = advance(start, stop, state, train, batches)
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - begin
-                if log is not None and start % every == 0:
+                if log is not None and start in refreshes:
                     for key, value in log(start, state, train, batches).items():
                         curves.logged.setdefault(key, []).append(float(value))
             _append(curves, last, evaluate(state[0]), seconds)
@@ -402,10 +407,10 @@ def _train(
     return curves, look
 
 
-def _halts(first: int, last: int, every: int) -> list[int]:
+def _halts(first: int, last: int, refreshes: set[int]) -> list[int]:
     """`first`, `last`, and in between the steps right after a refresh, and before."""
-    refreshes = [i for i in range(first, last) if i % every == 0]
-    return sorted({first, last, *refreshes, *(i + 1 for i in refreshes)})
+    inside = [i for i in range(first, last) if i in refreshes]
+    return sorted({first, last, *inside, *(i + 1 for i in inside)})
 
 
 def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str, Any]]:

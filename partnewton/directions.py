@@ -1,42 +1,52 @@
-"""Directions: what stands before the link in a chain.
+"""Transformations that produce update directions.
 
-Any transformation of optax makes a direction. What is here knows what those do not:
-that a bad batch must leave no trace, that the rows of a matrix may have units of their
-own, and what a subset is.
+Any transformation of optax makes a direction. These two wrap one: `skip_nonfinite`, so
+that a bad batch and frozen parameters leave no trace in its state, and `equilibrated`,
+for matrices whose rows or columns have units of their own.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from partnewton import partitions
+from partnewton._tree import select
+from partnewton.engines.versions import apart
 from partnewton.summary import checked_direction
 
-__all__ = ["BalancedState", "balanced", "guarded", "normalize_by_subset"]
+__all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
 
 
-def guarded(
+def skip_nonfinite(
     direction: optax.GradientTransformation,
+    *,
+    param_labels: partitions.ParamLabels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that forgets whatever is not finite.
+    """A transformation that does not see updates that are not finite.
 
-    Where the incoming updates, the outgoing ones or the new state are not finite, the
-    state stays as it was and the outgoing updates are NaN, for
-    :func:`~partnewton.scale_by_partition_newton` to refuse and to count. A bad batch
-    leaves no trace: without this, the averages of Adam would be NaN for ever. Traced
-    hyperparameters do not change the dtypes of a state.
+    Where the sum of squares of the incoming updates is not finite, the state stays as
+    it was and the outgoing updates are NaN, for
+    :func:`~partnewton.scale_by_partition_newton` to replace by zeros and to count. A
+    bad batch leaves no trace: without this, the averages of Adam would be NaN for ever.
+    Traced hyperparameters do not change the dtypes of a state.
+
+    With `param_labels`, the transformation does not see frozen parameters either: it is
+    given trees with None in the place of leaves that are frozen, for which it keeps no
+    state, and zeros at the entries that are frozen inside a leaf. The outgoing updates
+    of frozen leaves are zero.
 
     Args:
       direction: any transformation; the state of the result is its state.
+      param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at;
+        by default no leaf is frozen, and `params` is not needed.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
 
     Example:
-      >>> tx = guarded(optax.trace(0.5))
+      >>> tx = skip_nonfinite(optax.trace(0.5))
       >>> state = tx.init(jnp.zeros(1))
       >>> for grad in (2.0, jnp.nan, 6.0):
       ...     sums, state = tx.update(jnp.array([grad]), state)
@@ -46,6 +56,9 @@ def guarded(
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> optax.OptState:
+        if param_labels is not None and not partitions.is_placeholder(params):
+            partition = partitions.partition_of(params, param_labels)
+            params = partition.take(params)
         # A state like a weakly typed parameter would change its type at an update.
         return jax.tree.map(
             lambda x: x.astype(x.dtype) if isinstance(x, jax.Array) else x,
@@ -58,16 +71,44 @@ def guarded(
         params: optax.Params | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
-        new_updates, new_state = direction.update(updates, state, params, **extra_args)
-        good = all_finite((updates, new_updates, new_state))
-        nan = jax.tree.map(lambda u: jnp.full_like(u, jnp.nan), updates)
-        return select(good, new_updates, nan), select(good, new_state, state)
+        partition = None
+        if param_labels is not None:
+            if params is None:
+                raise ValueError("params: skip_nonfinite needs the parameters.")
+            checked_direction(updates, params, "updates")
+            partition, everything = (
+                partitions.partition_of(params, param_labels),
+                updates,
+            )
+            updates, params = partition.take(updates), partition.take(params)
+        is_finite = _has_finite_squares(updates)
+        outgoing, new = direction.update(updates, state, params, **extra_args)
+        factor = jnp.where(is_finite, 1, jnp.nan)
+        outgoing = jax.tree.map(
+            lambda u, like: (factor * u).astype(like.dtype), outgoing, updates
+        )
+        if partition is not None:
+            outgoing = partition.put(everything, outgoing)
+        return outgoing, select(is_finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class BalancedState(NamedTuple):
-    """State of :func:`balanced`.
+def _has_finite_squares(tree: optax.Updates) -> jax.Array:
+    """Whether the sum of all squares in a tree is finite, in float32 at least."""
+
+    def check(leaves: list[jax.Array]) -> jax.Array:
+        total = jnp.zeros((), jnp.float32)
+        for x in leaves:
+            total = total + jnp.sum(x.astype(_wide(x)) ** 2)
+        return jnp.isfinite(total)
+
+    # By itself: XLA would sum again in each kernel that reads the result.
+    return apart(check)([jnp.asarray(x) for x in jax.tree.leaves(tree)])
+
+
+class EquilibratedState(NamedTuple):
+    """State of :func:`equilibrated`.
 
     Attributes:
       count: how many updates were made, shape (), int32.
@@ -83,7 +124,7 @@ class BalancedState(NamedTuple):
     inner: Any
 
 
-def balanced(
+def equilibrated(
     direction: optax.GradientTransformation,
     power: jax.typing.ArrayLike = 0.25,
     *,
@@ -114,10 +155,10 @@ def balanced(
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`, whose state is a
-      :class:`BalancedState`.
+      :class:`EquilibratedState`.
 
     Example:
-      >>> tx = balanced(optax.identity(), power=0.5, eps=0.0)
+      >>> tx = equilibrated(optax.identity(), power=0.5, eps=0.0)
       >>> grads = jnp.array([[100.0, 100.0], [1.0, 1.0]])
       >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> print(updates[0, 0] / updates[1, 0])
@@ -125,7 +166,7 @@ def balanced(
     """
     direction = optax.with_extra_args_support(direction)
 
-    def init_fn(params: optax.Params) -> BalancedState:
+    def init_fn(params: optax.Params) -> EquilibratedState:
         if partitions.is_placeholder(params):
             rows = columns = jnp.zeros(())  # nothing here is like the parameters
         else:
@@ -133,16 +174,16 @@ def balanced(
             columns = _of_matrices(
                 lambda x: jnp.zeros((1, x.shape[1]), _wide(x)), params
             )
-        return BalancedState(
+        return EquilibratedState(
             jnp.zeros((), jnp.int32), rows, columns, direction.init(params)
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: BalancedState,
+        state: EquilibratedState,
         params: optax.Params | None = None,
         **extra_args: object,
-    ) -> tuple[optax.Updates, BalancedState]:
+    ) -> tuple[optax.Updates, EquilibratedState]:
         count = optax.safe_increment(state.count)
 
         def running(axis: int, old: Any) -> Any:
@@ -178,69 +219,9 @@ def balanced(
         outgoing, inner = direction.update(
             scaled(updates), state.inner, params, **extra_args
         )
-        return scaled(outgoing), BalancedState(count, rows, columns, inner)
+        return scaled(outgoing), EquilibratedState(count, rows, columns, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def normalize_by_subset(
-    param_labels: partitions.ParamLabels = partitions.per_tensor,
-    *,
-    root_mean_square: bool = False,
-) -> optax.GradientTransformation:
-    """Give each subset of the updates the norm 1, or the root mean square 1.
-
-    With u_s the updates on subset s, the outgoing updates are u_s / ||u_s||, and zero
-    where u_s is zero or frozen. A learning rate of such a direction is the length of a
-    step. Lengths, unlike rates, can be kept while the norm of a gradient changes, and
-    the derivatives along unit directions can be averaged over time. With the root mean
-    square in place of the norm, a learning rate is by how much the entries of a subset
-    move, whatever their number: what Adam's is, and alike for large and small tensors.
-
-    Args:
-      param_labels: the partition, see :mod:`partnewton.partitions`.
-      root_mean_square: whether that is 1, over all entries of the subset.
-
-    Returns:
-      A :class:`optax.GradientTransformation`, without state; its update function needs
-      `params`.
-
-    Raises:
-      ValueError, TypeError: from `update`, at trace time, if an argument does not fit.
-
-    Example:
-      >>> tx = normalize_by_subset()
-      >>> updates, params = jnp.array([3.0, 4.0]), jnp.zeros(2)
-      >>> print(tx.update(updates, tx.init(params), params)[0])
-      [0.6 0.8]
-    """
-
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        if params is None:
-            raise ValueError("params: normalize_by_subset needs the parameters.")
-        leaves = checked_direction(updates, params, "updates")
-        partition = partitions.partition_of(params, param_labels)
-        active = [jnp.asarray(leaves[i]) for i in partition.active]
-        norms = jnp.sqrt(partition.of_active().inner(active, active))
-        unit_norms = np.sqrt(partition.counts(leaves)) if root_mean_square else 1.0
-        inverse = jnp.where(norms == 0, 0, unit_norms / jnp.where(norms == 0, 1, norms))
-        inverse = inverse.astype(norms.dtype)
-        factors = partition.spread(inverse)
-        unit = [
-            (factor * u).astype(jnp.result_type(u))
-            for u, factor in zip(leaves, factors, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(updates), unit), state
-
-    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
@@ -259,20 +240,3 @@ def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
 def _wide(x: jax.Array) -> Any:
     """What squares are summed in: float32, or float64 if `x` is."""
     return jnp.promote_types(jnp.result_type(x), jnp.float32)
-
-
-def all_finite(tree: object) -> jax.Array:
-    """Whether all numbers in a tree are finite."""
-    finite = [
-        jnp.all(jnp.isfinite(x))
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    ]
-    return jnp.all(jnp.stack([jnp.array(True), *finite]))
-
-
-def select(condition: jax.Array, new: object, old: object) -> object:
-    """`new` or `old`, in the dtypes of `old`: a state never changes its types."""
-    return jax.tree.map(
-        lambda x, y: jnp.where(condition, jnp.asarray(x).astype(y.dtype), y), new, old
-    )

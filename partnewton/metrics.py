@@ -4,7 +4,7 @@ import jax
 import optax
 
 from partnewton._extra_args import states_of
-from partnewton.hindsight import ScaleByHindsightState
+from partnewton.lookback import ScaleByLookbackState
 from partnewton.transform import ScaleByPartitionNewtonState
 
 __all__ = ["learning_rates", "metrics"]
@@ -54,9 +54,9 @@ def metrics(
     """The state of the method as a flat dict of scalars, for any logger.
 
     Every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState` stands under
-    its own name ("loss", "predicted_decrease", "status", "refused", ...), the learning
-    rate of a subset under "learning_rate/name" and its curvature <u_s, H u_s> under
-    "curvature/name". Where a :func:`~partnewton.scale_by_hindsight` stands in the
+    its own name ("loss", "predicted_decrease", "status", "notfinite_count", ...), the
+    learning rate of a subset under "learning_rate/name" and its curvature <u_s, H u_s>
+    under "curvature/name". Where a :func:`~partnewton.scale_by_lookback` stands in the
     chain, as in :func:`~partnewton.partition_newton`, its factor on all of the rates is
     "factor".
 
@@ -91,7 +91,7 @@ def metrics(
     (ours,) = states_of(
         ScaleByPartitionNewtonState, state
     )  # learning_rates has counted
-    factors = [x.factor for x in states_of(ScaleByHindsightState, state)]
+    factors = [x.factor for x in states_of(ScaleByLookbackState, state)]
     scalars = {
         name: x
         for name, x in ours._asdict().items()

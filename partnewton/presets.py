@@ -4,11 +4,13 @@
 published method. Where the numbers come from: ``docs/how_to_choose.md``.
 """
 
+from typing import Literal
+
 import jax
 import optax
 
 from partnewton import averaging, directions, partitions, rules
-from partnewton.hindsight import scale_by_hindsight
+from partnewton.lookback import scale_by_lookback
 from partnewton.transform import scale_by_partition_newton
 
 __all__ = ["paper_newton", "partition_newton"]
@@ -23,30 +25,30 @@ def partition_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
-    adaptation: jax.typing.ArrayLike = 0.2,
+    lookback_rate: jax.typing.ArrayLike = 0.2,
     engine: str = "auto",
     batch_size: int | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """One learning rate per subset, solved for: an optimizer to use as it is.
 
-    At every 20th update, or every S-th if there are more than 20 subsets, the exact
-    summary of the loss along the unit directions of all subsets enters a running
-    average, and :func:`partnewton.rules.robust` solves it for one length of step per
-    subset, half of the way between the best lengths and the best length that is the
-    same for all; it is kept until the next. Directions have the root mean square 1, so
-    that :func:`partnewton.learning_rates` of its state are lengths per entry: by how
-    much the entries of a subset move. One factor on all of them is found in hindsight,
-    see :func:`partnewton.scale_by_hindsight`: it grows while the way of the last steps,
-    ten and later more, pays on the next batch and decays where noise or a narrow valley
-    makes steps jump to and fro.
+    From time to time, at every 20th update at first, the exact summary of the loss
+    along the unit directions of all subsets enters a running average, and
+    :func:`partnewton.rules.robust` solves it for one length of step per subset, half of
+    the way between the best lengths and the best length that is the same for all; it is
+    kept until the next refresh. Directions have the root mean square 1, so that
+    :func:`partnewton.learning_rates` of its state are lengths per entry: by how much
+    the entries of a subset move. One factor multiplies all of them, see
+    :func:`partnewton.scale_by_lookback`: it grows while the trajectory of the last ten
+    steps, and later of more, still descends on the newest batch, and it decays where
+    noise or a narrow valley makes steps oscillate.
 
     Args:
       learning_rate: the factor on all lengths at the start, a number or a schedule.
       direction: any transformation whose outgoing updates are gradient-like; by default
         that of Muon, orthogonalised momentum for matrices and kernels of convolutions
         and Adam for all other leaves, in the units of
-        :func:`partnewton.directions.balanced`.
+        :func:`partnewton.directions.equilibrated`.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust` with
         ``alike=0.5``, on the subsets whose slope is
         :func:`partnewton.rules.above_rounding`.
@@ -54,13 +56,14 @@ def partition_newton(
         decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
-      update_interval: refresh the lengths at every so many updates; by default as many
-        as there are subsets, from 20 to 100.
+      update_interval: refresh the lengths at every so many updates; by default an
+        interval that grows from 20 updates to 5 S, see
+        :func:`scale_by_partition_newton`.
       backtracking: how often lengths are halved, at most, while they do not lower the
         loss as they should, see :func:`scale_by_partition_newton`.
-      adaptation: by how much the logarithm of the factor changes at each look back, see
-        :func:`partnewton.scale_by_hindsight`; 0 for a factor that is `learning_rate`
-        throughout.
+      lookback_rate: by how much the logarithm of the factor changes at the end of each
+        window, see :func:`partnewton.scale_by_lookback`; 0 for a factor that is
+        `learning_rate` throughout.
       engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -90,16 +93,16 @@ def partition_newton(
       P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
     """
     if direction is None:
-        direction = directions.balanced(orthogonal_momentum())
+        direction = directions.equilibrated(orthogonal_momentum())
     if average is None:
         average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
     labels = partitions.per_tensor if param_labels is None else param_labels
     return optax.chain(
-        directions.guarded(direction),
-        directions.normalize_by_subset(labels, root_mean_square=True),
+        directions.skip_nonfinite(direction, param_labels=labels),
         scale_by_partition_newton(
             rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
             param_labels=labels,
+            normalize="rms",
             update_interval=update_interval,
             average=average,
             backtracking=backtracking,
@@ -107,7 +110,7 @@ def partition_newton(
             batch_size=batch_size,
             has_aux=has_aux,
         ),
-        scale_by_hindsight(adaptation, param_labels=labels, has_aux=has_aux),
+        scale_by_lookback(lookback_rate, param_labels=labels, has_aux=has_aux),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -138,7 +141,7 @@ def paper_newton(
     rule: rules.Rule | None = None,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
-    unit_directions: bool = False,
+    normalize: Literal["norm", "rms"] | None = None,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
     backtracking: jax.typing.ArrayLike = 0,
@@ -159,9 +162,7 @@ def paper_newton(
       average: a running average of the summaries; by default none.
       smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
         by default none.
-      unit_directions: whether each subset of the direction is given the norm 1, so that
-        rates are lengths.
-      param_labels, backtracking, engine, batch_size, has_aux: as in
+      normalize, param_labels, backtracking, engine, batch_size, has_aux: as in
         :func:`scale_by_partition_newton`.
       update_interval: refresh the rates at every so many updates.
 
@@ -187,13 +188,12 @@ def paper_newton(
       P. Wolinski, arXiv 2312.03885.
     """
     labels = partitions.per_tensor if param_labels is None else param_labels
-    unit = directions.normalize_by_subset(labels) if unit_directions else None
     return optax.chain(
-        directions.guarded(optax.ema(momentum)),
-        unit or optax.identity(),
+        directions.skip_nonfinite(optax.ema(momentum), param_labels=labels),
         scale_by_partition_newton(
             rules.cubic() if rule is None else rule,
             param_labels=labels,
+            normalize=normalize,
             update_interval=update_interval,
             average=average,
             smoothing=smoothing,

@@ -196,7 +196,9 @@ class _Problem:
                 "value_fn must be a function from params to a scalar loss, got "
                 f"{type(value_fn).__name__}."
             )
-        partition = partitions.partition_of(params, param_labels)
+        partition = param_labels
+        if not isinstance(partition, partitions.Partition):
+            partition = partitions.partition_of(params, param_labels)
         _check_equal_on_all_devices("params", params)
         _check_equal_on_all_devices("direction", direction)
         directions = checked_direction(direction, params)

@@ -8,7 +8,7 @@ counted, and a subset whose direction is zero keeps its last rate.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ import numpy as np
 import optax
 
 from partnewton import averaging, partitions, rules
+from partnewton._backtracking import descending_fraction
 from partnewton._extra_args import check_arguments, picked
-from partnewton.directions import all_finite, select
-from partnewton.summary import Summary, checked_direction, summarize
+from partnewton._measured_direction import MeasuredDirection
+from partnewton._tree import all_finite, select
+from partnewton.summary import Summary, summarize
 
 __all__ = ["ScaleByPartitionNewtonState", "scale_by_partition_newton"]
 
@@ -34,17 +36,17 @@ class ScaleByPartitionNewtonState(NamedTuple):
       loss: the loss at the last refresh, shape ().
       gradient: <dL/dparams, u_s> at the last refresh, shape (S,).
       hessian: <u_s, H u_t> at the last refresh, shape (S, S).
-      third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), or None with a rule
-        that does not read it.
+      third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), zero where it is not
+        finite; None with a rule that does not read it.
       learning_rates: eta, shape (S,), before any factor that stands later in a chain.
       predicted_decrease: by how much the rule expected the loss to fall with these
         rates in full, shape ().
       status: a :class:`~partnewton.CubicStatus`, shape (), int32.
-      refused: at how many updates something was not finite and was refused: a refresh,
-        which leaves the last good rates in force, or the updates themselves, which are
+      notfinite_count: at how many updates something was not finite: a refresh, after
+        which the last good rates stay in force, or the updates themselves, which are
         then zero; shape (), int32.
-      overdue: whether the last refresh was refused, and is due again at the next
-        update; shape (), bool.
+      next_refresh: the count at which the rates are refreshed next; it does not advance
+        at a refresh that is not finite, shape (), int32.
       average: the state of the running average of summaries, or an empty tuple.
       smoothing: the state of the running average of rates, or an empty tuple.
       subsets: ``{"0 first name": None, "1 second name": None, ...}``, the subsets in
@@ -59,8 +61,8 @@ class ScaleByPartitionNewtonState(NamedTuple):
     learning_rates: jax.Array
     predicted_decrease: jax.Array
     status: jax.Array
-    refused: jax.Array
-    overdue: jax.Array
+    notfinite_count: jax.Array
+    next_refresh: jax.Array
     average: Any
     smoothing: Any
     subsets: dict[str, None]
@@ -75,6 +77,7 @@ def scale_by_partition_newton(
     rule: rules.Rule | None = None,
     *,
     param_labels: partitions.ParamLabels | None = None,
+    normalize: Literal["norm", "rms"] | None = None,
     update_interval: jax.typing.ArrayLike | None = 1,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
@@ -106,10 +109,17 @@ def scale_by_partition_newton(
         ``rules.cubic()``.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
+      normalize: "norm" or "rms" to give each subset of the direction the norm 1 or the
+        root mean square 1 first. The rates are then lengths of steps, which can be kept
+        while the norm of a gradient changes, and summaries can be averaged over time.
+        With "rms" a rate is by how much an entry moves, as Adam's is, alike for large
+        and small tensors. By default the direction stays as it is.
       update_interval: refresh the rates at every so many updates, and keep them in
-        between; None for as many as there are subsets, from 20 to 100, so that a
-        summary costs about as much as the gradients in between. While all rates are
-        zero they are refreshed at each update, since nothing moves until then.
+        between; None for a quarter of the updates so far, at least 20 and at most 5 S.
+        A summary costs about S/2 gradients, so that in the long run refreshes cost a
+        tenth of the gradients in between. While all rates are zero they are refreshed
+        at each update, since nothing moves until then, and never along a direction of
+        zeros.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary alone.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
@@ -119,7 +129,8 @@ def scale_by_partition_newton(
         the slope, raises it by more than half as much again). The loss is evaluated
         once, and once more for each halving, at refreshes only and on the data that
         `value_fn` sees; by default not at all. It catches a model that is wrong, such
-        as the flat curvature of a saturated softmax.
+        as the flat curvature of a saturated softmax. Where the value of a loss is not
+        what its gradient descends (stop-gradient targets), rates are not halved.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
       batch_size: how many subsets are processed at once, see
         :func:`partnewton.summarize`.
@@ -154,37 +165,34 @@ def scale_by_partition_newton(
     param_labels = partitions.per_tensor if param_labels is None else param_labels
     average = averaging.none() if average is None else average
     smoothing = averaging.none() if smoothing is None else smoothing
+    third_order = rules.needs_third_order(rule)
     if isinstance(update_interval, int | np.integer) and update_interval < 1:
         raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
     if isinstance(backtracking, int | np.integer) and backtracking < 0:
         raise ValueError(f"backtracking must not be negative, got {backtracking}.")
+    if normalize not in (None, "norm", "rms"):
+        raise ValueError(f"normalize must be 'norm', 'rms' or None, got {normalize!r}.")
     # A number that is traced, as optax.inject_hyperparams makes it, may be any.
-    checks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
+    backtracks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
         if partitions.is_placeholder(params):  # nothing here is like the parameters
-            return initial_state(1, np.dtype(np.float32), subsets=jnp.zeros(()))
-        partition = partitions.partition_of(params, param_labels)
-        names = {f"{s} {name}": None for s, name in enumerate(partition.names)}
-        return initial_state(partition.size, partition.dtype, names)
-
-    def initial_state(
-        S: int, dtype: np.dtype, subsets: Any
-    ) -> ScaleByPartitionNewtonState:
-        third = jnp.zeros(S, dtype) if rules.needs_third_order(rule) else None
-        zeros = Summary(
-            jnp.zeros((), dtype), jnp.zeros(S, dtype), jnp.zeros((S, S), dtype), third
-        )
+            S, dtype, subsets = 1, np.dtype(np.float32), jnp.zeros(())
+        else:
+            partition = partitions.partition_of(params, param_labels)
+            S, dtype = partition.size, partition.dtype
+            subsets = {f"{s} {name}": None for s, name in enumerate(partition.names)}
+        summary = _zero_summary(S, dtype, third_order)
         return ScaleByPartitionNewtonState(
             jnp.zeros((), jnp.int32),
-            *zeros,
+            *summary,
             learning_rates=jnp.zeros(S, dtype),
             predicted_decrease=jnp.zeros((), dtype),
             status=jnp.zeros((), jnp.int32),
-            refused=jnp.zeros((), jnp.int32),
-            overdue=jnp.zeros((), bool),
-            average=average.init(zeros),
-            smoothing=smoothing.init((zeros.gradient,)),
+            notfinite_count=jnp.zeros((), jnp.int32),
+            next_refresh=jnp.zeros((), jnp.int32),
+            average=average.init(_zero_summary(S, dtype, third_order)),
+            smoothing=smoothing.init((jnp.zeros(S, dtype),)),
             subsets=subsets,
         )
 
@@ -197,111 +205,110 @@ def scale_by_partition_newton(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByPartitionNewtonState]:
         check_arguments("scale_by_partition_newton", params, value_fn)
-        checked_direction(updates, params, "updates")
-        partition = partitions.partition_of(params, param_labels)
         loss_args = picked(value_fn, extra_args)
+        direction = MeasuredDirection(updates, params, param_labels, normalize)
 
         def loss_at(eta: jax.Array) -> jax.Array:
-            step = _scaled(updates, params, partition, -eta)
-            value = value_fn(optax.apply_updates(params, step), **loss_args)
+            value = value_fn(direction.moved(-eta), **loss_args)
             return value[0] if has_aux else value
 
-        def trusted_part(
-            eta: jax.Array, value: jax.Array, slope: jax.Array
-        ) -> jax.Array:
-            allowed = jnp.where(slope > 0, -0.1 * slope, -1.5 * slope)
-
-            def fails(part: jax.Array) -> jax.Array:
-                rise = loss_at(part * eta) - value
-                return ~(rise <= part * allowed) & (part > 0.5**backtracking)
-
-            one = jnp.ones((), eta.dtype)
-            return jax.lax.while_loop(fails, lambda part: part / 2, one)
-
-        def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
-            measured = summarize(
+        def measured() -> Summary:
+            result = summarize(
                 lambda x: value_fn(x, **loss_args),
                 params,
-                updates,
-                param_labels=param_labels,
-                third_order=rules.needs_third_order(rule),
+                direction.normalized(),
+                param_labels=direction.partition,
+                third_order=third_order,
                 engine=engine,
                 batch_size=batch_size,
                 has_aux=has_aux,
             )
-            if has_aux:
-                measured, _ = measured
-            averaged, average_state = average.update(measured, old.average)
+            return result[0] if has_aux else result
+
+        def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
+            summary = measured()
+            if third_order:  # where only the second order exists, go on with that
+                third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
+                summary = summary._replace(third=third)
+            averaged, average_state = average.update(summary, old.average)
             proposal = rule(averaged)
             proposed = (proposal.learning_rates,)
             (rates,), smoothing_state = smoothing.update(proposed, old.smoothing)
             # A subset that did not move tells nothing of its rate.
-            silent = (measured.gradient == 0) & jnp.all(measured.hessian == 0, axis=1)
+            silent = (summary.gradient == 0) & jnp.all(summary.hessian == 0, axis=1)
             eta = jnp.where(silent, old.learning_rates, rates)
-            if checks:
-                slope = jnp.sum(measured.gradient * eta)
-                eta = eta * trusted_part(eta, measured.value, slope)
+            if backtracks:
+                slope = jnp.sum(summary.gradient * eta)
+                eta = eta * descending_fraction(
+                    lambda t: loss_at(t * eta), summary.value, slope, backtracking
+                )
             new = old._replace(
-                loss=measured.value,
-                gradient=measured.gradient,
-                hessian=measured.hessian,
-                third=measured.third,
+                loss=summary.value,
+                gradient=summary.gradient,
+                hessian=summary.hessian,
+                third=summary.third,
                 learning_rates=eta,
                 predicted_decrease=proposal.predicted_decrease,
                 status=proposal.status,
-                overdue=jnp.zeros((), bool),
+                next_refresh=_next_refresh(old.count, update_interval, len(eta)),
                 average=average_state,
                 smoothing=smoothing_state,
             )
-            good = all_finite((measured, proposal, new))
-            refused = old._replace(
-                refused=optax.safe_increment(old.refused), overdue=jnp.ones((), bool)
-            )
-            return select(good, new, refused)
+            count = optax.safe_increment(old.notfinite_count)
+            is_good = all_finite((summary, proposal, new))
+            return select(is_good, new, old._replace(notfinite_count=count))
 
         at_rest = jnp.all(state.learning_rates == 0)
-        automatic = update_interval is None
-        interval = interval_of(partition.size) if automatic else update_interval
-        due = (state.count % interval == 0) | at_rest | state.overdue
-        refreshed = jax.lax.cond(due, refresh, lambda old: old, state)
-        scaled = _scaled(updates, params, partition, refreshed.learning_rates)
-        usable = all_finite(scaled)
-        scaled = jax.tree.map(lambda u: jnp.where(usable, u, jnp.zeros_like(u)), scaled)
-        # At most one refusal an update, whatever was not finite.
-        refused = jnp.where(
-            usable, refreshed.refused, optax.safe_increment(state.refused)
+        due = (state.count >= state.next_refresh) | at_rest
+        refreshed = jax.lax.cond(
+            due & direction.is_measurable, refresh, lambda old: old, state
         )
+        eta = refreshed.learning_rates
+        is_usable = direction.is_finite(eta)
+        # One update counts once, whatever was not finite.
+        notfinite_count = jnp.where(
+            is_usable,
+            refreshed.notfinite_count,
+            optax.safe_increment(state.notfinite_count),
+        )
+        scaled = direction.scaled(eta, where=is_usable)
         count = optax.safe_increment(state.count)
-        return scaled, refreshed._replace(count=count, refused=refused)
+        return jax.tree.unflatten(direction.treedef, scaled), refreshed._replace(
+            count=count, notfinite_count=notfinite_count
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def interval_of(size: int) -> int:
-    """After how many updates a partition is measured again, if nobody has said."""
-    return min(max(20, size), 100)
+def refresh_interval(count: jax.typing.ArrayLike, size: int) -> jax.typing.ArrayLike:
+    """After how many updates learning rates are refreshed if nobody says otherwise.
+
+    A quarter of the updates so far, at least 20 and at most 5 S: a summary of S subsets
+    costs about S/2 gradients, so that in the long run refreshes cost a tenth of the
+    gradients in between.
+
+    Args:
+      count: how many updates were made.
+      size: S.
+
+    Returns:
+      A number of updates.
+    """
+    return jnp.clip(count // 4, 20, max(20, 5 * size))
 
 
-def _scaled(
-    updates: optax.Updates,
-    params: optax.Params,
-    partition: partitions.Partition,
-    eta: jax.Array,
-) -> optax.Updates:
-    """eta_s * u_s, in the dtypes of the parameters; zero where frozen."""
+def _next_refresh(
+    count: jax.Array, update_interval: jax.typing.ArrayLike | None, size: int
+) -> jax.Array:
+    """The count at which the rates are refreshed next."""
+    if update_interval is None:
+        following = count + refresh_interval(count, size)
+    else:
+        following = count + update_interval - count % update_interval
+    return jnp.asarray(following, count.dtype)
 
-    def scale(
-        u: jax.Array, leaf: jax.Array, rate: jax.Array, label: int | np.ndarray
-    ) -> jax.Array:
-        frozen = label == partitions.FROZEN
-        if np.all(frozen):
-            return jnp.zeros_like(leaf)
-        frozen = partitions.sharded_like(leaf, frozen)
-        rate = partitions.sharded_like(leaf, rate)
-        return jnp.where(frozen, 0, rate * u).astype(jnp.result_type(leaf))
 
-    updates_leaves, treedef = jax.tree.flatten(updates)
-    rates = partition.spread(eta)
-    columns = (updates_leaves, jax.tree.leaves(params), rates, partition.labels)
-    scaled = [scale(*row) for row in zip(*columns, strict=True)]
-    return jax.tree.unflatten(treedef, scaled)
+def _zero_summary(size: int, dtype: np.dtype, third_order: bool) -> Summary:
+    third = jnp.zeros(size, dtype) if third_order else None
+    shapes = (), (size,), (size, size)
+    return Summary(*(jnp.zeros(shape, dtype) for shape in shapes), third)

@@ -1,4 +1,4 @@
-"""Directions: bad batches, units of rows and columns, and unit norms on subsets."""
+"""Directions: bad batches, and units of rows and columns."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from partnewton import directions, partitions
+from partnewton import directions
 
 PARAMS = {"a": jnp.array([3.0, 4.0]), "b": {"c": jnp.array([[1.0], [-2.0]])}}
 
@@ -19,7 +19,7 @@ def gradients(n, seed=0):
     ]
 
 
-# --- guarded ---------------------------------------------------------------------
+# --- skip_nonfinite --------------------------------------------------------------
 
 INNER = {
     "adam": optax.scale_by_adam,
@@ -30,7 +30,7 @@ INNER = {
 
 @pytest.mark.parametrize("name", INNER)
 def test_without_bad_batches_nothing_is_changed(name):
-    plain, ours = INNER[name](), directions.guarded(INNER[name]())
+    plain, ours = INNER[name](), directions.skip_nonfinite(INNER[name]())
     one, other = plain.init(PARAMS), ours.init(PARAMS)
     for grads in gradients(3):
         expected, one = plain.update(grads, one, PARAMS)
@@ -42,7 +42,7 @@ def test_without_bad_batches_nothing_is_changed(name):
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("name", INNER)
 def test_a_bad_batch_leaves_no_trace(name, bad):
-    tx = directions.guarded(INNER[name]())
+    tx = directions.skip_nonfinite(INNER[name]())
     first, second = gradients(2)
     _, state = tx.update(first, tx.init(PARAMS), PARAMS)
     broken = {**second, "a": second["a"].at[1].set(bad)}
@@ -55,7 +55,7 @@ def test_a_bad_batch_leaves_no_trace(name, bad):
 
 
 def test_a_batch_that_makes_the_state_overflow_leaves_no_trace():
-    tx = directions.guarded(optax.scale_by_adam())
+    tx = directions.skip_nonfinite(optax.scale_by_adam())
     huge = jax.tree.map(lambda x: 1e30 * x, PARAMS)  # finite, but not its square
     updates, state = tx.update(huge, tx.init(PARAMS), PARAMS)
     assert all(np.all(np.isnan(u)) for u in jax.tree.leaves(updates))
@@ -67,7 +67,7 @@ def test_a_traced_hyperparameter_does_not_change_the_dtypes_of_the_state():
         params = {"w": jnp.ones(2, jnp.float32)}
 
         def second(decay):
-            tx = directions.guarded(optax.ema(decay))
+            tx = directions.skip_nonfinite(optax.ema(decay))
             first = tx.init(params)
             return first, tx.update(params, first)
 
@@ -77,12 +77,12 @@ def test_a_traced_hyperparameter_does_not_change_the_dtypes_of_the_state():
 
 
 def test_extra_arguments_reach_the_direction():
-    tx = directions.guarded(optax.contrib.reduce_on_plateau())
+    tx = directions.skip_nonfinite(optax.contrib.reduce_on_plateau())
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=2.0)
     np.testing.assert_allclose(state.best_value, 2.0)
 
 
-# --- balanced --------------------------------------------------------------------
+# --- equilibrated --------------------------------------------------------------------
 
 MATRIX = {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}
 
@@ -95,8 +95,8 @@ def matrices(n, seed=0):
     ]
 
 
-def run_balanced(inner, gradients, **kwargs):
-    tx = directions.balanced(inner, **kwargs)
+def run_equilibrated(inner, gradients, **kwargs):
+    tx = directions.equilibrated(inner, **kwargs)
     state = tx.init(MATRIX)
     for grads in gradients:
         grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
@@ -115,7 +115,7 @@ def test_rows_and_columns_are_scaled_before_and_after_the_inner_direction():
         r, c = rows / rows.mean() + eps, columns / columns.mean() + eps
         units = (r * c) ** -power
         momentum = 0.5 * momentum + units * grads["w"]
-    actual = run_balanced(
+    actual = run_equilibrated(
         optax.trace(0.5), gradients, power=power, decay=decay, eps=eps
     )
     np.testing.assert_allclose(actual["w"], units * momentum, rtol=1e-5)
@@ -132,7 +132,7 @@ def test_with_the_power_zero_it_is_the_inner_direction():
     state = inner.init(MATRIX)
     for grads in gradients:
         expected, state = inner.update(grads, state, MATRIX)
-    actual = run_balanced(inner, gradients, power=0.0)
+    actual = run_equilibrated(inner, gradients, power=0.0)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -144,8 +144,8 @@ def test_with_the_power_a_half_inputs_and_outputs_may_have_any_units():
     even = [{"b": g["b"], "w": np.sign(g["w"])} for g in matrices(4)]
     uneven = [{"b": g["b"], "w": A * g["w"] * B} for g in even]
     kwargs = {"power": 0.5, "eps": 0.0}
-    plain = run_balanced(optax.contrib.muon(1.0), even, **kwargs)["w"]
-    scaled = run_balanced(optax.contrib.muon(1.0), uneven, **kwargs)["w"] * A * B
+    plain = run_equilibrated(optax.contrib.muon(1.0), even, **kwargs)["w"]
+    scaled = run_equilibrated(optax.contrib.muon(1.0), uneven, **kwargs)["w"] * A * B
     ratio = np.asarray(scaled / plain)
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=2e-2)
 
@@ -154,96 +154,21 @@ def test_a_row_without_gradient_stays_zero_and_disturbs_nothing():
     gradients = matrices(2)
     for grads in gradients:
         grads["w"][1] = 0.0
-    updates = run_balanced(optax.identity(), gradients)
+    updates = run_equilibrated(optax.identity(), gradients)
     assert np.all(np.isfinite(updates["w"]))
     np.testing.assert_array_equal(updates["w"][1], 0.0)
-    none = run_balanced(optax.identity(), [jax.tree.map(np.zeros_like, gradients[0])])
+    none = run_equilibrated(
+        optax.identity(), [jax.tree.map(np.zeros_like, gradients[0])]
+    )
     np.testing.assert_array_equal(none["w"], 0.0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_a_balanced_direction_keeps_dtypes(dtype):
+def test_an_equilibrated_direction_keeps_dtypes(dtype):
     params = {"w": jnp.full((3, 2), 300.0, dtype)}  # the square overflows float16
-    tx = directions.balanced(optax.trace(0.9), power=jnp.asarray(0.25))
+    tx = directions.equilibrated(optax.trace(0.9), power=jnp.asarray(0.25))
     state = jax.jit(tx.init)(params)
     updates, after = jax.jit(tx.update)(params, state, params)
     assert updates["w"].dtype == dtype
     assert np.all(np.isfinite(np.asarray(updates["w"], np.float32)))
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, after)
-
-
-# --- normalize_by_subset ---------------------------------------------------------
-
-
-def normalized(updates, params=PARAMS, **kwargs):
-    tx = directions.normalize_by_subset(**kwargs)
-    return tx.update(updates, tx.init(params), params)[0]
-
-
-LABELS = {
-    "per_tensor": (partitions.per_tensor, [[0, 1], [2, 3]]),
-    "whole": (partitions.whole, [[0, 1, 2, 3]]),
-    "inside a leaf": (
-        {"a": np.array([0, 1]), "b": {"c": np.array([[1], [1]])}},
-        [[0], [1, 2, 3]],
-    ),
-    "frozen": ({"a": "a", "b": partitions.FROZEN}, [[0, 1]]),
-}
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-@pytest.mark.parametrize("case", LABELS)
-def test_each_subset_gets_the_norm_one_and_keeps_its_direction(case):
-    labels, subsets = LABELS[case]
-    (u,) = gradients(1)
-    before, after = flat(u), flat(normalized(u, param_labels=labels))
-    expected = np.zeros(4)
-    for places in subsets:
-        expected[places] = before[places] / np.linalg.norm(before[places])
-    np.testing.assert_allclose(after, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("case", LABELS)
-def test_each_subset_gets_the_root_mean_square_one(case):
-    labels, subsets = LABELS[case]
-    (u,) = gradients(1)
-    after = flat(normalized(u, param_labels=labels, root_mean_square=True))
-    before = flat(normalized(u, param_labels=labels))
-    expected = np.zeros(4)
-    for places in subsets:
-        expected[places] = before[places] * np.sqrt(len(places))
-    np.testing.assert_allclose(after, expected, rtol=1e-6)
-
-
-def test_a_dead_subset_stays_zero():
-    u = {**PARAMS, "a": jnp.zeros(2)}
-    np.testing.assert_array_equal(normalized(u)["a"], [0.0, 0.0])
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_norms_are_summed_in_float32_and_dtypes_stay(dtype):
-    u = {"w": jnp.full(4096, 300.0, dtype)}  # the sum of squares overflows float16
-    unit = normalized(u, u)["w"]
-    assert unit.dtype == dtype
-    np.testing.assert_allclose(np.asarray(unit, np.float32), 1 / 64, rtol=1e-2)
-
-
-def test_a_direction_that_is_not_finite_stays_so():
-    u = {**PARAMS, "a": jnp.array([1.0, jnp.nan])}
-    assert np.isnan(normalized(u)["a"]).any()
-
-
-@pytest.mark.parametrize(
-    ("updates", "params", "message"),
-    [
-        (PARAMS, None, "params: normalize_by_subset needs the parameters"),
-        ({"a": PARAMS["a"]}, PARAMS, "updates has no leaf 'b/c'"),
-    ],
-)
-def test_what_does_not_fit_is_one_clear_error(updates, params, message):
-    tx = directions.normalize_by_subset()
-    with pytest.raises(ValueError, match=message):
-        tx.update(updates, optax.EmptyState(), params)

@@ -17,7 +17,7 @@ MODULES = ["averaging", "data", "engines", "metrics", "partitions", "plot", "rul
 MODULES += [
     "cubic",
     "directions",
-    "hindsight",
+    "lookback",
     "presets",
     "summary",
     "transform",

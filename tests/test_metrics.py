@@ -38,7 +38,7 @@ def test_metrics_are_the_numbers_of_the_state(trained):
     names = pn.subset_names(params)
     np.testing.assert_allclose(found["loss"], loss(PARAMS, X), rtol=1e-6)
     assert found["predicted_decrease"] == ours.predicted_decrease
-    assert found["refused"] == 0
+    assert found["notfinite_count"] == 0
     assert found["count"] == 1
     for s, name in enumerate(names):
         assert found[f"learning_rate/{name}"] == ours.learning_rates[s]
@@ -64,7 +64,7 @@ def test_metrics_can_be_outputs_of_a_jitted_step(trained):
     jax.tree.map(np.testing.assert_array_equal, found, outside)
 
 
-def test_the_factor_of_hindsight_is_among_them():
+def test_the_factor_of_the_look_back_is_among_them():
     tx = pn.partition_newton()
     jitted = jax.jit(lambda params, state: step(tx, params, state))
     params, state = jitted(PARAMS, jax.jit(tx.init)(PARAMS))
@@ -74,7 +74,7 @@ def test_the_factor_of_hindsight_is_among_them():
         factors.append(float(pn.metrics(state)["factor"]))
     assert factors[:9] == [1.0] * 9
     assert factors[9] != 1  # looked back at the eleventh update
-    by_type = [x for x in state if isinstance(x, pn.ScaleByHindsightState)]
+    by_type = [x for x in state if isinstance(x, pn.ScaleByLookbackState)]
     assert factors[9] == by_type[0].factor
     assert "factor" not in pn.metrics(pn.paper_newton().init(PARAMS))
 

@@ -127,7 +127,7 @@ def test_thousands_of_steps_in_a_scan_find_the_minimum(name, target):
     params, state = train(OPTIMIZERS[name], loss, start, 3000)
     assert_close(params, minimum, rtol=0, atol=1e-3)
     assert link_of(state).count == 3000
-    assert link_of(state).refused == 0
+    assert link_of(state).notfinite_count == 0
 
 
 @every_optimizer
@@ -511,5 +511,5 @@ def test_batch_norm_and_dropout_train_in_the_published_setting():
     values, seen, _, state = normalised_training(tx, 100)
     np.testing.assert_allclose(seen, values, rtol=1e-5)
     assert len(set(values)) == 100  # each step throws its own dice
-    assert link_of(state).refused == 0
+    assert link_of(state).notfinite_count == 0
     assert np.mean(values[-10:]) < 0.5 * values[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,29 @@ class Partition:
         """`values` and behind them a zero: FROZEN = -1 is the last."""
         return jnp.append(values, jnp.zeros(1, values.dtype))
 
+    def take(self, tree: Any) -> Any:
+        """A tree like the parameters with None in the place of frozen leaves.
+
+        Entries that are frozen inside a leaf are zero.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        active = [
+            None if is_frozen(label) else jnp.asarray(x)
+            for x, label in zip(leaves, self.labels, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, self.without_frozen(active))
+
+    def put(self, tree: Any, active: Any) -> Any:
+        """The reverse of `take`; `tree` tells the types of frozen leaves, now zeros."""
+        leaves, treedef = jax.tree.flatten(tree)
+        filled = [
+            zeros_of_frozen(x) if is_frozen(label) else y
+            for x, y, label in zip(
+                leaves, treedef.flatten_up_to(active), self.labels, strict=True
+            )
+        ]
+        return jax.tree.unflatten(treedef, filled)
+
     def scaled(
         self,
         updates: Sequence[jax.Array],
@@ -119,14 +143,21 @@ class Partition:
             scaled.append(product.astype(jnp.result_type(like)))
         return scaled
 
-    def moved(
-        self, params: Sequence[jax.Array], steps: Sequence[jax.Array]
-    ) -> list[jax.Array]:
-        """``params + steps``, in the dtypes of `params`; frozen leaves as they are."""
-        return [
+    def moved(self, params: Any, steps: Any) -> Any:
+        """``params + steps`` in the dtypes of `params`; frozen leaves as they are.
+
+        Args:
+          params: the parameters.
+          steps: a tree like them, with anything or None in the place of frozen leaves.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        moved = [
             p if is_frozen(label) else (p + step).astype(jnp.result_type(p))
-            for p, step, label in zip(params, steps, self.labels, strict=True)
+            for p, step, label in zip(
+                leaves, treedef.flatten_up_to(steps), self.labels, strict=True
+            )
         ]
+        return jax.tree.unflatten(treedef, moved)
 
     def without_frozen(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
         """The leaves, zero at entries that are frozen inside a leaf."""

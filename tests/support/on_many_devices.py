@@ -222,7 +222,7 @@ def test_inner_products_with_one_side_sharded_explicitly(specs):
 # --- The preset ------------------------------------------------------------------
 
 DIRECTIONS = {
-    "muon": lambda: pn.directions.balanced(orthogonal_momentum()),
+    "muon": lambda: pn.directions.equilibrated(orthogonal_momentum()),
     "adam": optax.scale_by_adam,
 }
 each_direction = pytest.mark.parametrize("direction", DIRECTIONS)

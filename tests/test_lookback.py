@@ -81,8 +81,12 @@ def test_the_factor_follows_the_sign_of_the_slope(
     rate, place, interval, growth, share, count
 ):
     given = steps_and_targets(count)
-    tx = pn.scale_by_hindsight(
-        rate, place=place, update_interval=interval, growth=growth, share=share
+    tx = pn.scale_by_lookback(
+        rate,
+        slope_position=place,
+        update_interval=interval,
+        window_growth=growth,
+        averaging_fraction=share,
     )
     theirs = expected(*given, rate, place, interval, growth, share)
     assert np.any(np.diff(theirs[0]) > 0), "it grows and decays in this example"
@@ -93,7 +97,7 @@ def test_the_factor_follows_the_sign_of_the_slope(
 
 def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
     steps = np.tile([-1e-3, 0.0, 0.0], (40, 1))
-    tx = pn.scale_by_hindsight(0.1, update_interval=2, growth=0, largest=1.5)
+    tx = pn.scale_by_lookback(0.1, update_interval=2, window_growth=0, max_scale=1.5)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
     np.testing.assert_allclose(factors[:6:2], np.exp([0.0, 0.1, 0.2]), rtol=1e-6)
     assert factors[-1] == pytest.approx(1.5)
@@ -101,7 +105,7 @@ def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
 
 def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
     steps = np.tile([1.0, 0.0, 0.0], (40, 1))
-    tx = pn.scale_by_hindsight(0.2, update_interval=1, growth=0, smallest=0.01)
+    tx = pn.scale_by_lookback(0.2, update_interval=1, window_growth=0, min_scale=0.01)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
     np.testing.assert_allclose(factors[:3], np.exp([0.0, -0.2, -0.4]), rtol=1e-6)
     assert factors[-1] == pytest.approx(0.01)
@@ -113,7 +117,7 @@ def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
 def test_under_noise_alone_it_decays(rate, growth, bound):
     """Stochastic gradients of a quadratic, long after the start."""
     rng = np.random.default_rng(0)
-    tx = pn.scale_by_hindsight(rate, growth=growth)
+    tx = pn.scale_by_lookback(rate, window_growth=growth)
     targets = jnp.float32(rng.normal(size=(6000, 3)))
 
     def step(carry, target):
@@ -136,7 +140,7 @@ def test_a_loss_with_a_custom_vjp():
         return x**2
 
     square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
-    tx = pn.scale_by_hindsight(update_interval=1)
+    tx = pn.scale_by_lookback(update_interval=1)
     params = jnp.array(3.0)
     state = tx.init(params)
     for _ in range(3):
@@ -149,7 +153,7 @@ def test_a_loss_with_a_custom_vjp():
 @pytest.mark.parametrize("shift", [0.0, -100.0])
 def test_neither_units_nor_a_constant_of_the_loss_matter(factor, shift):
     given = steps_and_targets(30)
-    tx = pn.scale_by_hindsight(update_interval=3)
+    tx = pn.scale_by_lookback(update_interval=3)
     plain, _, _ = run(tx, *given)
     other, _, _ = run(tx, *given, factor=factor, shift=shift)
     np.testing.assert_array_equal(other, plain)
@@ -158,7 +162,7 @@ def test_neither_units_nor_a_constant_of_the_loss_matter(factor, shift):
 def test_a_slope_that_is_not_finite_changes_nothing():
     steps, targets = steps_and_targets(9)
     targets[6] = np.nan
-    tx = pn.scale_by_hindsight(update_interval=3, growth=0)
+    tx = pn.scale_by_lookback(update_interval=3, window_growth=0)
     factors, slopes, _ = run(tx, steps, targets)
     assert slopes[6] == 0
     assert factors[6] == factors[5]
@@ -167,7 +171,7 @@ def test_a_slope_that_is_not_finite_changes_nothing():
 
 def test_with_the_rate_zero_nothing_is_scaled():
     steps, targets = steps_and_targets(9)
-    factors, _, end = run(pn.scale_by_hindsight(0.0), steps, targets)
+    factors, _, end = run(pn.scale_by_lookback(0.0), steps, targets)
     np.testing.assert_array_equal(factors, 1.0)
     np.testing.assert_allclose(end, flat(PARAMS) + steps.sum(0), rtol=1e-5)
 
@@ -185,18 +189,18 @@ def test_how_frozen_entries_moved_is_not_counted(labels):
     steps, targets = np.tile([-0.01, -5.0, 5.0], (2, 1)), np.zeros((2, 3))
     if isinstance(labels["a"], int):
         steps[:, 1] = 0.0  # all of it is ours
-    tx = pn.scale_by_hindsight(update_interval=1, param_labels=labels)
+    tx = pn.scale_by_lookback(update_interval=1, param_labels=labels)
     factors, slopes, _ = run(tx, steps, targets)
     np.testing.assert_allclose(slopes[1], (1 - 0.6 * 0.01) * -0.01, rtol=1e-4)
     assert factors[1] > 1
-    _, all_of_it, _ = run(pn.scale_by_hindsight(update_interval=1), steps, targets)
+    _, all_of_it, _ = run(pn.scale_by_lookback(update_interval=1), steps, targets)
     assert all_of_it[1] > 0
 
 
 def test_leaves_of_integers_may_be_frozen():
     params = {"n": jnp.array([1, 2]), "w": jnp.ones(2)}
     labels = {"n": partitions.FROZEN, "w": 0}
-    tx = pn.scale_by_hindsight(update_interval=1, param_labels=labels)
+    tx = pn.scale_by_lookback(update_interval=1, param_labels=labels)
     state = tx.init(params)
     assert state.anchor["n"] is None
     updates = {"n": jnp.array([0, 0]), "w": -0.1 * jnp.ones(2)}
@@ -213,7 +217,7 @@ def test_leaves_of_integers_may_be_frozen():
 def test_dtypes_stay_in_a_cond(dtype):
     with jax.enable_x64(dtype == jnp.float64):
         params = {"w": jnp.ones(3, dtype), "weak": jnp.asarray(2.0)}
-        tx = pn.scale_by_hindsight(jnp.asarray(0.1), update_interval=1)
+        tx = pn.scale_by_lookback(jnp.asarray(0.1), update_interval=1)
         state = jax.jit(tx.init)(params)
 
         def value_fn(p):
@@ -236,7 +240,7 @@ def test_dtypes_stay_in_a_cond(dtype):
 
 
 def test_map_params_finds_the_anchor_and_nothing_else():
-    tx = pn.scale_by_hindsight()
+    tx = pn.scale_by_lookback()
     state = tx.init(PARAMS)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
     np.testing.assert_array_equal(flat(doubled.anchor), 2 * flat(PARAMS))
@@ -244,7 +248,7 @@ def test_map_params_finds_the_anchor_and_nothing_else():
 
 
 def test_what_a_loss_returns_beside_its_value_is_dropped():
-    tx = pn.scale_by_hindsight(has_aux=True)
+    tx = pn.scale_by_lookback(has_aux=True)
     updates, _ = tx.update(
         PARAMS, tx.init(PARAMS), PARAMS, value_fn=lambda p: (loss(p), "aux")
     )
@@ -255,23 +259,23 @@ def test_what_a_loss_returns_beside_its_value_is_dropped():
     ("kwargs", "message"),
     [
         ({"rate": -0.1}, "rate must not be negative"),
-        ({"place": -1}, "place must not be negative"),
-        ({"smallest": -1}, "smallest must not be negative"),
-        ({"largest": float("nan")}, "largest must not be negative"),
-        ({"growth": -0.5}, "growth must not be negative"),
-        ({"share": -1}, "share must not be negative"),
+        ({"slope_position": -1}, "slope_position must not be negative"),
+        ({"min_scale": -1}, "min_scale must not be negative"),
+        ({"max_scale": float("nan")}, "max_scale must not be negative"),
+        ({"window_growth": -0.5}, "window_growth must not be negative"),
+        ({"averaging_fraction": -1}, "averaging_fraction must not be negative"),
         ({"update_interval": 0}, "update_interval must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_number_is_one_clear_error(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        pn.scale_by_hindsight(**kwargs)
+        pn.scale_by_lookback(**kwargs)
 
 
 def test_missing_arguments_are_one_clear_error():
-    tx = pn.scale_by_hindsight()
+    tx = pn.scale_by_lookback()
     update = functools.partial(tx.update, PARAMS, tx.init(PARAMS))
-    with pytest.raises(ValueError, match="params: scale_by_hindsight needs"):
+    with pytest.raises(ValueError, match="params: scale_by_lookback needs"):
         update(value_fn=loss)
-    with pytest.raises(ValueError, match="value_fn: scale_by_hindsight needs"):
+    with pytest.raises(ValueError, match="value_fn: scale_by_lookback needs"):
         update(PARAMS)
