@@ -28,7 +28,7 @@ class Row:
       temp_bytes: the memory that the executable needs beside arguments and results.
       turns: the seconds of each step, for each turn; a turn has a whole number of
         refresh intervals, and all turns start from the same parameters and state.
-      cpu_turns: CPU seconds of an average step, for each turn.
+      cpu_turns: the same in CPU seconds, of all threads of the process.
     """
 
     network: str
@@ -41,39 +41,50 @@ class Row:
     state_bytes: int
     temp_bytes: int | None = None
     turns: list[list[float]] = dataclasses.field(default_factory=list)
-    cpu_turns: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def step_seconds(self) -> list[float]:
-        """For each step its median over the turns, all of which do the same."""
-        return [statistics.median(times) for times in zip(*self.turns, strict=True)]
+    cpu_turns: list[list[float]] = dataclasses.field(default_factory=list)
 
     @property
     def average(self) -> float | None:
         """The seconds of a step, refreshes included."""
-        return statistics.fmean(self.step_seconds) if self.turns else None
+        return statistics.fmean(_medians(self.turns)) if self.turns else None
 
     @property
     def without_refresh(self) -> float | None:
         """The seconds of a step without a refresh: the median, as few have one."""
-        return statistics.median(self.step_seconds) if self.turns else None
+        return statistics.median(_medians(self.turns)) if self.turns else None
 
     @property
     def cpu_average(self) -> float | None:
         """CPU seconds of a step, refreshes included."""
-        return statistics.median(self.cpu_turns) if self.turns else None
+        return statistics.fmean(_medians(self.cpu_turns)) if self.turns else None
+
+    @property
+    def cpu_without_refresh(self) -> float | None:
+        """CPU seconds of a step without a refresh."""
+        return statistics.median(_medians(self.cpu_turns)) if self.turns else None
+
+    @property
+    def steps(self) -> int:
+        """How many steps a turn has."""
+        return len(self.turns[0]) if self.turns else 0
 
     def as_json(self) -> dict[str, Any]:
         """Fields and medians; of the turns, their median alone."""
         fields = dataclasses.asdict(self)
-        turns = fields.pop("turns")
+        del fields["turns"], fields["cpu_turns"]
         return fields | {
             "average": self.average,
             "without_refresh": self.without_refresh,
             "cpu_average": self.cpu_average,
-            "number_of_turns": len(turns),
-            "step_seconds": [float(f"{x:.4g}") for x in self.step_seconds],
+            "cpu_without_refresh": self.cpu_without_refresh,
+            "number_of_turns": len(self.turns),
+            "step_seconds": [float(f"{x:.4g}") for x in _medians(self.turns)],
         }
+
+
+def _medians(turns: Sequence[Sequence[float]]) -> list[float]:
+    """For each step its median over the turns, all of which do the same."""
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 # Of a row: the column, the quantity, and the unit and digits of its absolute number.
@@ -81,6 +92,8 @@ QUANTITIES: dict[str, tuple[Callable[[Row], float | None], float, int]] = {
     "compile": (lambda row: row.compile_seconds, 1, 2),
     "average step": (lambda row: row.average, 1e3, 3),
     "step without refresh": (lambda row: row.without_refresh, 1e3, 3),
+    "average CPU": (lambda row: row.cpu_average, 1e3, 3),
+    "CPU without refresh": (lambda row: row.cpu_without_refresh, 1e3, 3),
 }
 HEADER = (
     "network",
@@ -90,9 +103,10 @@ HEADER = (
     "compile CPU s",
     "average step ms",
     "without refresh ms",
+    "average CPU ms",
+    "CPU without refresh ms",
     "trace CPU s",
     "init CPU s",
-    "step CPU ms",
     "state B / parameter",
     "temp MiB",
     "steps",
@@ -102,7 +116,8 @@ The step is jitted and donates parameters and state: the loss and its gradient, 
 update, `optax.apply_updates`. "compile" is tracing, lowering and compiling, in CPU
 seconds of a process of its own with empty caches. An average step is the mean over
 whole refresh intervals, a step without refresh the median of the same steps; each is
-waited for and is itself the median of its repetitions. S is the number of tensors.
+waited for and is itself the median of its repetitions. "CPU" is the same in CPU seconds
+of all threads, which depends less on other load. S is the number of tensors.
 """
 
 
@@ -116,10 +131,10 @@ def table(rows: Sequence[Row]) -> str:
       Lines without an end of line after the last.
 
     Example:
-      >>> muon = Row("cnn", "muon", 8, 100, 0.1, 0.5, 2.0, 400, 0, [[0.001]], [0.001])
-      >>> adam = Row("cnn", "adam", 8, 100, 0.1, 0.5, 1.0, 800, 0, [[0.002]], [0.002])
-      >>> print(table([muon, adam]).splitlines()[-1][:44])
-      | cnn | 8 | adam | 0.50 | 2.00 | 2.00 | 1.00
+      >>> muon = Row("cnn", "muon", 8, 100, 0.1, 0.5, 2.0, 400, 0, [[1e-3]], [[1e-3]])
+      >>> adam = Row("cnn", "adam", 8, 100, 0.1, 0.5, 1.0, 800, 0, [[2e-3]], [[2e-3]])
+      >>> print(table([muon, adam]).splitlines()[-1][:51])
+      | cnn | 8 | adam | 0.50 | 2.00 | 2.00 | 2.00 | 2.00
     """
     references = {row.network: row for row in rows if row.optimizer == REFERENCE}
     cells = [_cells(row, references.get(row.network)) for row in rows]
@@ -145,8 +160,7 @@ def _cells(row: Row, reference: Row | None) -> tuple[str, ...]:
         *(number(get(row), unit, digits) for get, unit, digits in QUANTITIES.values()),
         number(row.trace_seconds, 1, 2),
         number(row.init_seconds, 1, 2),
-        number(row.cpu_average, 1e3, 3),
         number(row.state_bytes / row.parameters, 1, 1),
         number(row.temp_bytes, 1 / 2**20, 1),
-        str(len(row.step_seconds)),
+        str(row.steps),
     )

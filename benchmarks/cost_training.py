@@ -83,22 +83,23 @@ class Training:
         periods = int(min(seconds / min(times), MOST_STEPS) / self._period)
         return self._period * max(periods, 1)
 
-    def turn(self, steps: int) -> tuple[list[float], float]:
-        """The seconds of each of the first steps, and their mean in CPU seconds."""
+    def turn(self, steps: int) -> tuple[list[float], list[float]]:
+        """The seconds of each of the first steps, and the CPU seconds of each."""
         if self._is_brief:
             self._run(1)
         return self._run(steps)
 
-    def _run(self, steps: int) -> tuple[list[float], float]:
+    def _run(self, steps: int) -> tuple[list[float], list[float]]:
         params, state = jax.block_until_ready(_copy(self._start))
-        seconds, cpu = [], time.process_time()
+        seconds, cpu_seconds = [], []
         for _ in range(steps):
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             params, state, _ = jax.block_until_ready(
                 self._step(params, state, self._batch)
             )
             seconds.append(time.perf_counter() - begin)
-        return seconds, (time.process_time() - cpu) / steps
+            cpu_seconds.append(time.process_time() - cpu_begin)
+        return seconds, cpu_seconds
 
 
 def _step_of(
@@ -137,7 +138,7 @@ def _steps(seconds: float) -> int:
     return _here.steps(seconds)
 
 
-def _turn(steps: int) -> tuple[list[float], float]:
+def _turn(steps: int) -> tuple[list[float], list[float]]:
     return _here.turn(steps)
 
 
@@ -169,8 +170,8 @@ def measure(
         for name in names:
             processes[name] = stack.enter_context(reporting.executor())
             rows[name] = processes[name].submit(_prepare, network, name).result()
-            seconds_told = f"{rows[name].compile_seconds:.2f} CPU s"
-            log(f"{network} {name}: compiled in {seconds_told}")
+            compiling = rows[name].compile_seconds
+            log(f"{network} {name}: compiled in {compiling:.2f} CPU s")
             yield rows[name]
         counts: dict[str, int] = {}
         for _ in range(turns):
@@ -179,8 +180,8 @@ def measure(
                     counts[name] = process.submit(_steps, seconds).result()
                 row = rows[name]
                 if sum(map(sum, row.turns)) < max_seconds:
-                    times, cpu = process.submit(_turn, counts[name]).result()
+                    times, cpu_times = process.submit(_turn, counts[name]).result()
                     row.turns.append(times)
-                    row.cpu_turns.append(cpu)
+                    row.cpu_turns.append(cpu_times)
                     log(f"{network} {name}: {1e3 * row.average:.3f} ms a step")
                     yield row

@@ -2,22 +2,38 @@
 
 import doctest
 import functools
+import importlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import partnewton as pn
+from partnewton.transform import interval_of
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
-from benchmarks import models, problems, summary, training_optimizers, training_report
+from benchmarks import (
+    cost,
+    cost_cases,
+    cost_report,
+    cost_training,
+    models,
+    problems,
+    reporting,
+    summary,
+    training_optimizers,
+    training_report,
+)
 
 SLOW = ("mlp_deep", "cnn", "vgg11", "resnet18")
+NETWORKS = models.NETWORKS | models.MORE
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
 
 
@@ -46,10 +62,10 @@ def test_several_networks_have_a_process_each(tmp_path):
 # --- The networks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_has_the_documented_number_of_tensors(name):
     params = jax.eval_shape(lambda: models.make(name).params)
-    assert len(jax.tree.leaves(params)) == models.NETWORKS[name].tensors
+    assert len(jax.tree.leaves(params)) == NETWORKS[name].tensors
 
 
 @pytest.mark.parametrize(
@@ -62,6 +78,8 @@ def test_a_network_has_the_documented_number_of_tensors(name):
         # the stem, 4 stages, their norms, the output: the usual ResNet-18 for CIFAR-10
         ("resnet18", 11_173_962),
         ("transformer", 256 * 128 + 64 * 128 + 2 * (12 * 128**2 + 10 * 128) + 256),
+        ("transformer_6", 256 * 128 + 64 * 128 + 6 * (12 * 128**2 + 10 * 128) + 256),
+        ("digits_cnn", 9 * 16 + 16 + 144 * 32 + 32 + (128 + 1) * 64 + (64 + 1) * 10),
         ("lstm", (64 + 128 + 1) * 4 * 128 + 128 * 10 + 10),
         ("cnn", 27 * 16 + 144 * 32 + 288 * 64 + 16 + 32 + 64 + 1024 * 10 + 10),
     ],
@@ -75,7 +93,7 @@ def test_a_network_has_the_parameters_of_its_description(name, count):
     "name",
     [
         pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x
-        for x in models.NETWORKS
+        for x in (*models.NETWORKS, "digits_cnn", "transformer_2_scan")
     ],
 )
 def test_every_tensor_matters_to_the_loss(name):
@@ -91,6 +109,20 @@ def test_every_tensor_matters_to_the_loss(name):
 def test_the_batch_has_the_size_asked_for(name):
     batch = jax.eval_shape(lambda: models.make(name, 3, scale=16).batch)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {3}
+
+
+def test_a_scan_over_layers_is_the_loop_over_layers():
+    loop = models.make("transformer", 2, scale=16)
+    scan = models.make("transformer_2_scan", 2, scale=16)
+    blocks = jax.tree.map(lambda *x: jnp.stack(x), *loop.params["blocks"])
+    stacked = loop.params | {"blocks": blocks}
+    jax.tree.map(np.testing.assert_array_equal, scan.params, stacked)
+    expected, gradient = jax.jit(jax.value_and_grad(loop.loss))(*loop[2:])
+    found, of_scan = jax.jit(jax.value_and_grad(scan.loss))(*scan[2:])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    gradient["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *gradient["blocks"])
+    for x, y in zip(*map(jax.tree.leaves, (of_scan, gradient)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)
 
 
 # --- The measurement -------------------------------------------------------------
@@ -183,8 +215,9 @@ def test_a_median_in_gradients():
     assert rows[2].floor == 1 + 4 * 0.5
 
 
-def test_examples():
-    results = doctest.testmod(summary)
+@pytest.mark.parametrize("name", ["summary", "cost_report"])
+def test_examples(name):
+    results = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -208,6 +241,123 @@ def test_a_wrong_argument_is_one_line(arguments, word, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert word in message
+
+
+# --- The cost of a training step -----------------------------------------------------
+
+
+def test_a_training_step_is_measured():
+    training = cost_training.Training("spirals", "adamw")
+    row = training.row
+    assert (row.tensors, row.parameters) == (6, 2 * 32 + 32 * 32 + 32 * 2 + 66)
+    assert row.state_bytes == 2 * 4 * row.parameters + 4  # two moments and a count
+    assert row.compile_seconds > row.trace_seconds > 0
+    assert training.steps(1e-9) == 10  # one period at least
+    for _ in range(2):  # from the same place, which is not donated
+        for times in training.turn(3):
+            assert len(times) == 3
+            assert min(times) > 0
+
+
+def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
+    seen = []
+    step_of = cost_training._step_of
+
+    def spy(*args):
+        seen.append(jax.config.jax_enable_compilation_cache)
+        return step_of(*args)
+
+    monkeypatch.setattr(cost_training, "_step_of", spy)
+    before = jax.config.jax_enable_compilation_cache
+    cost_training.Training("diabetes", "sgd")
+    assert seen == [False]
+    assert jax.config.jax_enable_compilation_cache == before
+
+
+@pytest.mark.parametrize("S", [1, 20, 26, 99, 268])
+def test_a_turn_has_whole_refresh_intervals(S):
+    assert cost_cases.optimizer("partition_newton").period(S) == interval_of(S)
+    assert cost_cases.optimizer("direction+rates").period(S) == interval_of(S)
+
+
+def test_the_links_together_are_the_preset():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    links = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
+    found, expected = links.init(params), pn.partition_newton().init(params)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def row_of(optimizer, **fields):
+    sizes = {"tensors": 8, "parameters": 100, "state_bytes": 800, "init_seconds": 0.1}
+    times = {"trace_seconds": 1.0, "compile_seconds": 2.0}
+    return cost_report.Row("cnn", optimizer, **(sizes | times | fields))
+
+
+def test_costs_are_told_in_those_of_muon():
+    """Medians over the turns, then the mean and the median over the steps."""
+    turns = [[9.0, 1.0, 1.0, 1.0], [5.0, 9.0, 1.0, 1.0], [5.0, 1.0, 1.0, 7.0]]
+    rows = [
+        row_of("muon", turns=[[1.0]], cpu_turns=[[0.5]]),
+        row_of("ours", compile_seconds=5.0, turns=turns, cpu_turns=[[1.0, 1.0, 4.0]]),
+        row_of("compiled"),
+    ]
+    assert rows[1].as_json()["step_seconds"] == [5, 1, 1, 1]
+    cells = [line.split(" | ") for line in cost_report.table(rows).splitlines()[2:]]
+    assert cells[0][3:8] == ["1.00"] * 5
+    assert cells[1][3:8] == ["2.50", "2.00", "1.00", "4.00", "2.00"]
+    assert cells[1][8:11] == ["5.00", "2000.000", "1000.000"]
+    assert cells[1][15] == "8.0"  # bytes a parameter
+    assert cells[2][3:8] == ["1.00", *4 * ["-"]]
+    (alone,) = cost_report.table(rows[1:2]).splitlines()[2:]
+    assert alone.split(" | ")[3:8] == 5 * ["-"]
+
+
+def test_costs_are_written_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
+    names = ["--networks", "spirals", "--optimizers", "sgd", "normalize"]
+    rest = ["--turns", "1", "--seconds", "0.01", "--output", str(tmp_path)]
+    written = []
+
+    def write(*args, rows, **kwargs):
+        written.append([row["number_of_turns"] for row in rows])
+        real_write(*args, rows=rows, **kwargs)
+
+    real_write = reporting.write
+    monkeypatch.setattr(reporting, "write", write)
+    assert cost.main([*names, *rest]) == 0
+    assert written == [[0], [0, 0], [1, 0], [1, 1]]
+    record = json.loads((tmp_path / "cost.json").read_text("utf-8"))
+    assert [row["optimizer"] for row in record["rows"]] == ["sgd", "normalize"]
+    assert all(row["average"] > 0 for row in record["rows"])
+    lines = (tmp_path / "cost.md").read_text("utf-8").splitlines()
+    assert record["machine"]["cpu"] in lines[0]
+    assert sum(line.startswith("| spirals | 6 | ") for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_each_optimizer_has_a_process_of_its_own(tmp_path):
+    names = ["--networks", "spirals", "--optimizers", "sgd", "adamw"]
+    assert cost.main([*names, "--quick", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "cost.json").read_text("utf-8"))["rows"]
+    assert [row["number_of_turns"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--networks", "alexnet"],
+        ["--optimizers", "muon+rates"],
+        ["--turns", "0"],
+        ["--output", __file__],
+    ],
+)
+def test_a_wrong_argument_of_the_cost_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        cost.main(arguments)
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert arguments[1] in message
 
 
 # --- Training ------------------------------------------------------------------------
