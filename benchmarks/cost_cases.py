@@ -12,6 +12,7 @@ from optax import contrib
 import partnewton as pn
 from benchmarks import models, problems
 from partnewton import averaging, directions, presets, rules
+from partnewton.transform import default_refreshes
 
 __all__ = ["LINKS", "NETWORKS", "OPTIMIZERS", "Optimizer", "optimizer"]
 
@@ -23,16 +24,11 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: the optimizer as a user calls it.
-      period: from the number of tensors, S, to a number of steps.
+      refreshes: from a number of steps and of tensors, S, to the steps that refresh.
     """
 
     make: Callable[[], optax.GradientTransformation]
-    period: Callable[[int], int] = lambda S: 10
-
-
-def refresh_interval(S: int) -> int:
-    """The default of `partition_newton`: as many as S, from 20 to 100."""
-    return min(max(20, S), 100)
+    refreshes: Callable[[int, int], list[int]] = lambda steps, S: []
 
 
 def _average() -> averaging.Average:
@@ -43,7 +39,8 @@ def _average() -> averaging.Average:
 LINKS: dict[str, Optimizer] = {
     "direction": Optimizer(
         lambda: directions.skip_nonfinite(
-            directions.equilibrated(presets.orthogonal_momentum())
+            directions.equilibrated(presets.orthogonal_momentum()),
+            param_labels=pn.partitions.per_tensor,
         )
     ),
     "rates": Optimizer(
@@ -54,7 +51,7 @@ LINKS: dict[str, Optimizer] = {
             average=_average(),
             backtracking=30,
         ),
-        refresh_interval,
+        default_refreshes,
     ),
     "lookback": Optimizer(pn.scale_by_lookback),
 }
@@ -64,7 +61,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(lambda: optax.adamw(RATE)),
     "muon": Optimizer(lambda: contrib.muon(RATE)),
     "lbfgs": Optimizer(optax.lbfgs),
-    "partition_newton": Optimizer(pn.partition_newton, refresh_interval),
+    "partition_newton": Optimizer(pn.partition_newton, default_refreshes),
     **LINKS,
 }
 """What is measured by default; links are followed by a learning rate of `RATE`."""
@@ -82,7 +79,10 @@ def optimizer(name: str) -> Optimizer:
             *(link.make() for link in links), optax.scale_by_learning_rate(RATE)
         )
 
-    return Optimizer(make, lambda S: max(link.period(S) for link in links))
+    def refreshes(steps: int, S: int) -> list[int]:
+        return sorted({n for link in links for n in link.refreshes(steps, S)})
+
+    return Optimizer(make, refreshes)
 
 
 def _problem(name: str) -> models.Model:

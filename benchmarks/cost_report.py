@@ -7,9 +7,10 @@ from typing import Any
 
 from benchmarks.reporting import facts, markdown, number
 
-__all__ = ["REFERENCE", "Row", "report", "table"]
+__all__ = ["LONG_RUN", "REFERENCE", "Row", "report", "table"]
 
 REFERENCE = "muon"
+LONG_RUN = 1000  # steps, over which refreshes are averaged
 
 
 @dataclasses.dataclass
@@ -26,8 +27,10 @@ class Row:
       compile_seconds: CPU seconds of tracing, lowering and compiling the step.
       state_bytes: the size of the optimizer's state.
       temp_bytes: the memory that the executable needs beside arguments and results.
-      turns: the seconds of each step, for each turn; a turn has a whole number of
-        refresh intervals, and all turns start from the same parameters and state.
+      refreshes: the steps of a turn that refresh the learning rates.
+      long_run_refreshes: how many of the first `LONG_RUN` steps do.
+      turns: the seconds of each step, for each turn; all turns start from the same
+        parameters and state.
       cpu_turns: the same in CPU seconds, of all threads of the process.
     """
 
@@ -40,28 +43,43 @@ class Row:
     compile_seconds: float
     state_bytes: int
     temp_bytes: int | None = None
+    refreshes: list[int] = dataclasses.field(default_factory=list)
+    long_run_refreshes: int = 0
     turns: list[list[float]] = dataclasses.field(default_factory=list)
     cpu_turns: list[list[float]] = dataclasses.field(default_factory=list)
 
     @property
     def average(self) -> float | None:
         """The seconds of a step, refreshes included."""
-        return statistics.fmean(_medians(self.turns)) if self.turns else None
+        return self._average(self.turns)
 
     @property
     def without_refresh(self) -> float | None:
-        """The seconds of a step without a refresh: the median, as few have one."""
-        return statistics.median(_medians(self.turns)) if self.turns else None
+        """The seconds of a step without a refresh."""
+        return self._plain(self.turns)
 
     @property
     def cpu_average(self) -> float | None:
         """CPU seconds of a step, refreshes included."""
-        return statistics.fmean(_medians(self.cpu_turns)) if self.turns else None
+        return self._average(self.cpu_turns)
 
     @property
     def cpu_without_refresh(self) -> float | None:
         """CPU seconds of a step without a refresh."""
-        return statistics.median(_medians(self.cpu_turns)) if self.turns else None
+        return self._plain(self.cpu_turns)
+
+    def _plain(self, turns: list[list[float]]) -> float | None:
+        """The mean of the steps without a refresh."""
+        times = [x for n, x in enumerate(_medians(turns)) if n not in self.refreshes]
+        return statistics.fmean(times) if times else None
+
+    def _average(self, turns: list[list[float]]) -> float | None:
+        """The mean of the first `LONG_RUN` steps, from those of a turn."""
+        plain, times = self._plain(turns), _medians(turns)
+        if plain is None or not self.refreshes:
+            return plain
+        more = statistics.fmean(times[n] for n in self.refreshes) - plain
+        return plain + more * self.long_run_refreshes / LONG_RUN
 
     @property
     def steps(self) -> int:
@@ -84,6 +102,8 @@ class Row:
 
 def _medians(turns: Sequence[Sequence[float]]) -> list[float]:
     """For each step its median over the turns, all of which do the same."""
+    if not turns:
+        return []
     return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
@@ -114,8 +134,8 @@ HEADER = (
 NOTES = """\
 The step is jitted and donates parameters and state: the loss and its gradient, the
 update, `optax.apply_updates`. "compile" is tracing, lowering and compiling, in CPU
-seconds of a process of its own with empty caches. An average step is the mean over
-whole refresh intervals, a step without refresh the median of the same steps; each is
+seconds of a process of its own with empty caches. An average step is the mean of the
+first 1000, computed from the mean of those with and of those without a refresh; each is
 waited for and is itself the median of its repetitions. "CPU" is the same in CPU seconds
 of all threads, which depends less on other load. S is the number of tensors.
 """

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import cost_cases, reporting
-from benchmarks.cost_report import Row
+from benchmarks.cost_report import LONG_RUN, Row
 
 __all__ = ["Training", "measure"]
 
 PyTree = Any
-MOST_STEPS = 200  # of a turn, where a refresh interval is shorter
+LEAST_STEPS, MOST_STEPS = 30, 200  # of a turn: two refreshes and two look backs
 WARM = 0.2  # seconds; a shorter step is timed after one that warms the caches again
 
 
@@ -49,7 +49,8 @@ class Training:
         tx = optax.with_extra_args_support(chosen.make())
         leaves = jax.tree.leaves(model.params)
         self._is_brief = True
-        self._period, self._batch = chosen.period(len(leaves)), model.batch
+        self._refreshes = functools.partial(chosen.refreshes, S=len(leaves))
+        self._batch = model.batch
         begin = time.process_time()
         state = jax.block_until_ready(tx.init(model.params))
         init_seconds = time.process_time() - begin
@@ -77,11 +78,13 @@ class Training:
         )
 
     def steps(self, seconds: float) -> int:
-        """How many steps make a turn: whole periods, of so many seconds if they can."""
+        """How many steps make a turn, of so many seconds if they can."""
         times, _ = self._run(4)  # the first may have a refresh
         self._is_brief = min(times) < WARM
-        periods = int(min(seconds / min(times), MOST_STEPS) / self._period)
-        return self._period * max(periods, 1)
+        steps = int(min(max(seconds / min(times), LEAST_STEPS), MOST_STEPS))
+        self.row.refreshes = self._refreshes(steps)
+        self.row.long_run_refreshes = len(self._refreshes(LONG_RUN))
+        return steps
 
     def turn(self, steps: int) -> tuple[list[float], list[float]]:
         """The seconds of each of the first steps, and the CPU seconds of each."""
@@ -134,8 +137,8 @@ def _prepare(network: str, name: str) -> Row:
     return _here.row
 
 
-def _steps(seconds: float) -> int:
-    return _here.steps(seconds)
+def _steps(seconds: float) -> tuple[int, Row]:
+    return _here.steps(seconds), _here.row
 
 
 def _turn(steps: int) -> tuple[list[float], list[float]]:
@@ -157,7 +160,7 @@ def measure(
       network: a key of `cost_cases.NETWORKS`.
       names: of optimizers.
       turns: of each optimizer; 0 to compile and nothing else.
-      seconds: of a turn, or one period of the optimizer where that takes longer.
+      seconds: of a turn, or 30 steps where these take longer.
       max_seconds: an optimizer has no further turn when its turns took so long in all.
       log: what takes a line about each step.
 
@@ -177,7 +180,9 @@ def measure(
         for _ in range(turns):
             for name, process in processes.items():
                 if name not in counts:
-                    counts[name] = process.submit(_steps, seconds).result()
+                    counts[name], found = process.submit(_steps, seconds).result()
+                    rows[name].refreshes = found.refreshes
+                    rows[name].long_run_refreshes = found.long_run_refreshes
                 row = rows[name]
                 if sum(map(sum, row.turns)) < max_seconds:
                     times, cpu_times = process.submit(_turn, counts[name]).result()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import partnewton as pn
 from partnewton import data, plot
-from partnewton.transform import refresh_interval
+from partnewton.transform import default_refreshes
 
 __all__ = ["Config", "Experiment", "Results", "prepare", "report", "run", "write"]
 
@@ -133,11 +133,7 @@ class Experiment(NamedTuple):
     def refreshes(self) -> list[int]:
         """The steps at which `partition_newton` refreshes by default."""
         size = len(pn.subset_names(self.params, self.param_labels))
-        found, step = [], 0
-        while step < self.config.steps:
-            found.append(step)
-            step += int(refresh_interval(step, size))
-        return found
+        return default_refreshes(self.config.steps, size)
 
 
 def prepare(config: Config) -> Experiment:

@@ -280,21 +280,18 @@ def scale_by_partition_newton(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def refresh_interval(count: jax.typing.ArrayLike, size: int) -> jax.typing.ArrayLike:
-    """After how many updates learning rates are refreshed if nobody says otherwise.
+def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
+    """After how many updates rates are refreshed by default, `count` updates made."""
+    return xp.clip(count // 4, 20, max(20, 5 * size))
 
-    A quarter of the updates so far, at least 20 and at most 5 S: a summary of S subsets
-    costs about S/2 gradients, so that in the long run refreshes cost a tenth of the
-    gradients in between.
 
-    Args:
-      count: how many updates were made.
-      size: S.
-
-    Returns:
-      A number of updates.
-    """
-    return jnp.clip(count // 4, 20, max(20, 5 * size))
+def default_refreshes(num_updates: int, size: int) -> list[int]:
+    """The counts, of so many updates, at which rates are refreshed by default."""
+    counts, count = [], 0
+    while count < num_updates:
+        counts.append(count)
+        count += int(refresh_interval(count, size, np))
+    return counts
 
 
 def _next_refresh(

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import partnewton as pn
-from partnewton.transform import interval_of
+from partnewton.transform import default_refreshes
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
@@ -252,7 +252,7 @@ def test_a_training_step_is_measured():
     assert (row.tensors, row.parameters) == (6, 2 * 32 + 32 * 32 + 32 * 2 + 66)
     assert row.state_bytes == 2 * 4 * row.parameters + 4  # two moments and a count
     assert row.compile_seconds > row.trace_seconds > 0
-    assert training.steps(1e-9) == 10  # one period at least
+    assert training.steps(1e-9) == cost_training.LEAST_STEPS
     for _ in range(2):  # from the same place, which is not donated
         for times in training.turn(3):
             assert len(times) == 3
@@ -275,9 +275,20 @@ def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("S", [1, 20, 26, 99, 268])
-def test_a_turn_has_whole_refresh_intervals(S):
-    assert cost_cases.optimizer("partition_newton").period(S) == interval_of(S)
-    assert cost_cases.optimizer("direction+rates").period(S) == interval_of(S)
+def test_a_turn_has_two_refreshes_of_the_default(S):
+    steps = cost_training.LEAST_STEPS
+    for name in ("partition_newton", "direction+rates"):
+        refreshes = cost_cases.optimizer(name).refreshes(steps, S)
+        assert refreshes == default_refreshes(steps, S) == [0, 20]
+    assert cost_cases.optimizer("direction+lookback").refreshes(steps, S) == []
+
+
+def test_the_average_step_is_that_of_a_thousand():
+    """Steps of 1 s, refreshes of 11 s, fifty of them in a thousand steps."""
+    times = [11.0, 1.0, 1.0, 11.0, 1.0]
+    row = row_of("ours", turns=[times], refreshes=[0, 3], long_run_refreshes=50)
+    assert row.without_refresh == pytest.approx(1.0)
+    assert row.average == pytest.approx(1.5)
 
 
 def test_the_links_together_are_the_preset():
@@ -294,17 +305,24 @@ def row_of(optimizer, **fields):
 
 
 def test_costs_are_told_in_those_of_muon():
-    """Medians over the turns, then the mean and the median over the steps."""
+    """Medians over the turns, then means over the steps."""
     turns = [[9.0, 1.0, 1.0, 1.0], [5.0, 9.0, 1.0, 1.0], [5.0, 1.0, 1.0, 7.0]]
     rows = [
         row_of("muon", turns=[[1.0]], cpu_turns=[[0.5]]),
-        row_of("ours", compile_seconds=5.0, turns=turns, cpu_turns=[[1.0, 1.0, 4.0]]),
+        row_of(
+            "ours",
+            compile_seconds=5.0,
+            turns=turns,
+            cpu_turns=[[2.0, 1.0, 1.0, 1.0]],
+            refreshes=[0],
+            long_run_refreshes=250,
+        ),
         row_of("compiled"),
     ]
     assert rows[1].as_json()["step_seconds"] == [5, 1, 1, 1]
     cells = [line.split(" | ") for line in cost_report.table(rows).splitlines()[2:]]
     assert cells[0][3:8] == ["1.00"] * 5
-    assert cells[1][3:8] == ["2.50", "2.00", "1.00", "4.00", "2.00"]
+    assert cells[1][3:8] == ["2.50", "2.00", "1.00", "2.50", "2.00"]
     assert cells[1][8:11] == ["5.00", "2000.000", "1000.000"]
     assert cells[1][15] == "8.0"  # bytes a parameter
     assert cells[2][3:8] == ["1.00", *4 * ["-"]]
@@ -314,7 +332,7 @@ def test_costs_are_told_in_those_of_muon():
 
 def test_costs_are_written_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
-    names = ["--networks", "spirals", "--optimizers", "sgd", "normalize"]
+    names = ["--networks", "spirals", "--optimizers", "sgd", "lookback"]
     rest = ["--turns", "1", "--seconds", "0.01", "--output", str(tmp_path)]
     written = []
 
@@ -327,7 +345,7 @@ def test_costs_are_written_as_they_come(tmp_path, monkeypatch):
     assert cost.main([*names, *rest]) == 0
     assert written == [[0], [0, 0], [1, 0], [1, 1]]
     record = json.loads((tmp_path / "cost.json").read_text("utf-8"))
-    assert [row["optimizer"] for row in record["rows"]] == ["sgd", "normalize"]
+    assert [row["optimizer"] for row in record["rows"]] == ["sgd", "lookback"]
     assert all(row["average"] > 0 for row in record["rows"])
     lines = (tmp_path / "cost.md").read_text("utf-8").splitlines()
     assert record["machine"]["cpu"] in lines[0]
