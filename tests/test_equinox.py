@@ -186,10 +186,9 @@ def test_a_loss_that_takes_the_model_is_told_to_combine():
         pn.partition_newton(),
         pn.partition_newton(direction=optax.scale_by_adam(), param_labels="per_layer"),
         pn.paper_newton(),
-        pn.paper_newton(unit_directions=True),
         optax.chain(pn.paper_newton(), pn.clip_by_parameter_rms()),
     ],
-    ids=["preset", "adam", "paper", "unit", "clipped"],
+    ids=["preset", "adam", "paper", "clipped"],
 )
 def test_every_optimizer_updates_a_filtered_model(tx):
     loss, params = of_mlp()

@@ -541,14 +541,13 @@ def test_frozen_updates_are_zero_whatever_they_were():
     updates = [jnp.array([2.0, jnp.inf]), jnp.full(2, jnp.inf), none, none[:2]]
     leaves = jax.tree.leaves(params)
     partition = partition_of(params, labels)
-    scaled = jax.jit(lambda eta: partition.scaled(updates, eta, leaves)[:3])
-    a, b, c = scaled(jnp.array([3.0]))
+    scaled = jax.jit(lambda eta: partition.scaled(updates, eta, leaves))
+    a, b, c, d = scaled(jnp.array([3.0]))
     np.testing.assert_array_equal(a.astype(float), [6.0, 0.0])
     np.testing.assert_array_equal(b, [0.0, 0.0])
     np.testing.assert_array_equal(c, [0, 0, 0])
     assert (a.dtype, b.dtype, c.dtype) == (jnp.bfloat16, jnp.float32, jnp.int8)
-    *_, d = partition.scaled(updates, jnp.array([3.0]), leaves)
-    assert (d.shape, d.dtype) == ((2,), jax.dtypes.float0)
+    np.testing.assert_array_equal(d, [0, 0])  # a chain can scale it
 
     moved = partition.moved(leaves, [a, b, c, d])
     np.testing.assert_array_equal(moved[0].astype(float), [7.0, 1.0])
