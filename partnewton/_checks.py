@@ -59,10 +59,10 @@ def check_learning_rate(value: Any, stacklevel: int = 3) -> None:
     if isinstance(value, int | float | np.number) and 0 < value < TINY:
         warnings.warn(
             f"learning_rate={value} is a factor on steps whose lengths are solved for, "
-            "not a learning rate like Adam's: 1 takes them in full and 0.2, the "
-            f"default, suits mini-batches. With {value} training is slower by orders "
-            "of magnitude. Leave it out; if such short steps are meant, pass them as a "
-            "schedule, optax.constant_schedule for instance.",
+            "not a learning rate like Adam's: 1 takes them in full, 0.2 is the default."
+            " Training will be slower by orders of magnitude. Leave it out; if steps "
+            "are meant to be so short, pass a schedule, such as "
+            f"optax.constant_schedule({value}).",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -28,12 +28,10 @@ def check_arguments(
     if value_fn is None:
         raise ValueError(
             f"value_fn: {name} needs the loss as a function of the parameters; call "
-            "tx.update(updates, state, params, value_fn=loss). A wrapper may drop it: "
-            "flax's TrainState.apply_gradients(grads=grads, value_fn=loss) does not "
-            "hand it on. Write instead updates, opt_state = state.tx.update(grads, "
-            "state.opt_state, state.params, value_fn=loss) and state = state.replace("
-            "step=state.step + 1, opt_state=opt_state, "
-            "params=optax.apply_updates(state.params, updates))."
+            "tx.update(updates, state, params, value_fn=loss). A wrapper may drop it, "
+            "as flax's TrainState.apply_gradients does: use the TrainState of "
+            "docs/recipes.md, or write updates, opt_state = state.tx.update(grads, "
+            "state.opt_state, state.params, value_fn=loss)."
         )
     if not callable(value_fn):
         raise TypeError(
@@ -76,11 +74,10 @@ def explained(value_fn: Callable[..., Any], params: optax.Params) -> Callable[..
 
 _MASKED = (
     "value_fn failed on parameters that lack the leaf {place!r}: optax.masked, "
-    "optax.partition and optax.multi_transform put a MaskedNode in the place of what "
-    "they take out, and the loss cannot be evaluated on that. Do not wrap the "
-    "optimizer; label the leaves that it is to leave alone partitions.FROZEN in "
-    "param_labels, and add the updates of another optimizer for them: "
-    "updates = optax.tree.add(ours, theirs), see docs/faq.md."
+    "optax.partition and optax.multi_transform put a MaskedNode in its place. Do not "
+    "wrap the optimizer: label what it is to leave alone partitions.FROZEN in "
+    "param_labels, and add the updates of another optimizer for that, "
+    "optax.tree.add(ours, theirs); see docs/faq.md."
 )
 _COPY = (
     "value_fn changes variables of an nnx model that was made outside of it (BatchNorm "

@@ -51,8 +51,10 @@ BODY = {"body": True, "head": False}
 @pytest.mark.parametrize("labels", [None, {"body": "body", "head": "head"}])
 def test_masks_that_hide_leaves_from_the_loss_are_explained(wrapped, labels):
     tx = wrapped(pn.scale_by_partition_newton(param_labels=labels))
-    with pytest.raises(ValueError, match=r"lack the leaf 'head.*MaskedNode.*FROZEN"):
+    told = r"lack the leaf 'head.*MaskedNode.*FROZEN"
+    with pytest.raises(ValueError, match=told) as raised:
         update(tx)
+    assert len(str(raised.value)) < 400
 
 
 def test_a_loss_that_fills_in_what_a_mask_hides_is_served():
@@ -73,11 +75,11 @@ def test_a_wrapper_that_drops_the_loss_is_told_what_to_write():
     )
     with pytest.raises(ValueError, match=r"value_fn: .*TrainState\.apply_g") as raised:
         state.apply_gradients(grads=params, value_fn=lambda p: jnp.sum(p["bias"]))
-    code = re.search(r"Write instead (.*) and state = (.*)\.$", str(raised.value))
-    scope = {"state": state, "grads": params, "optax": optax}
+    code = re.search(r"or write (.*)\.$", str(raised.value))
+    scope = {"state": state, "grads": params}
     scope["loss"] = lambda p: jnp.sum((p["kernel"] + p["bias"] - 1.0) ** 2)
     exec(code[1], scope)
-    assert eval(code[2], scope).step == 1
+    assert scope["updates"].keys() == params.keys()
 
 
 # --- Losses that were written for something else than parameters ---------------------
