@@ -30,7 +30,7 @@ class MeasuredDirection:
     ):
         self.partition = partitions.partition_of(params, param_labels)
         self._updates, self._params = updates, params
-        self._leaves = checked_direction(updates, params, "updates")
+        self._leaves = checked_direction(updates, params, "updates", self.partition)
         self.treedef = jax.tree.structure(updates)
         self._params_leaves, self._params_treedef = jax.tree.flatten(params)
         active = [jnp.asarray(self._leaves[i]) for i in self.partition.active]

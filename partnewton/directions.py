@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from partnewton import partitions
+from partnewton._checks import check_transformation
 from partnewton._tree import select
 from partnewton.engines.versions import apart
 from partnewton.summary import checked_direction
@@ -53,6 +54,7 @@ def skip_nonfinite(
       >>> print(sums)
       [7.]
     """
+    check_transformation("direction", direction)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> optax.OptState:
@@ -75,11 +77,9 @@ def skip_nonfinite(
         if param_labels is not None:
             if params is None:
                 raise ValueError("params: skip_nonfinite needs the parameters.")
-            checked_direction(updates, params, "updates")
-            partition, everything = (
-                partitions.partition_of(params, param_labels),
-                updates,
-            )
+            partition = partitions.partition_of(params, param_labels)
+            everything = params
+            checked_direction(updates, params, "updates", partition)
             updates, params = partition.take(updates), partition.take(params)
         is_finite = _has_finite_squares(updates)
         outgoing, new = direction.update(updates, state, params, **extra_args)
@@ -164,6 +164,7 @@ def equilibrated(
       >>> print(updates[0, 0] / updates[1, 0])
       0.01
     """
+    check_transformation("direction", direction)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> EquilibratedState:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from partnewton import partitions
-from partnewton._extra_args import check_arguments, picked
+from partnewton._checks import check_number
+from partnewton._extra_args import check_arguments, explained, picked
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
 
@@ -125,10 +125,8 @@ def scale_by_lookback(
         "max_scale": max_scale,
     }
     for name, number in numbers.items():
-        if isinstance(number, int | float | np.number) and not number >= 0:
-            raise ValueError(f"{name} must not be negative, got {number}.")
-    if isinstance(update_interval, int | np.integer) and update_interval < 1:
-        raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
+        check_number(name, number)
+    check_number("update_interval", update_interval, minimum=1)
 
     def init_fn(params: optax.Params) -> ScaleByLookbackState:
         anchor = params
@@ -166,7 +164,9 @@ def scale_by_lookback(
             displacement = jax.tree.map(jnp.subtract, now, state.anchor)
 
             def loss_at(steps: optax.Updates) -> jax.Array:
-                value = value_fn(partition.moved(params, steps), **loss_args)
+                value = explained(value_fn, params)(
+                    partition.moved(params, steps), **loss_args
+                )
                 return value[0] if has_aux else value
 
             steps = jax.tree.map(

@@ -1,6 +1,7 @@
 """What to read from a state: learning rates and metrics under names."""
 
 import jax
+import numpy as np
 import optax
 
 from partnewton._extra_args import states_of
@@ -36,16 +37,8 @@ def learning_rates(
       {'w': Array(0., dtype=float32)}
     """
     del params
-    found = states_of(ScaleByPartitionNewtonState, state)
-    if len(found) != 1:
-        raise ValueError(
-            "state must contain exactly one ScaleByPartitionNewtonState, found "
-            f"{len(found)}."
-        )
-    (ours,) = found
-    numbered = [key.split(" ", maxsplit=1) for key in ours.subsets]
-    names = sorted((int(s), name) for s, name in numbered)
-    return {name: ours.learning_rates[..., s] for s, name in names}
+    ours = _only_state(state)
+    return {name: ours.learning_rates[..., s] for name, s in _names(ours).items()}
 
 
 def metrics(
@@ -71,7 +64,8 @@ def metrics(
       params: not needed; accepted as by :func:`~partnewton.learning_rates`.
 
     Returns:
-      Arrays of shape (), also under a trace.
+      Arrays of shape (), also under a trace. Of the state of an ensemble, made by
+      :func:`jax.vmap`, they keep the leading axis.
 
     Raises:
       ValueError: `state` contains no such state, or several.
@@ -87,20 +81,37 @@ def metrics(
       >>> print(logged["loss"], logged["learning_rate/w"], logged["curvature/w"])
       9.0 0.5 72.0
     """
-    rates = learning_rates(state, params)
-    (ours,) = states_of(
-        ScaleByPartitionNewtonState, state
-    )  # learning_rates has counted
+    ours = _only_state(state)
     factors = [x.factor for x in states_of(ScaleByLookbackState, state)]
-    scalars = {
+    leading = np.ndim(ours.learning_rates) - 1  # axes of an ensemble
+    numbers = {
         name: x
         for name, x in ours._asdict().items()
-        if isinstance(x, jax.Array) and x.ndim == 0
+        if isinstance(x, jax.Array | np.ndarray | np.generic) and np.ndim(x) == leading
     }
-    curvature = ours.hessian.diagonal()
+    names = _names(ours)
     return (
-        scalars
+        numbers
         | ({"factor": factors[0]} if len(factors) == 1 else {})
-        | {f"learning_rate/{name}": rate for name, rate in rates.items()}
-        | {f"curvature/{name}": curvature[s] for s, name in enumerate(rates)}
+        | {
+            f"learning_rate/{name}": ours.learning_rates[..., s]
+            for name, s in names.items()
+        }
+        | {f"curvature/{name}": ours.hessian[..., s, s] for name, s in names.items()}
     )
+
+
+def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
+    found = states_of(ScaleByPartitionNewtonState, state)
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain exactly one ScaleByPartitionNewtonState, found "
+            f"{len(found)}."
+        )
+    return found[0]
+
+
+def _names(state: ScaleByPartitionNewtonState) -> dict[str, int]:
+    """The names of the subsets, in their order, and their numbers."""
+    numbered = [key.split(" ", maxsplit=1) for key in state.subsets]
+    return {name: s for s, name in sorted((int(s), name) for s, name in numbered)}

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from partnewton import averaging, directions, partitions, rules
+from partnewton._checks import check_learning_rate
 from partnewton.lookback import scale_by_lookback
 from partnewton.transform import scale_by_partition_newton
 
@@ -44,7 +45,9 @@ def partition_newton(
     noise or a narrow valley makes steps oscillate.
 
     Args:
-      learning_rate: the factor on all lengths at the start, a number or a schedule.
+      learning_rate: the factor on all lengths at the start, a number or a schedule; 1
+        takes the lengths in full. It is not a learning rate like Adam's: a plain number
+        below 0.01 is taken for one and warned of; pass a schedule if it is meant.
       direction: any transformation whose outgoing updates are gradient-like; by default
         that of Muon, orthogonalised momentum for matrices and kernels of convolutions
         and Adam for all other leaves, in the units of
@@ -92,6 +95,7 @@ def partition_newton(
     References:
       P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
     """
+    check_learning_rate(learning_rate)
     if direction is None:
         direction = directions.equilibrated(orthogonal_momentum())
     if average is None:
@@ -187,6 +191,7 @@ def paper_newton(
     References:
       P. Wolinski, arXiv 2312.03885.
     """
+    check_learning_rate(learning_rate)
     labels = partitions.per_tensor if param_labels is None else param_labels
     return optax.chain(
         directions.skip_nonfinite(optax.ema(momentum), param_labels=labels),

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from partnewton import engines, partitions
+from partnewton._extra_args import explained
 
 __all__ = ["Summary", "derivative_tensors", "summarize"]
 
@@ -199,17 +201,18 @@ class _Problem:
         partition = param_labels
         if not isinstance(partition, partitions.Partition):
             partition = partitions.partition_of(params, param_labels)
-        _check_equal_on_all_devices("params", params)
-        _check_equal_on_all_devices("direction", direction)
-        directions = checked_direction(direction, params)
+        directions = checked_direction(direction, params, partition=partition)
         everything, treedef = jax.tree.flatten(params)
         active = partition.active
+        _check_equal_on_all_devices("params", [everything[i] for i in active])
+        _check_equal_on_all_devices("direction", [directions[i] for i in active])
 
         def loss(leaves: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
             filled = list(everything)
             for i, leaf in zip(active, leaves, strict=True):
                 filled[i] = leaf
-            return _checked_loss(value_fn(jax.tree.unflatten(treedef, filled)), has_aux)
+            result = explained(value_fn, params)(jax.tree.unflatten(treedef, filled))
+            return _checked_loss(result, has_aux)
 
         self.loss = loss
         self.leaves = [jnp.asarray(everything[i]) for i in active]
@@ -226,20 +229,30 @@ class _Problem:
 
 
 def checked_direction(
-    direction: PyTree, params: PyTree, name: str = "direction"
+    direction: PyTree,
+    params: PyTree,
+    name: str = "direction",
+    partition: partitions.Partition | None = None,
 ) -> list[Any]:
-    """The leaves of `direction`, if they have the paths and shapes of `params`."""
-    theirs, ours = partitions.leaf_names(direction), partitions.leaf_names(params)
-    for missing in [path for path in ours if path not in theirs]:
-        raise ValueError(f"{name} has no leaf {missing!r}, but params has one.")
-    for extra in [path for path in theirs if path not in ours]:
-        raise ValueError(f"{name} has a leaf {extra!r}, but params has none.")
-    leaves = jax.tree.leaves(direction)
-    for path, u, leaf in zip(ours, leaves, jax.tree.leaves(params), strict=True):
-        if jnp.shape(u) != jnp.shape(leaf):
+    """The leaves of `direction`, if they have the paths and shapes of `params`.
+
+    What stands in the place of a leaf that `partition` freezes may have any shape and
+    type, such as the `float0` that jax makes gradients of integers.
+    """
+    leaves, treedef = jax.tree.flatten(direction)
+    likes, params_treedef = jax.tree.flatten(params)
+    if treedef != params_treedef:
+        theirs, ours = partitions.leaf_names(direction), partitions.leaf_names(params)
+        for missing in [path for path in ours if path not in theirs]:
+            raise ValueError(f"{name} has no leaf {missing!r}, but params has one.")
+        for extra in [path for path in theirs if path not in ours]:
+            raise ValueError(f"{name} has a leaf {extra!r}, but params has none.")
+    frozen = set() if partition is None else {*range(len(leaves))} - {*partition.active}
+    for i, (u, leaf) in enumerate(zip(leaves, likes, strict=True)):
+        if i not in frozen and np.shape(u) != np.shape(leaf):
             raise ValueError(
-                f"{name}: the leaf {path!r} has shape {jnp.shape(u)}, but in params it "
-                f"has shape {jnp.shape(leaf)}."
+                f"{name}: the leaf {partitions.leaf_names(params)[i]!r} has shape "
+                f"{np.shape(u)}, but in params it has shape {np.shape(leaf)}."
             )
     return leaves
 

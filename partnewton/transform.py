@@ -17,6 +17,7 @@ import optax
 
 from partnewton import averaging, partitions, rules
 from partnewton._backtracking import descending_fraction
+from partnewton._checks import check_average, check_number, check_rule
 from partnewton._extra_args import check_arguments, picked
 from partnewton._measured_direction import MeasuredDirection
 from partnewton._tree import all_finite, select
@@ -165,11 +166,13 @@ def scale_by_partition_newton(
     param_labels = partitions.per_tensor if param_labels is None else param_labels
     average = averaging.none() if average is None else average
     smoothing = averaging.none() if smoothing is None else smoothing
+    check_rule(rule)
+    check_average("average", average)
+    check_average("smoothing", smoothing)
+    check_number("backtracking", backtracking)
+    if update_interval is not None:
+        check_number("update_interval", update_interval, minimum=1)
     third_order = rules.needs_third_order(rule)
-    if isinstance(update_interval, int | np.integer) and update_interval < 1:
-        raise ValueError(f"update_interval must be at least 1, got {update_interval}.")
-    if isinstance(backtracking, int | np.integer) and backtracking < 0:
-        raise ValueError(f"backtracking must not be negative, got {backtracking}.")
     if normalize not in (None, "norm", "rms"):
         raise ValueError(f"normalize must be 'norm', 'rms' or None, got {normalize!r}.")
     # A number that is traced, as optax.inject_hyperparams makes it, may be any.

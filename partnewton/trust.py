@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from partnewton import partitions
+from partnewton._checks import check_number
 from partnewton.summary import checked_direction
 
 __all__ = ["ClipByParameterRmsState", "clip_by_parameter_rms"]
@@ -74,8 +74,7 @@ def clip_by_parameter_rms(
       and Simonyan, arXiv 2102.06171, as in :func:`optax.adaptive_grad_clip`.
     """
     param_labels = partitions.per_tensor if param_labels is None else param_labels
-    if isinstance(share, int | float | np.number) and not share > 0:
-        raise ValueError(f"share must be positive, got {share}.")
+    check_number("share", share, strict=True)
 
     def init_fn(params: optax.Params) -> ClipByParameterRmsState:
         if partitions.is_placeholder(params):
@@ -90,8 +89,8 @@ def clip_by_parameter_rms(
     ) -> tuple[optax.Updates, ClipByParameterRmsState]:
         if params is None:
             raise ValueError("params: clip_by_parameter_rms needs the parameters.")
-        leaves = checked_direction(updates, params, "updates")
         partition = partitions.partition_of(params, param_labels)
+        leaves = checked_direction(updates, params, "updates", partition)
         counts = partition.counts(leaves)
 
         def squares(leaves: list) -> jax.Array:
@@ -111,10 +110,7 @@ def clip_by_parameter_rms(
         longest = share * size
         is_longer = lengths > longest
         factors = jnp.where(is_longer, longest / jnp.where(is_longer, lengths, 1), 1)
-        clipped = [
-            (factor * u).astype(jnp.result_type(u))
-            for u, factor in zip(leaves, partition.spread(factors), strict=True)
-        ]
+        clipped = partition.scaled(leaves, factors)
         treedef = jax.tree.structure(updates)
         return jax.tree.unflatten(treedef, clipped), ClipByParameterRmsState(size)
 

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import partnewton as pn
+from partnewton import plot
 
 PARAMS = {"layer": {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array(0.5)}}
 
@@ -83,6 +86,63 @@ def test_metrics_become_plain_numbers_in_one_transfer(trained):
     _, state = trained
     plain = {name: x.item() for name, x in jax.device_get(pn.metrics(state)).items()}
     assert all(isinstance(x, int | float) for x in plain.values())
+
+
+def by_kind(container, state):
+    """The same state as it is kept in different places."""
+    if container == "chain":
+        return state
+    if container == "host":
+        return jax.device_get(state)
+    return jax.tree.map(lambda x: x[None], state)  # an ensemble of one
+
+
+@pytest.mark.parametrize("container", ["chain", "host", "ensemble"])
+def test_metrics_see_every_number_wherever_it_is_kept(trained, container):
+    _, state = trained
+    expected = jax.device_get(pn.metrics(state))
+    found = jax.device_get(pn.metrics(by_kind(container, state)))
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        assert np.shape(x) == ((1,) if container == "ensemble" else ())
+        np.testing.assert_array_equal(np.squeeze(x), expected[name])
+
+
+class Model(nnx.Module):
+    def __init__(self, params):
+        self.layer = nnx.Dict(jax.tree.map(nnx.Param, params["layer"]))
+
+
+def test_metrics_see_every_number_of_the_optimizer_of_nnx():
+    rule = pn.rules.newton()  # which compiles quickly
+    tx = optax.chain(pn.scale_by_partition_newton(rule), pn.scale_by_lookback())
+    model = Model(PARAMS)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def logged_step(model, optimizer):
+        grads = nnx.state(model, nnx.Param)
+        optimizer.update(model, grads, value_fn=lambda p: loss(p, X))
+        return pn.metrics(optimizer.opt_state), nnx.as_pure(optimizer.opt_state)
+
+    inside, bare = logged_step(model, optimizer)
+    outside = pn.metrics(optimizer.opt_state)
+    for found in (inside, outside):
+        jax.tree.map(np.testing.assert_array_equal, found, pn.metrics(bare))
+    assert outside["count"] == 1
+    assert {"loss", "status", "factor", "predicted_decrease"} <= outside.keys()
+    assert all(isinstance(x, jax.Array) for x in outside.values())
+    rates = pn.learning_rates(optimizer.opt_state)
+    assert rates == pn.learning_rates(bare)
+    assert rates.keys() == {"layer/bias", "layer/kernel"}
+
+
+def test_pictures_can_be_drawn_of_the_state_of_nnx():
+    matplotlib.use("Agg")
+    tx = pn.scale_by_partition_newton()
+    optimizer = nnx.Optimizer(Model(PARAMS), tx, wrt=nnx.Param)
+    names = list(pn.learning_rates(optimizer.opt_state))
+    assert plot.hessian(optimizer.opt_state.summary, names).get_images()
 
 
 def test_a_state_without_the_method_has_no_metrics():

@@ -172,6 +172,75 @@ def test_leaves_of_any_type_can_be_frozen():
     assert pn.subset_names(params, labels) == ("a",)
 
 
+# --- Places without entries ----------------------------------------------------------
+
+
+READY_MADE = [
+    partitions.per_tensor,
+    partitions.whole,
+    partitions.weights_biases,
+    partitions.per_layer,
+    partitions.per_element,
+    partitions.by_path([("", "rest")]),
+    partitions.blocks(2),
+    partitions.alternate(2),
+]
+
+
+@pytest.mark.parametrize("labels", READY_MADE)
+@pytest.mark.parametrize("hollow", [None, optax.MaskedNode(), (), {}])
+def test_places_without_a_leaf_change_nothing(labels, hollow):
+    params = {"a": jnp.ones((2, 3)), "b": {"bias": jnp.ones(3), "w": jnp.ones(2)}}
+    holey = params | {"hollow": hollow, "b": params["b"] | {"hollow": hollow}}
+    plain, found = partition_of(params, labels), partition_of(holey, labels)
+    assert found.names == plain.names
+    jax.tree.map(np.testing.assert_array_equal, found.labels, plain.labels)
+
+
+@pytest.mark.parametrize("hollow", [None, optax.MaskedNode(), {}])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"a": "x", "b": None, "c": {"d": None}},
+        {"a": "x"},
+        {"a": "x", "b": "ignored", "c": "ignored"},
+        {"a": "x", "b": {"kernel": "ignored"}, "c": {"d": FROZEN}},
+    ],
+)
+def test_labels_of_places_without_a_leaf_are_ignored(hollow, labels):
+    params = {"a": jnp.ones(2), "b": hollow, "c": {"d": hollow}}
+    assert pn.subset_names(params, labels) == ("x",)
+    with pytest.raises(ValueError, match="'e' matches no leaf"):
+        pn.subset_names(params, labels | {"e": "y"})
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+@pytest.mark.parametrize("labels", READY_MADE)
+def test_a_leaf_without_entries_is_in_no_subset(labels, shape):
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    empty = {"0": jnp.ones(shape), "z": jnp.ones(shape, jnp.int32)}
+    plain, found = partition_of(params, labels), partition_of(params | empty, labels)
+    assert found.size == plain.size
+    assert found.labels[0] == found.labels[-1] == FROZEN
+    jax.tree.map(np.testing.assert_array_equal, found.labels[1:-1], plain.labels)
+    assert np.all(found.counts(jax.tree.leaves(params | empty)) > 0)
+
+
+def test_a_leaf_without_entries_may_have_labels_of_any_kind():
+    params = {"a": jnp.ones(2), "b": jnp.ones((3, 0))}
+    for label in ("a", "b", 7, FROZEN, np.arange(3)[:, None], np.zeros((3, 0), int)):
+        assert pn.subset_names(params, {"a": "a", "b": label}) == ("a",)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        pn.subset_names(params, {"a": "a", "b": np.arange(3)})
+
+
+def test_parameters_without_entries_are_refused():
+    with pytest.raises(ValueError, match="params has only leaves without entries"):
+        pn.subset_names({"a": jnp.ones(0)})
+    with pytest.raises(ValueError, match="only frozen leaves and leaves without entr"):
+        pn.subset_names({"a": jnp.ones(0), "b": jnp.ones(1)}, {"a": "a", "b": FROZEN})
+
+
 # --- Containers ----------------------------------------------------------------------
 
 
@@ -444,6 +513,58 @@ def test_values_are_spread_to_the_entries_of_their_subset():
         np.testing.assert_array_equal(np.broadcast_to(x, np.shape(n)), table[n])
 
 
+def test_entries_of_each_subset_are_counted():
+    params, partition = mixed_partition()
+    entries = [x for n in MIXED_NUMBERS for x in np.ravel(n)]
+    expected = [entries.count(s) for s in range(3)]
+    np.testing.assert_array_equal(partition.counts(jax.tree.leaves(params)), expected)
+
+
+def test_updates_are_scaled_by_the_value_of_their_subset():
+    _, partition = mixed_partition()
+    xs, values = random_leaves(0), jnp.array([10.0, 20.0, 30.0])
+    table = np.append(values, 0.0)
+    scaled = partition.scaled(xs, values)
+    for x, found, n in zip(xs, scaled, MIXED_NUMBERS, strict=True):
+        np.testing.assert_allclose(found, table[n] * x, rtol=1e-6)
+
+
+def test_frozen_updates_are_zero_whatever_they_were():
+    labels = {"a": np.array([0, FROZEN]), "b": FROZEN, "c": FROZEN, "d": FROZEN}
+    params = {
+        "a": jnp.ones(2, jnp.bfloat16),
+        "b": jnp.full(2, jnp.nan),
+        "c": jnp.ones(3, jnp.int8),
+        "d": jax.random.split(jax.random.key(0)),
+    }
+    none = np.zeros(3, jax.dtypes.float0)
+    updates = [jnp.array([2.0, jnp.inf]), jnp.full(2, jnp.inf), none, none[:2]]
+    leaves = jax.tree.leaves(params)
+    partition = partition_of(params, labels)
+    scaled = jax.jit(lambda eta: partition.scaled(updates, eta, leaves))
+    a, b, c, d = scaled(jnp.array([3.0]))
+    np.testing.assert_array_equal(a.astype(float), [6.0, 0.0])
+    np.testing.assert_array_equal(b, [0.0, 0.0])
+    np.testing.assert_array_equal(c, [0, 0, 0])
+    assert (a.dtype, b.dtype, c.dtype) == (jnp.bfloat16, jnp.float32, jnp.int8)
+    np.testing.assert_array_equal(d, [0, 0])  # a chain can scale it
+
+    moved = partition.moved(leaves, [a, b, c, d])
+    np.testing.assert_array_equal(moved[0].astype(float), [7.0, 1.0])
+    assert moved[0].dtype == jnp.bfloat16
+    assert all(x is y for x, y in zip(moved[1:], leaves[1:], strict=True))
+
+
+def test_entries_that_are_frozen_are_taken_out_of_a_leaf():
+    _, partition = mixed_partition()
+    xs = random_leaves(0)
+    cleared = partition.without_frozen(xs)
+    for x, found, n in zip(xs, cleared, MIXED_NUMBERS, strict=True):
+        part_of_leaf = len(np.unique(n)) > 1
+        expected = np.where(np.array(n) == FROZEN, 0, x) if part_of_leaf else x
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_sums_over_low_precision_are_taken_in_float32(dtype):
     x = jnp.full(3000, 1.0, dtype)
@@ -540,6 +661,30 @@ def test_two_subsets_of_one_name_are_refused():
         pn.subset_names(params, {"a": "1", "b": 1})
     with pytest.raises(ValueError, match=r"param_labels: .*'a\[0\]'"):
         pn.subset_names(params, {"a": np.array([0, 1]), "b": "a[0]"})
+
+
+@pytest.mark.parametrize("leaf", [jnp.tanh, "text", object()])
+def test_leaves_that_are_no_arrays_are_refused_by_name(leaf):
+    params = {"a": jnp.ones(2), "b": {"c": leaf}}
+    with pytest.raises(TypeError, match="params: the leaf 'b/c' is a"):
+        pn.subset_names(params, {"a": "a", "b": FROZEN})
+
+
+def test_a_tree_of_labels_may_be_callable():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Model:
+        a: jax.Array
+        b: jax.Array
+
+        def __call__(self, x):
+            return x
+
+    labels = Model("first", "second")
+    assert pn.subset_names(Model(jnp.ones(1), jnp.ones(2)), labels) == (
+        "first",
+        "second",
+    )
 
 
 def test_traced_labels_are_refused():

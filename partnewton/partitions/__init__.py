@@ -30,6 +30,7 @@ from partnewton.partitions.partition import sharded_like as sharded_like
 from partnewton.partitions.partition import zeros_of_frozen as zeros_of_frozen
 from partnewton.partitions.paths import is_placeholder as is_placeholder
 from partnewton.partitions.paths import leaf_names as leaf_names
+from partnewton.partitions.paths import listing as listing
 from partnewton.partitions.ready_made import (
     alternate,
     blocks,

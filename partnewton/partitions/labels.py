@@ -41,8 +41,10 @@ def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
         for i, leaf in enumerate(jax.tree.leaves(params))
     ]
     label_fn = by_name(param_labels)
+    # A pytree of labels may be callable itself, as the modules of Equinox are.
+    is_function = callable(label_fn) and type(label_fn) is not type(params)
     with jax.ensure_compile_time_eval():  # label functions may use jnp under a jit
-        labels = label_fn(params) if callable(label_fn) else label_fn
+        labels = label_fn(params) if is_function else label_fn
         by_leaf = [
             _checked_label(label, leaf, lambda i=i: names()[i])
             for i, (label, leaf) in enumerate(

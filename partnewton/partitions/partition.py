@@ -175,10 +175,12 @@ def is_frozen(label: int | np.ndarray) -> bool:
 
 
 def zeros_of_frozen(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """The update of a frozen leaf: zeros, or `float0` where numbers make no sense."""
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jax.dtypes.extended):  # a random key
-        return np.zeros(np.shape(leaf), jax.dtypes.float0)
+    """The update of a frozen leaf: zeros of its dtype, or of float32 for random keys.
+
+    They go through whatever follows in a chain; gradients of type `float0` would not.
+    """
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+        return jnp.zeros(np.shape(leaf), jnp.float32)
     return jnp.zeros_like(leaf)
 
 

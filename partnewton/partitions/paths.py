@@ -23,9 +23,11 @@ def is_placeholder(params: PyTree) -> bool:
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
-def leaf_names(params: PyTree) -> list[str]:
+def leaf_names(
+    params: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[str]:
     """The key paths of the leaves as text, "dense/kernel"."""
-    return [name_of(keys) for keys in leaf_keys(params)]
+    return [name_of(keys) for keys in leaf_keys(params, is_leaf)]
 
 
 def name_of(keys: tuple[str, ...]) -> str:
