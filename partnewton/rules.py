@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton.cubic import CubicStatus, solve_cubic
+from partnewton.cubic._spectral import minimise_absolute
 from partnewton.summary import Summary
 
 __all__ = [
@@ -249,23 +250,40 @@ def robust(
     _check_not_negative("spread", spread)
 
     def rule(summary: Summary) -> Proposal:
-        D = _floored_scale(summary, floor)
+        _, g, hessian, third = summary
+        strength = jnp.asarray(damping, g.dtype)
+        D = _floored_scale(g, hessian, third, floor)
+        # In units of D: z = D eta minimises - b . z + 1/2 z' |B| z + damping/6 ||z||^3.
         inverse = jnp.where(D > 0, 1 / jnp.where(D > 0, D, 1), 0)
-        values, vectors = jnp.linalg.eigh(
-            inverse[:, None] * summary.hessian * inverse, symmetrize_input=True
+        b = inverse * g
+        B = inverse[:, None] * (hessian / 2 + hessian.T / 2) * inverse
+        arrays = jnp.concatenate([B, b[:, None]], axis=1)
+        valid = jnp.all(jnp.isfinite(arrays)) & jnp.isfinite(strength)
+        valid &= strength >= 0
+        g, b, B, strength, D = (
+            jnp.where(valid, x, 0) for x in (g, b, B, strength, D)
         )
-        magnitude = (vectors * jnp.abs(values)) @ vectors.T
-        hessian = D[:, None] * magnitude * D
-        solution = solve_cubic(summary.gradient, hessian, D, damping)
-        eta = _clip(solution.learning_rates, nonnegative)
-        model = summary._replace(hessian=hessian)
-        common = _all_alike(model, D, damping)
+        z, magnitude, rank = minimise_absolute(b, B, strength)
+
+        is_live = (g != 0) | jnp.any(B != 0, axis=1)
+        # The model has a minimum where D, or without damping |B|, bounds the step.
+        bounded = jnp.all(D > 0, where=is_live)
+        full_rank = rank == jnp.sum(is_live, dtype=rank.dtype)
+        is_convex = (strength > 0) | full_rank
+        eta = _clip(jnp.where(is_convex, inverse * z, 0), nonnegative)
+
+        common = _all_alike(g, D, magnitude, strength, is_live)
         drawn = (1 - alike) * eta + alike * common
         drawn = jnp.where(common > 0, jnp.minimum(drawn, spread * common), drawn)
-        eta = jnp.where(alike > 0, drawn, eta)
-        third_order_term = damping / 6 * jnp.sum((D * eta) ** 2) ** 1.5
-        decrease = _quadratic_decrease(model, eta) - third_order_term
-        return Proposal(eta, decrease, solution.status)
+        eta = jnp.where((alike > 0) & valid, drawn, eta)
+        z = D * eta
+        quadratic = jnp.sum(z[:, None] * magnitude * z)
+        decrease = jnp.sum(g * eta) - quadratic / 2 - strength / 6 * _cube(z)
+        status = jnp.where(
+            bounded & is_convex, CubicStatus.INTERIOR, CubicStatus.KERNEL_FROZEN
+        )
+        status = jnp.where(valid, status, CubicStatus.INVALID)
+        return Proposal(eta, decrease, status)
 
     return rule
 
@@ -322,37 +340,50 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
     return seen_by
 
 
-def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
+def _floored_scale(
+    gradient: jax.Array,
+    hessian: jax.Array,
+    third: jax.Array,
+    floor: jax.typing.ArrayLike,
+) -> jax.Array:
     """D of :func:`robust`."""
-    g, h = jnp.abs(summary.gradient), jnp.abs(jnp.diagonal(summary.hessian))
+    g, h = jnp.abs(gradient), jnp.abs(jnp.diagonal(hessian))
     # Without any diagonal, as in piecewise linear networks with a piecewise linear
     # loss, the rows stand in for it: no less curved for all that is off it.
-    rows = jnp.sum(jnp.abs(summary.hessian), 1)
-    h = jnp.where(jnp.any(h > 0), h, rows)
+    rows = jnp.sum(jnp.abs(hessian), 1)
+    sqrt_h = _sqrt(jnp.where(jnp.any(h > 0), h, rows))
     # g / sqrt(h) before it is squared: numbers of any size.
-    alone = jnp.where(h > 0, g / jnp.sqrt(jnp.where(h > 0, h, 1)), 0)
-    root = jnp.sqrt(jnp.sum(alone**2))
+    alone = jnp.where(sqrt_h > 0, g / jnp.where(sqrt_h > 0, sqrt_h, 1), 0)
+    root = _sqrt(jnp.sum(alone**2))
     known = root > 0
     root = jnp.where(known, root, 1)
-    least = jnp.maximum(jnp.sqrt(h) / root, g / root / root) * jnp.cbrt(root) ** 2
+    least = jnp.maximum(sqrt_h / root, g / root / root) * jnp.cbrt(root) ** 2
     least = jnp.where(known, floor * least, 0)
-    return jnp.maximum(jnp.cbrt(jnp.abs(summary.third)), least)
+    return jnp.maximum(_third_order_scale(third), least)
+
+
+def _third_order_scale(third: jax.Array) -> jax.Array:
+    """|third|^(1/3); 0 where the third order is not finite."""
+    known = jnp.isfinite(third) & (third != 0)
+    return jnp.where(known, jnp.cbrt(jnp.abs(jnp.where(known, third, 1))), 0)
 
 
 def _all_alike(
-    model: Summary, D: jax.Array, damping: jax.typing.ArrayLike
+    g: jax.Array,
+    D: jax.Array,
+    magnitude: jax.Array,
+    damping: jax.Array,
+    is_live: jax.Array,
 ) -> jax.Array:
     """The minimum of the cubic model where all rates are one number, none negative.
 
     It minimises - t g + t^2/2 h + damping/6 t^3 ||D||^3, with g the sum of the gradient
     and h that of the Hessian. Subsets that the model does not see stay at zero.
     """
-    seen = (model.gradient != 0) | (jnp.diagonal(model.hessian) != 0)
-    slope = jnp.maximum(jnp.sum(model.gradient), 0)
-    curvature = jnp.maximum(jnp.sum(model.hessian), 0)
-    cubed = damping * jnp.sum(D**2) ** 1.5
-    t, exists = _positive_root(slope, curvature, cubed)
-    return jnp.where(seen & (slope > 0), jnp.where(exists, t, 1), 0)
+    slope = jnp.maximum(jnp.sum(g), 0)
+    curvature = jnp.maximum(jnp.sum(D[:, None] * magnitude * D), 0)
+    t, exists = _positive_root(slope, curvature, damping * _cube(D))
+    return jnp.where(is_live & (slope > 0), jnp.where(exists, t, 1), 0)
 
 
 def _positive_root(
@@ -372,6 +403,17 @@ def _positive_root(
 def needs_third_order(rule: Rule) -> bool:
     """Whether a rule reads `summary.third`: yes, unless it says otherwise."""
     return getattr(rule, "third_order", True)
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root of x >= 0, with the derivative zero at zero."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def _cube(v: jax.Array) -> jax.Array:
+    """||v||^3"""
+    square = jnp.sum(v * v)
+    return square * _sqrt(square)
 
 
 def _clip(eta: jax.Array, nonnegative: bool) -> jax.Array:
