@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_MAX_ITERATIONS = 30
+from partnewton.cubic._reductions import reduce_together
 
 
 class AbsoluteModel(NamedTuple):
@@ -53,9 +53,7 @@ class _Spectrum(NamedTuple):
 
 
 @jax.custom_jvp
-def minimise_absolute(
-    b: jax.Array, B: jax.Array, damping: jax.Array
-) -> AbsoluteModel:
+def minimise_absolute(b: jax.Array, B: jax.Array, damping: jax.Array) -> AbsoluteModel:
     """Minimise ``- b . z + 1/2 z' |B| z + damping/6 ||z||^3`` over z.
 
     Where ``|w| + y`` is zero, that is without damping or without any gradient, the step
@@ -68,8 +66,8 @@ def minimise_absolute(
     the one-sided derivatives is taken.
 
     Args:
-      b: finite, shape (S,).
-      B: finite and symmetric, shape (S, S).
+      b: finite, shape (S,), no entry larger than 1 and one of that size, or zeros.
+      B: finite and symmetric, shape (S, S), its largest entry of order 1 too.
       damping: finite, not negative, shape ().
 
     Returns:
@@ -84,57 +82,47 @@ def _minimise(
     vectors, values = lax.linalg.eigh(B, symmetrize_input=False)
     size = jnp.abs(values)
     c = jnp.sum(vectors * b[:, None], 0)
-    shifted = size + _shift(size, c, damping)
+    # In units of u the shift solves y = ||c / (size / u + y)||.
+    u = jnp.sqrt(damping / 2)
+    shifted = size + u * _shift(size / jnp.where(u > 0, u, 1), c)
     is_positive = shifted > 0
     coordinates = jnp.where(is_positive, c / jnp.where(is_positive, shifted, 1), 0)
+    step = jnp.sum(vectors * coordinates[None, :], 1)
+    magnitude = _product(vectors * size[None, :], vectors.T)
     rounding = 4 * len(b) * jnp.finfo(B.dtype).eps
-    model = AbsoluteModel(
-        step=jnp.sum(vectors * coordinates, 1),
-        magnitude=_product(vectors * size, vectors.T),
-        rank=jnp.sum(size > rounding * jnp.max(size), dtype=jnp.int32),
-    )
+    rank = jnp.sum(size > rounding * jnp.max(size), dtype=jnp.int32)
+    model = AbsoluteModel(step, magnitude, rank)
     return model, _Spectrum(vectors, values, coordinates, shifted)
 
 
-def _shift(size: jax.Array, c: jax.Array, damping: jax.Array) -> jax.Array:
-    """y = damping/2 ||c / (size + y)||."""
-    # In units of u, where u^2 = damping/2 ||c||, the solution is at most 1.
-    largest = jnp.max(jnp.abs(c))
-    c = c / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt(jnp.sum(c * c))
-    c = c / jnp.where(norm > 0, norm, 1)
-    u = jnp.sqrt(damping / 2) * jnp.sqrt(largest) * jnp.sqrt(norm)
-    size = size / jnp.where(u > 0, u, 1)
+def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
+    """The y with ``y = ||c / (w + y)||``."""
+    info = jnp.finfo(w.dtype)
+    enough = 2.0 ** (info.maxexp // 3)  # y is lost in rounding beside such a curvature
 
-    info = jnp.finfo(size.dtype)
-    enough = 2.0 ** (3 * info.maxexp // 4)  # y is negligible beside such a curvature
-
-    def increases(state: tuple) -> jax.Array:
-        _, factor, iteration = state
-        # The first iteration, from above, decreases y; all others increase it.
-        unfinished = (factor > 1 + 4 * info.eps) | (iteration < 2)
-        return unfinished & (iteration < _MAX_ITERATIONS)
+    def unfinished(state: tuple) -> jax.Array:
+        # From above first and then from below, so that it ends. The error after a step
+        # is of second order in the step.
+        return jnp.abs(state[1] - 1) > info.eps**0.5 / 8
 
     def iterate(state: tuple) -> tuple:
-        y, _, iteration = state
-        # ||c / (size + y)|| as ||c / (1 + size / y)|| / y, without overflow.
-        one_plus = 1 + jnp.minimum(size / y, enough)
+        y = state[0]
+        # ||c / (w + y)|| as ||c / (1 + w / y)|| / y, without overflow.
+        one_plus = 1 + jnp.minimum(w / y, enough)
         v = c / one_plus
-        top = jnp.max(jnp.abs(v))
-        v = v / jnp.where(top > 0, top, 1)
-        squares = jnp.sum(v * v)
-        weighted = jnp.sum(v * v / one_plus)
+        square, weighted = reduce_together(sums=(v * v, v * v / one_plus))
+        square += info.tiny  # no effect, unless c = 0
         # ratio = n(y) / y; slope = - d log n / d log y, in (0, 1].
-        ratio = top * jnp.sqrt(squares) / y / y
-        slope = weighted / jnp.where(squares > 0, squares, 1)
+        ratio = jnp.sqrt(square) / y / y
+        slope = weighted / square
         # With the tangent of 1 / n: (1 + slope (f - 1)) f = ratio.
         half = (1 - slope) / 2
         factor = ratio / (half + jnp.sqrt(half * half + slope * ratio))
-        return jnp.where(factor > 0, y * factor, y), factor, iteration + 1
+        return y * factor, factor
 
-    one = jnp.ones((), size.dtype)
-    y, _, _ = lax.while_loop(increases, iterate, (one, one, jnp.int32(0)))
-    return u * y
+    # ||c||^(1/2), the solution where w = 0, is at most S^(1/2) here.
+    start = jnp.full((), len(c) ** 0.5, w.dtype)
+    return lax.while_loop(unfinished, iterate, (start, jnp.full_like(start, 2)))[0]
 
 
 @minimise_absolute.defjvp
@@ -143,8 +131,8 @@ def _minimise_jvp(primals: tuple, tangents: tuple) -> tuple:
     db, dB, ddamping = tangents
     model, (V, values, z, shifted) = _minimise(*primals)
     size = jnp.abs(values)
-    total = size[:, None] + size
-    loewner = (values[:, None] + values) / jnp.where(total > 0, total, 1)
+    total = size[:, None] + size[None, :]
+    loewner = (values[:, None] + values[None, :]) / jnp.where(total > 0, total, 1)
     dmagnitude = loewner * _product(V.T, _product(dB, V))
 
     # (|B| + y + damping/2 z z' / ||z||) dz = db - d|B| z - ddamping/2 ||z|| z
@@ -157,11 +145,11 @@ def _minimise_jvp(primals: tuple, tangents: tuple) -> tuple:
     image = inverse * direction
     factor = damping / 2 * n
     factor = factor / (1 + factor * jnp.sum(direction * image))
-    dz = jnp.sum(V * db[:, None], 0) - jnp.sum(dmagnitude * z, 1)
+    dz = jnp.sum(V * db[:, None], 0) - jnp.sum(dmagnitude * z[None, :], 1)
     dz = inverse * (dz - ddamping / 2 * n * z)
     dz = dz - factor * jnp.sum(direction * dz) * image
     return model, AbsoluteModel(
-        step=jnp.sum(V * dz, 1),
+        step=jnp.sum(V * dz[None, :], 1),
         magnitude=_product(V, _product(dmagnitude, V.T)),
         rank=np.zeros((), jax.dtypes.float0),
     )
