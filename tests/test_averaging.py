@@ -215,7 +215,7 @@ def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
     ],
     ids=["exponential", "uniform", "relative"],
 )
-def test_a_third_order_that_is_not_finite_leaves_its_average_as_it_was(average, value):
+def test_a_third_order_that_is_not_finite_poisons_no_average(average, value):
     seen = [jax.tree.map(jnp.ones_like, summaries(1)[0])] * 6
     broken = [
         s._replace(third=s.third.at[1].set(value)) if i in (0, 3) else s
@@ -227,4 +227,10 @@ def test_a_third_order_that_is_not_finite_leaves_its_average_as_it_was(average, 
         # Zero as long as nothing is known, and then between that and what is measured.
         assert 0 <= x.third[1] <= 1 if i else x.third[1] == 0
     assert found[-1].third[1] > 0.5
-    np.testing.assert_allclose(found[3].third[1], found[2].third[1], rtol=1e-6)
+
+
+def test_an_exponential_average_does_not_see_a_third_order_that_is_not_finite():
+    seen = summaries(3)
+    last = seen[2]._replace(third=jnp.full(3, jnp.inf))
+    found = averages(averaging.exponential(0.5), [*seen[:2], last])
+    np.testing.assert_allclose(found[2].third, found[1].third, rtol=1e-6)

@@ -231,7 +231,7 @@ def _minimise(
     problem, unit = _to_own_units(g, H, d, damping, live)
     best = _search(problem)
     # Rounding, of the step or of curvatures close to 0, must not raise the model.
-    steps = _round(_ldexp(best.steps, -unit), dtype)
+    steps = _round(_ldexp(best.steps, -unit[None, :]), dtype)
     appraise = jax.vmap(functools.partial(_appraise, g, H, d, damping))
     appraised = appraise(steps)
     hard = ~_converged(best.plain_gap) & (best.completed_gap < best.plain_gap)
@@ -530,7 +530,7 @@ def _evaluate(problem: _Problem, y: jax.Array, v: jax.Array) -> _Evaluation:
         jnp.where(z_found, z_image / root, v),
         curvature,
         _Best(
-            steps=s * jnp.stack([eta, eta + (tau * x / z_norm) * z]),
+            steps=s[None, :] * jnp.stack([eta, eta + (tau * x / z_norm) * z]),
             plain_gap=_gap_or_inf(plain_gap / bound, positive_definite),
             completed_gap=_gap_or_inf(completed_gap / bound, z_found),
         ),

@@ -111,7 +111,8 @@ def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
         one_plus = 1 + jnp.minimum(w / y, enough)
         v = c / one_plus
         square, weighted = reduce_together(sums=(v * v, v * v / one_plus))
-        square += info.tiny  # no effect, unless c = 0
+        # This has no effect, unless c = 0: then v is taken to be tiny.
+        square, weighted = square + info.tiny, weighted + info.tiny
         # ratio = n(y) / y; slope = - d log n / d log y, in (0, 1].
         ratio = jnp.sqrt(square) / y / y
         slope = weighted / square
