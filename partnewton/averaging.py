@@ -108,9 +108,10 @@ def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
     def update(
         summary: Summary, state: ExponentialState
     ) -> tuple[Summary, ExponentialState]:
+        summary = _known(summary, state.total, state.weight)
         new = tuple(summary)
-        if absolute_third and summary.third is not None:
-            new = tuple(summary._replace(third=jnp.abs(summary.third)))
+        if absolute_third and isinstance(summary, Summary) and new[3] is not None:
+            new = (*new[:3], jnp.abs(new[3]))
         decays = tuple(decay) if isinstance(decay, Summary) else (decay,) * len(new)
         decays = tuple(
             None if x is None else d for d, x in zip(decays, new, strict=True)
@@ -178,7 +179,10 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
         return UniformState(jnp.zeros((), jnp.int32), zeros, zeros)
 
     def update(summary: Summary, state: UniformState) -> tuple[Summary, UniformState]:
-        new = tuple(summary)
+        before = jnp.where(
+            state.count < period, state.count, period + state.count % period
+        )
+        new = tuple(_known(summary, state.used, (before,) * len(summary)))
         count = jnp.minimum(state.count, jnp.iinfo(jnp.int32).max - 1) + 1
         used, filling = (jax.tree.map(jnp.add, x, new) for x in state[1:])
         # The window in use was empty one period before the last change.
@@ -267,3 +271,15 @@ def nonnegative(average: Average) -> Average:
         return jax.tree.map(lambda x: jnp.maximum(x, 0), mean), state
 
     return Average(average.init, update)
+
+
+def _known(summary: Summary, total: tuple, weight: tuple) -> Summary:
+    """A summary whose third order is finite where that of the measured one is not.
+
+    Where it is not, an average stays what it was, zero at first.
+    """
+    if not isinstance(summary, Summary) or summary.third is None:
+        return summary
+    third, weight = summary.third, weight[3].astype(summary.third.dtype)
+    mean = total[3] / jnp.where(weight > 0, weight, 1)
+    return summary._replace(third=jnp.where(jnp.isfinite(third), third, mean))

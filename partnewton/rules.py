@@ -19,8 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from partnewton.cubic import CubicStatus, solve_cubic
+from partnewton.cubic._reductions import reduce_together
+from partnewton.cubic._spectral import minimise_absolute
 from partnewton.summary import Summary
 
 __all__ = [
@@ -81,10 +84,11 @@ def cubic(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -> R
     _check_not_negative("damping", damping)
 
     def rule(summary: Summary) -> Proposal:
-        scale = jnp.cbrt(jnp.abs(summary.third))
+        scale = _third_order_scale(summary.third)
         solution = solve_cubic(summary.gradient, summary.hessian, scale, damping)
         eta = _clip(solution.learning_rates, nonnegative)
-        third_order_term = damping / 6 * jnp.sum((scale * eta) ** 2) ** 1.5
+        square = jnp.sum((scale * eta) ** 2)
+        third_order_term = damping / 6 * square * _sqrt(square)
         decrease = _quadratic_decrease(summary, eta) - third_order_term
         return Proposal(eta, decrease, solution.status)
 
@@ -128,7 +132,7 @@ def newton(ridge: jax.typing.ArrayLike = 0.0, *, nonnegative: bool = True) -> Ru
         # Scaled to a diagonal of ones: subsets may differ by many orders of magnitude.
         diagonal = jnp.abs(jnp.diagonal(matrix))
         scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-        scaled = scale[:, None] * matrix * scale
+        scaled = scale[:, None] * matrix * scale[None, :]
         eta = scale * jnp.linalg.solve(scaled, scale * gradient)
         eta = _clip(eta, nonnegative)
         return Proposal(eta, _quadratic_decrease(summary, eta))
@@ -167,7 +171,8 @@ def diagonal(damping: jax.typing.ArrayLike = 1.0, *, nonnegative: bool = True) -
 
     def rule(summary: Summary) -> Proposal:
         g, h = summary.gradient, jnp.diagonal(summary.hessian)
-        c = damping * jnp.abs(summary.third)
+        third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
+        c = damping * jnp.abs(third)
         x, exists = _positive_root(jnp.abs(g), h, c)  # x = |eta|
         bounded = exists | (g == 0)
         eta = _clip(jnp.sign(g) * x, nonnegative)
@@ -248,24 +253,58 @@ def robust(
     _check_not_negative("alike", alike)
     _check_not_negative("spread", spread)
 
+    draws = not (isinstance(alike, int | float) and alike == 0)
+    always_damped = isinstance(damping, int | float) and damping > 0
+
     def rule(summary: Summary) -> Proposal:
-        D = _floored_scale(summary, floor)
+        _, g, hessian, third = summary
+        strength = jnp.asarray(damping, g.dtype)
+        rows = jnp.sum(jnp.abs(hessian), 1)
+        D = _floored_scale(g, hessian, rows, third, floor)
         inverse = jnp.where(D > 0, 1 / jnp.where(D > 0, D, 1), 0)
-        values, vectors = jnp.linalg.eigh(
-            inverse[:, None] * summary.hessian * inverse, symmetrize_input=True
-        )
-        magnitude = (vectors * jnp.abs(values)) @ vectors.T
-        hessian = D[:, None] * magnitude * D
-        solution = solve_cubic(summary.gradient, hessian, D, damping)
-        eta = _clip(solution.learning_rates, nonnegative)
-        model = summary._replace(hessian=hessian)
-        common = _all_alike(model, D, damping)
-        drawn = (1 - alike) * eta + alike * common
-        drawn = jnp.where(common > 0, jnp.minimum(drawn, spread * common), drawn)
-        eta = jnp.where(alike > 0, drawn, eta)
-        third_order_term = damping / 6 * jnp.sum((D * eta) ** 2) ** 1.5
-        decrease = _quadratic_decrease(model, eta) - third_order_term
-        return Proposal(eta, decrease, solution.status)
+        # In units of D: z = D eta minimises - b . z + 1/2 z' |B| z + damping/6 ||z||^3.
+        # Then b and B are divided by their largest entries.
+        b = inverse * g
+        B = inverse[:, None] * (hessian / 2 + hessian.T / 2) * inverse[None, :]
+        of_b, of_B, of_D = _largest_entries(b, B, D)
+        valid = jnp.isfinite(of_b + of_B + strength) & (strength >= 0)
+        b, B = (jnp.where(valid, x, 0) for x in (b / of_b, B / of_B))
+        unit = of_b / of_B
+        strength = jnp.where(valid, strength * (unit / of_B), 0)
+        z, magnitude, rank = minimise_absolute(b, B, strength)
+        eta = _clip(inverse * (unit * z), nonnegative)
+
+        # The model has a minimum where D, or without damping |B|, bounds the step.
+        is_live = (g != 0) | ((rows > 0) & (D > 0))
+        bounded = ~jnp.any((g != 0) & (D == 0))
+        if not always_damped:
+            full_rank = rank == jnp.sum(is_live, dtype=rank.dtype)
+            is_convex = (strength > 0) | full_rank
+            eta = jnp.where(is_convex, eta, 0)
+            bounded &= is_convex
+
+        def model(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """b . z, z' |B| z, damping ||z||^3."""
+            image = jnp.sum(magnitude * z[None, :], 1)
+            slope, curvature, square = reduce_together(sums=(b * z, z * image, z * z))
+            return slope, curvature, strength * square * _sqrt(square)
+
+        if draws:
+            slope, curvature, cubic = model(D / of_D)
+            t, is_bounded = _positive_root(jnp.maximum(slope, 0), curvature, cubic)
+            # Without anything that bounds the step with all rates alike, it is 1.
+            t = jnp.where(is_bounded, (unit / of_D) * t, 1)
+            t = jnp.where(jnp.sum(g) > 0, t, 0)
+            drawn = (1 - alike) * eta + jnp.where(is_live, alike * t, 0)
+            drawn = jnp.where(t > 0, jnp.minimum(drawn, spread * t), drawn)
+            eta = jnp.where(alike > 0, drawn, eta)
+        eta = jnp.where(valid, eta, 0)
+        slope, curvature, cubic = model(jnp.where(valid, D, 0) * eta / unit)
+        decrease = (slope - curvature / 2 - cubic / 6) * unit * of_b
+        decrease = jnp.where(valid, decrease, 0)
+        status = jnp.where(bounded, CubicStatus.INTERIOR, CubicStatus.KERNEL_FROZEN)
+        status = jnp.where(valid, status, CubicStatus.INVALID)
+        return Proposal(eta, decrease, status)
 
     return rule
 
@@ -313,7 +352,7 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
             Summary(
                 summary.value,
                 jnp.where(seen, summary.gradient, 0),
-                jnp.where(seen[:, None] & seen, summary.hessian, 0),
+                jnp.where(seen[:, None] & seen[None, :], summary.hessian, 0),
                 None if third is None else jnp.where(seen, third, 0),
             )
         )
@@ -322,39 +361,42 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
     return seen_by
 
 
-def _floored_scale(summary: Summary, floor: jax.typing.ArrayLike) -> jax.Array:
+def _floored_scale(
+    gradient: jax.Array,
+    hessian: jax.Array,
+    rows: jax.Array,
+    third: jax.Array,
+    floor: jax.typing.ArrayLike,
+) -> jax.Array:
     """D of :func:`robust`."""
-    g, h = jnp.abs(summary.gradient), jnp.abs(jnp.diagonal(summary.hessian))
+    g, h = jnp.abs(gradient), jnp.abs(jnp.diagonal(hessian))
     # Without any diagonal, as in piecewise linear networks with a piecewise linear
     # loss, the rows stand in for it: no less curved for all that is off it.
-    rows = jnp.sum(jnp.abs(summary.hessian), 1)
-    h = jnp.where(jnp.any(h > 0), h, rows)
-    # g / sqrt(h) before it is squared: numbers of any size.
-    alone = jnp.where(h > 0, g / jnp.sqrt(jnp.where(h > 0, h, 1)), 0)
-    root = jnp.sqrt(jnp.sum(alone**2))
-    known = root > 0
-    root = jnp.where(known, root, 1)
-    least = jnp.maximum(jnp.sqrt(h) / root, g / root / root) * jnp.cbrt(root) ** 2
-    least = jnp.where(known, floor * least, 0)
-    return jnp.maximum(jnp.cbrt(jnp.abs(summary.third)), least)
+    alone = [g * jnp.where(x > 0, g / jnp.where(x > 0, x, 1), 0) for x in (h, rows)]
+    *sums, largest = reduce_together(sums=tuple(alone), maxima=(h,))
+    N = jnp.where(largest > 0, *sums)
+    sqrt_h = _sqrt(jnp.where(largest > 0, h, rows))
+    # N^(1/3) max(sqrt(h / N), g / N), with p = N^(-1/6)
+    p = jnp.where(N > 0, 1 / jnp.cbrt(jnp.sqrt(jnp.where(N > 0, N, 1))), 0)
+    least = floor * jnp.maximum(sqrt_h * p, g * p * p * p * p)
+    return jnp.maximum(_third_order_scale(third), least)
 
 
-def _all_alike(
-    model: Summary, D: jax.Array, damping: jax.typing.ArrayLike
-) -> jax.Array:
-    """The minimum of the cubic model where all rates are one number, none negative.
-
-    It minimises - t g + t^2/2 h + damping/6 t^3 ||D||^3, with g the sum of the gradient
-    and h that of the Hessian. Subsets that the model does not see stay at zero.
-    """
-    seen = (model.gradient != 0) | (jnp.diagonal(model.hessian) != 0)
-    slope = jnp.maximum(jnp.sum(model.gradient), 0)
-    curvature = jnp.maximum(jnp.sum(model.hessian), 0)
-    cubed = damping * jnp.sum(D**2) ** 1.5
-    t, exists = _positive_root(slope, curvature, cubed)
-    return jnp.where(seen & (slope > 0), jnp.where(exists, t, 1), 0)
+def _largest_entries(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Of each array, constant for differentiation; 1 for zeros."""
+    shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
+    sizes = tuple(jnp.broadcast_to(jnp.abs(x), shape) for x in arrays)
+    largest = reduce_together(maxima=lax.stop_gradient(sizes))
+    return tuple(jnp.where(x == 0, 1, x) for x in largest)
 
 
+def _third_order_scale(third: jax.Array) -> jax.Array:
+    """|third|^(1/3); 0 where the third order is not finite."""
+    known = jnp.isfinite(third) & (third != 0)
+    return jnp.where(known, jnp.cbrt(jnp.abs(jnp.where(known, third, 1))), 0)
+
+
+@jax.custom_jvp
 def _positive_root(
     g: jax.Array, h: jax.Array, c: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -369,9 +411,27 @@ def _positive_root(
     return jnp.where(exists, numerator / jnp.where(exists, denominator, 1), 0), exists
 
 
+@_positive_root.defjvp
+def _positive_root_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """By the implicit function theorem; zero where the root is double."""
+    g, h, c = primals
+    dg, dh, dc = tangents
+    x, exists = _positive_root(g, h, c)
+    slope = jnp.hypot(h, jnp.sqrt(2 * c) * jnp.sqrt(g))  # h + c x
+    is_simple = exists & (slope > 0)
+    dx = (dg - x * dh - x * x / 2 * dc) / jnp.where(is_simple, slope, 1)
+    no_tangent = np.zeros(exists.shape, jax.dtypes.float0)
+    return (x, exists), (jnp.where(is_simple, dx, 0), no_tangent)
+
+
 def needs_third_order(rule: Rule) -> bool:
     """Whether a rule reads `summary.third`: yes, unless it says otherwise."""
     return getattr(rule, "third_order", True)
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root of x >= 0, with the derivative zero at zero."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _clip(eta: jax.Array, nonnegative: bool) -> jax.Array:
@@ -380,7 +440,7 @@ def _clip(eta: jax.Array, nonnegative: bool) -> jax.Array:
 
 def _quadratic_decrease(summary: Summary, eta: jax.Array) -> jax.Array:
     """gradient . eta - 1/2 eta' hessian eta."""
-    quadratic = jnp.sum(eta[:, None] * summary.hessian * eta)
+    quadratic = jnp.sum(eta[:, None] * summary.hessian * eta[None, :])
     return jnp.sum(summary.gradient * eta) - quadratic / 2
 
 

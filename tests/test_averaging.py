@@ -203,3 +203,34 @@ def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
     np.testing.assert_allclose(first, [0, 3])
     (second,), state = average.update((jnp.array([3.0, 3.0]),), state)
     np.testing.assert_allclose(second, [(-3 / 2 + 3) / 1.5, 3])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "average",
+    [
+        averaging.exponential(0.5),
+        averaging.uniform(2, warm_up=0),
+        averaging.relative(averaging.exponential(0.5, absolute_third=True)),
+    ],
+    ids=["exponential", "uniform", "relative"],
+)
+def test_a_third_order_that_is_not_finite_poisons_no_average(average, value):
+    seen = [jax.tree.map(jnp.ones_like, summaries(1)[0])] * 6
+    broken = [
+        s._replace(third=s.third.at[1].set(value)) if i in (0, 3) else s
+        for i, s in enumerate(seen)
+    ]
+    expected, found = averages(average, seen), averages(average, broken)
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        assert_close(x._replace(third=x.third[::2]), y._replace(third=y.third[::2]))
+        # Zero as long as nothing is known, and then between that and what is measured.
+        assert 0 <= x.third[1] <= 1 if i else x.third[1] == 0
+    assert found[-1].third[1] > 0.5
+
+
+def test_an_exponential_average_does_not_see_a_third_order_that_is_not_finite():
+    seen = summaries(3)
+    last = seen[2]._replace(third=jnp.full(3, jnp.inf))
+    found = averages(averaging.exponential(0.5), [*seen[:2], last])
+    np.testing.assert_allclose(found[2].third, found[1].third, rtol=1e-6)

@@ -446,3 +446,104 @@ def test_a_long_scan_of_solutions_stays_finite():
     _, eta = jax.lax.scan(step, jnp.array([1.0, 2.0, 3.0]), length=20)
     assert np.all(np.isfinite(eta))
     np.testing.assert_allclose(np.linalg.norm(eta[5:], axis=1), 2, rtol=1e-4)
+
+
+# The derivatives.
+
+
+def _derivative_problems():
+    """Four subsets: positive definite, indefinite, and with zeros in D."""
+    rng = np.random.default_rng(5)
+    definite = cubic_reference.positive_definite(rng, 4)
+    indefinite = cubic_reference.indefinite(rng, 4)
+    zeros = cubic_reference.positive_definite(rng, 4)
+    zeros = zeros._replace(scale=np.array([0.0, 1.0, 0.0, 0.7]))
+    return [p._replace(damping=3.0) for p in (definite, indefinite, zeros)]
+
+
+def _outcome(*arguments):
+    return solve_cubic(*arguments)[:3]
+
+
+def _directions():
+    """A direction in each argument, symmetric in the Hessian, none where D is zero."""
+    rng = np.random.default_rng(6)
+    dH = rng.normal(size=(4, 4))
+    dd = np.array([0.0, 0.5, 0.0, -1.0])
+    return rng.normal(size=4), dH + dH.T, dd, rng.normal()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_forward_derivatives_are_those_of_finite_differences(dtype):
+    with jax.enable_x64(True):
+        tangents = [jnp.asarray(a) for a in _directions()]
+        solution = jax.jit(_outcome)
+
+        @jax.jit
+        def forward(*arguments):
+            directions = [t.astype(arguments[0].dtype) for t in tangents]
+            return jax.jvp(_outcome, arguments, tuple(directions))[1]
+
+        for problem in _derivative_problems():
+            arguments = [jnp.asarray(a) for a in problem.arguments]
+            there, back = (
+                solution(
+                    *(a + step * t for a, t in zip(arguments, tangents, strict=True))
+                )
+                for step in (1e-5, -1e-5)
+            )
+            expected = [(a - b) / 2e-5 for a, b in zip(there, back, strict=True)]
+            found = forward(*(a.astype(dtype) for a in arguments))
+            rtol = 1e-6 if dtype == np.float64 else 1e-3
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == dtype
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+def test_reverse_derivatives_are_the_transpose_of_forward_derivatives_under_vmap():
+    with jax.enable_x64(True):
+        problems = _derivative_problems()
+        arguments = [jnp.asarray(np.stack([p[i] for p in problems])) for i in range(4)]
+        tangents = tuple(jnp.asarray(a) for a in _directions())
+        weights = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+        def scalar(*arguments):
+            eta, radius, decrease = _outcome(*arguments)
+            return eta @ weights + 2 * radius - decrease
+
+        gradients = jax.jit(jax.vmap(jax.grad(scalar, (0, 1, 2, 3))))(*arguments)
+        _, forward = jax.jit(jax.vmap(lambda *a: jax.jvp(scalar, a, tangents)))(
+            *arguments
+        )
+        reverse = sum(
+            jnp.sum((gradient * t).reshape(3, -1), 1)
+            for gradient, t in zip(gradients, tangents, strict=True)
+        )
+        np.testing.assert_allclose(reverse, forward, rtol=1e-10)
+
+
+def test_in_the_hard_case_the_returned_minimiser_is_differentiated():
+    # eta = (g / 4, +- sqrt(9 - g^2 / 16)), as the shift stays 3.
+    arguments = (jnp.array([1.0, 0]), jnp.diag(jnp.array([1.0, -3.0])), jnp.ones(2))
+    with jax.enable_x64(True):
+        arguments = [a.astype(jnp.float64) for a in arguments]
+        direction = jnp.array([1.0, 0.0])
+
+        def rates(g):
+            return solve_cubic(g, *arguments[1:], 2.0).learning_rates
+
+        eta, deta = jax.jvp(rates, (arguments[0],), (direction,))
+        expected = [0.25, -(1 / 16) / float(eta[1])]
+        np.testing.assert_allclose(deta, expected, rtol=1e-9)
+
+
+def test_subsets_that_do_not_move_have_the_derivative_zero():
+    problem = Problem(np.ones(2), np.diag([-1.0, 2.0]), np.array([0.0, 1.0]), 1.0)
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(a) for a in problem.arguments]
+        jacobian = jax.jacrev(lambda *a: _outcome(*a)[0], (0, 1, 2))(*arguments)
+        for x in jax.tree.leaves(jacobian):
+            assert np.all(np.isfinite(x))
+            assert not np.any(x[0])
+        invalid = jax.grad(lambda g: jnp.sum(_outcome(g, *arguments[1:])[0]))
+        np.testing.assert_array_equal(invalid(jnp.array([jnp.nan, 1.0])), 0)

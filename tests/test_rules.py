@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partnewton import CubicStatus, Summary, rules, solve_cubic
+from partnewton import CubicStatus, Summary, averaging, rules, solve_cubic
 
 DTYPES = (jnp.float32, jnp.float64)
 RULES = {
@@ -552,3 +552,175 @@ def test_a_slope_that_is_not_finite_is_not_hidden():
 def test_a_negative_number_of_units_is_an_error():
     with pytest.raises(ValueError, match="units must not be negative"):
         rules.above_rounding(rules.robust(), -1.0)
+
+
+# --- derivatives -----------------------------------------------------------------
+
+DIFFERENTIABLE = {
+    "cubic": lambda damping: rules.cubic(damping, nonnegative=False),
+    "newton": lambda ridge: rules.newton(ridge, nonnegative=False),
+    "diagonal": lambda damping: rules.diagonal(damping, nonnegative=False),
+    "robust": lambda damping: rules.robust(damping, nonnegative=False),
+    "robust, alike": lambda damping: rules.robust(damping, alike=0.5, spread=2.0),
+    "above rounding": lambda x: rules.above_rounding(rules.robust(x, alike=0.5)),
+}
+
+
+def weighted(name):
+    """A number that depends on all rates and on the decrease."""
+
+    def function(summary, damping):
+        proposal = DIFFERENTIABLE[name](damping)(summary)
+        weights = jnp.array([1.0, -2.0, 0.5, 3.0], proposal.learning_rates.dtype)
+        return jnp.sum(weights * proposal.learning_rates) - proposal.predicted_decrease
+
+    return function
+
+
+def along(summary, seed=0):
+    """A direction in the numbers of a summary and in the damping."""
+    rng = np.random.default_rng(seed)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), summary)
+    symmetric = direction.hessian + direction.hessian.T
+    return direction._replace(hessian=symmetric), jnp.asarray(0.3)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_are_those_of_finite_differences(name):
+    function = weighted(name)
+    value = jax.jit(function)
+    forward = jax.jit(lambda x, t: jax.jvp(function, x, t)[1])
+    for seed in range(3):
+        point = (indefinite(seed), jnp.asarray(0.7))
+        tangent = along(point[0], seed)
+        there, back = (
+            value(*jax.tree.map(lambda x, t, h=h: x + h * t, point, tangent))
+            for h in (1e-6, -1e-6)
+        )
+        expected = (there - back) / 2e-6
+        np.testing.assert_allclose(forward(point, tangent), expected, rtol=1e-5)
+        narrow = jax.tree.map(lambda x: x.astype(jnp.float32), (point, tangent))
+        np.testing.assert_allclose(forward(*narrow), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_reverse_mode_is_the_transpose_of_forward_mode_under_vmap(name):
+    function = weighted(name)
+    summaries = jax.tree.map(lambda *x: jnp.stack(x), *map(indefinite, range(3)))
+    tangent = along(indefinite())
+    damping = jnp.asarray(0.7)
+
+    @jax.jit
+    @jax.vmap
+    def both(summary):
+        gradient = jax.grad(function, (0, 1))(summary, damping)
+        _, forward = jax.jvp(function, (summary, damping), tangent)
+        products = jax.tree.map(lambda x, t: jnp.sum(x * t), gradient, tangent)
+        return sum(jax.tree.leaves(products)), forward
+
+    np.testing.assert_allclose(*both(summaries), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_derivatives_are_finite_where_the_rates_are_not_smooth(name):
+    zero = jnp.zeros(4)
+    summary = indefinite(1)
+    dead = jnp.array([1.0, 0.0, 1.0, 1.0])
+    dead = summary._replace(
+        gradient=dead * summary.gradient,
+        hessian=dead[:, None] * summary.hessian * dead,
+        third=dead * summary.third,
+    )
+    gradient = jax.jit(jax.grad(weighted(name), (0, 1)))
+    summaries = [dead, summary._replace(third=zero)]
+    if name != "newton":  # which has no derivative where the Hessian is singular
+        summaries.append(jax.tree.map(jnp.zeros_like, summary))
+    for case in summaries:
+        for x in jax.tree.leaves(gradient(case, jnp.asarray(0.7))):
+            assert np.all(np.isfinite(x))
+
+
+# --- a third order that is not finite ----------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("name", ["cubic", "diagonal", "robust"])
+def test_a_third_order_that_is_not_finite_counts_as_none(name, value):
+    summary = drawn(1)
+    broken = summary._replace(third=summary.third.at[2].set(value))
+    without = summary._replace(third=summary.third.at[2].set(0))
+    rule = jax.jit(RULES[name]())
+    for x, y in zip(rule(broken), rule(without), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.all(rule(broken).learning_rates > 0)
+
+
+# --- arguments that are not finite -------------------------------------------------
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5])
+@pytest.mark.parametrize("field", ["gradient", "hessian", "damping"])
+def test_robust_says_that_an_argument_is_not_finite(field, alike):
+    for value in (np.nan, np.inf):
+        summary, damping = drawn(1), jnp.asarray(1.0)
+        if field == "damping":
+            damping = jnp.asarray(value)
+        else:
+            array = getattr(summary, field)
+            summary = summary._replace(**{field: array.at[2].set(value)})
+        proposal = rules.robust(damping, alike=alike)(summary)
+        np.testing.assert_array_equal(proposal.learning_rates, 0)
+        assert proposal.predicted_decrease == 0
+        assert proposal.status == CubicStatus.INVALID
+
+
+def test_robust_without_damping_divides_by_the_magnitudes():
+    summary = indefinite(1)
+    g, h, _ = robust_model(summary, 1.0, 1.0)
+    proposal = rules.robust(0.0, nonnegative=False)(summary)
+    np.testing.assert_allclose(proposal.learning_rates, np.linalg.solve(h, g))
+    assert proposal.status == CubicStatus.INTERIOR
+    singular = summary._replace(hessian=jnp.ones((4, 4)))
+    proposal = rules.robust(0.0)(singular)
+    np.testing.assert_array_equal(proposal.learning_rates, 0)
+    assert proposal.status == CubicStatus.KERNEL_FROZEN
+
+
+def test_robust_without_a_floor_freezes_what_nothing_bounds():
+    summary = drawn(1)._replace(third=jnp.array([1.0, 0.0, 1.0, 1.0]))
+    proposal = rules.robust(floor=0.0)(summary)
+    assert proposal.status == CubicStatus.KERNEL_FROZEN
+    assert proposal.learning_rates[1] == 0
+    assert np.all(proposal.learning_rates[np.array([0, 2, 3])] != 0)
+
+
+# --- strict modes ------------------------------------------------------------------
+
+STRICT = {
+    **{name: rule() for name, rule in RULES.items()},
+    "above_rounding": rules.above_rounding(rules.robust(alike=0.5)),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", STRICT)
+def test_rules_work_in_all_strict_modes_of_jax(name, jit):
+    rule = jax.jit(STRICT[name]) if jit else STRICT[name]
+    summary = indefinite(1, dtype=jnp.float32)
+    average = averaging.relative(averaging.exponential(absolute_third=True))
+    with (
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+        jax.enable_checks(True),
+    ):
+        for case in (
+            summary,
+            summary._replace(third=jnp.zeros(4, jnp.float32)),
+            summary._replace(gradient=summary.gradient.at[2].set(1e-9)),
+        ):
+            mean, _ = average.update(case, average.init(case))
+            assert np.all(np.isfinite(rule(mean).learning_rates))
+        nothing = jax.tree.map(jnp.zeros_like, summary)
+        np.testing.assert_array_equal(rule(nothing).learning_rates, 0)

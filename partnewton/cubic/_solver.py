@@ -36,11 +36,16 @@ References:
 """
 
 import enum
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from partnewton.cubic._derivative import solution_tangent
+from partnewton.cubic._reductions import reduce_together
 
 __all__ = ["CubicSolution", "CubicStatus", "solve_cubic"]
 
@@ -158,8 +163,8 @@ def _check_shapes(g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array) 
             )
 
 
-@jax.jit
-def _solve(
+@jax.custom_jvp
+def _solution(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array
 ) -> CubicSolution:
     if g.dtype == jnp.float64:
@@ -167,6 +172,26 @@ def _solve(
     return lax.platform_dependent(
         g, H, d, damping, tpu=_minimise_in_own_dtype, default=_minimise_in_float64
     )
+
+
+@_solution.defjvp
+def _solution_jvp(
+    primals: tuple, tangents: tuple
+) -> tuple[CubicSolution, CubicSolution]:
+    """By the implicit function theorem, from the stationarity of the model at eta."""
+    g, H, d, damping = primals
+    solution = _solution(*primals)
+    eta, radius, _, status = solution
+    d = jnp.where(damping > 0, d, 0)
+    inert = (g == 0) & (d == 0) & jnp.all(H + H.T == 0, axis=0)
+    live = (d > 0) | (~inert & (status != CubicStatus.KERNEL_FROZEN))
+    live &= status != CubicStatus.INVALID
+    arrays = solution_tangent((g, H, d, damping), tangents, eta, radius, live)
+    status_tangent = np.zeros(status.shape, jax.dtypes.float0)
+    return solution, CubicSolution(*arrays, status_tangent)
+
+
+_solve = jax.jit(_solution)
 
 
 def _minimise_in_own_dtype(
@@ -190,8 +215,9 @@ def _minimise(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array, dtype: jnp.dtype
 ) -> CubicSolution:
     """`solve_cubic` in the arithmetic of the arguments, its result in `dtype`."""
-    valid = jnp.all(jnp.isfinite(H)) & jnp.all(jnp.isfinite(g))
-    valid &= jnp.all(jnp.isfinite(d) & (d >= 0)) & jnp.isfinite(damping)
+    sizes = jnp.abs(H), jnp.abs(g), jnp.where(d >= 0, d, jnp.inf)
+    largest = reduce_together(maxima=sizes)
+    valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*largest, damping)))
     valid &= damping >= 0
     g, H, d, damping = (jnp.where(valid, a, 0) for a in (g, H, d, damping))
     H = 0.5 * H + 0.5 * H.T
@@ -205,13 +231,12 @@ def _minimise(
     problem, unit = _to_own_units(g, H, d, damping, live)
     best = _search(problem)
     # Rounding, of the step or of curvatures close to 0, must not raise the model.
-    plain, completed = (
-        _appraise(g, H, d, damping, _round(_ldexp(eta, -unit), dtype))
-        for eta in (best.plain, best.completed)
-    )
+    steps = _round(_ldexp(best.steps, -unit[None, :]), dtype)
+    appraise = jax.vmap(functools.partial(_appraise, g, H, d, damping))
+    appraised = appraise(steps)
     hard = ~_converged(best.plain_gap) & (best.completed_gap < best.plain_gap)
-    hard &= completed.descends
-    step = jax.tree.map(lambda a, b: jnp.where(hard, a, b), completed, plain)
+    hard &= appraised.descends[1]
+    step = jax.tree.map(lambda a: jnp.where(hard, a[1], a[0]), appraised)
     found = valid & jnp.isfinite(best.plain_gap) & step.descends
 
     status = jnp.where(hard, CubicStatus.HARD_CASE, CubicStatus.INTERIOR)
@@ -258,51 +283,55 @@ def _to_own_units(
     that `_factor` takes out.
     """
     limit = jnp.finfo(H.dtype).maxexp // 3  # so that beta^2 is far from overflow
-    pair = live[:, None] & live
     g = jnp.where(live, g, 0)
-    H = jnp.where(pair, H, 0)
+    H = jnp.where(live[:, None] & live[None, :], H, 0)
     H_exponent, g_exponent = _exponent(H), _exponent(g)
     diagonal_exponent = jnp.diagonal(H_exponent)
-    damping = jnp.where(jnp.any(d > 0), damping, 1)
-    damping_exponent = _exponent(damping)
     damped = d > 0
     kernel = live & ~damped
-
-    a = jnp.where(damped, _exponent(d), diagonal_exponent >> 1)
-    a = jnp.where(live, a, 0)
+    a = jnp.where(damped, _exponent(d), jnp.where(kernel, diagonal_exponent >> 1, 0))
+    (number_damped,) = reduce_together(sums=(damped.astype(jnp.int32),))
+    any_damped = number_damped > 0
+    damping = jnp.where(any_damped, damping, 1)
+    damping_exponent = _exponent(damping)
 
     # y is about as large as the largest of: H_st / D_s D_t; what elimination of a
     # kernel subset k adds to that, (H_sk / D_s)^2 / H_kk; and the y of g and D alone,
     # y^2 = damping/2 g_s / D_s.
     row = H_exponent - a[:, None]
-    of_H = jnp.where(damped[:, None] & damped, row - a, _ZERO_EXPONENT)
     of_kernel = jnp.where(
-        damped[:, None] & kernel & (H_exponent > _ZERO_EXPONENT),
-        2 * row - diagonal_exponent,
+        kernel[None, :] & (H_exponent > _ZERO_EXPONENT),
+        2 * row - diagonal_exponent[None, :],
         _ZERO_EXPONENT,
     )
+    of_H = jnp.where(damped[None, :], row - a[None, :], of_kernel)
+    has_slope = g != 0
     of_g = jnp.where(
-        damped & (g_exponent > _ZERO_EXPONENT),
-        (damping_exponent + g_exponent - a + 1) >> 1,
-        _ZERO_EXPONENT,
+        has_slope, (damping_exponent + g_exponent - a + 1) >> 1, _ZERO_EXPONENT
     )
-    b = jnp.maximum(jnp.maximum(jnp.max(of_H), jnp.max(of_kernel)), jnp.max(of_g))
+    of_all = jnp.maximum(of_H, of_g[:, None])
+    b, c, of_undamped = reduce_together(
+        maxima=(
+            jnp.where(damped[:, None], of_all, _ZERO_EXPONENT),
+            jnp.where(has_slope, g_exponent - a, _ZERO_EXPONENT),
+            jnp.where(kernel, diagonal_exponent, 0),
+        )
+    )
     # No such thing: y will be 0, and the units are those of H.
-    nothing = b < _ZERO_EXPONENT // 2
-    b = jnp.where(nothing, jnp.max(jnp.where(kernel, diagonal_exponent, 0)), b)
+    b = jnp.where(b < _ZERO_EXPONENT // 2, of_undamped, b)
 
     # beta = 2 / damping in these units; c is the exponent of the largest g, or what
     # makes beta large enough, as far as the number range allows.
     beta_exponent = 2 * b - damping_exponent
-    c = jnp.max(jnp.where(g != 0, g_exponent - a, _ZERO_EXPONENT))
-    c = jnp.where(jnp.any(damped), jnp.maximum(c, beta_exponent - limit), c)
-    c = jnp.where(jnp.any(g != 0), c, beta_exponent)
+    no_slope = c < _ZERO_EXPONENT // 2
+    c = jnp.where(any_damped, jnp.maximum(c, beta_exponent - limit), c)
+    c = jnp.where(no_slope, beta_exponent, c)
     mantissa = _ldexp(damping, -damping_exponent)
     beta = _ldexp(2 / mantissa, jnp.clip(beta_exponent - c, -limit, limit))
 
     problem = _Problem(
         g=_ldexp(g, -a - c),
-        H=_ldexp(H, -a[:, None] - a - b),
+        H=_ldexp(H, -a[:, None] - a[None, :] - b),
         d=_ldexp(d, -a),
         beta=beta,
         live=live,
@@ -325,22 +354,32 @@ def _appraise(
     """The model at eta, all terms in units of the largest of them, 2^unit."""
     moves = eta != 0
     g, d = jnp.where(moves, g, 0), jnp.where(moves, d, 0)
-    H = jnp.where(moves[:, None] & moves, H, 0)
+    H = jnp.where(moves[:, None] & moves[None, :], H, 0)
     of_eta = jnp.where(moves, _exponent(eta), 0)
-    of_d = jnp.max(_exponent(d) + of_eta)  # ||D eta|| in units of this
-    of_g = jnp.max(_exponent(g) + of_eta)
-    of_H = jnp.max(_exponent(H) + of_eta[:, None] + of_eta)
+    # ||D eta|| in units of 2^of_d, and so on.
+    of_d, of_g, of_H = reduce_together(
+        maxima=(
+            _exponent(d) + of_eta,
+            _exponent(g) + of_eta,
+            _exponent(H) + of_eta[:, None] + of_eta[None, :],
+        )
+    )
     of_cubic = _exponent(damping) + 3 * of_d
     unit = jnp.maximum(jnp.maximum(of_g, of_H), of_cubic)
 
     mantissa = _ldexp(eta, -of_eta)
+    image = _ldexp(d, of_eta - of_d) * mantissa
     slopes = mantissa * _ldexp(g, of_eta - unit)
-    curvatures = _ldexp(H, of_eta[:, None] + of_eta - unit)
-    curvatures = mantissa[:, None] * curvatures * mantissa
-    radius = _norm(_ldexp(d, of_eta - of_d) * mantissa)
+    curvatures = _ldexp(H, of_eta[:, None] + of_eta[None, :] - unit)
+    curvatures = mantissa[:, None] * curvatures * mantissa[None, :]
+    of_row = reduce_together(sums=(curvatures, jnp.abs(curvatures)), axis=1)
+    slope, slope_size, curvature, curvature_size, square = reduce_together(
+        sums=(slopes, jnp.abs(slopes), *of_row, image * image)
+    )
+    radius = jnp.sqrt(square)
     cubic = _ldexp(damping / 6, 3 * of_d - unit) * radius**3
-    decrease = jnp.sum(slopes) - jnp.sum(curvatures) / 2 - cubic
-    size = jnp.sum(jnp.abs(slopes)) + jnp.sum(jnp.abs(curvatures)) / 2 + cubic
+    decrease = slope - curvature / 2 - cubic
+    size = slope_size + curvature_size / 2 + cubic
     return _Step(
         eta=eta,
         radius=_ldexp(radius, of_d),
@@ -355,9 +394,8 @@ def _appraise(
 class _Best(NamedTuple):
     """The steps with the smallest relative gap so far, without and with z."""
 
-    plain: jax.Array  # (S,), M^-1 g
+    steps: jax.Array  # (2, S): M^-1 g and M^-1 g + tau z
     plain_gap: jax.Array  # ()
-    completed: jax.Array  # (S,), M^-1 g + tau z
     completed_gap: jax.Array  # ()
 
 
@@ -412,15 +450,15 @@ def _search(problem: _Problem) -> _Best:
 
     # Any start will do that is not orthogonal to the null vector: an irregular one.
     v = jnp.where(damped, 1 + 0.4 * jnp.cos(1.7 * jnp.arange(S, dtype=dtype) ** 2), 0)
-    zero = jnp.zeros_like(problem.g)
+    zeros = jnp.zeros((2, S), dtype)
     infinite = jnp.full((), jnp.inf, dtype)
     start = _Search(
         # Without a cubic term M does not depend on y, and the smallest y says so.
         y=jnp.where(jnp.any(damped), jnp.ones((), dtype), lowest),
         low=jnp.full((), lowest, dtype),
         high=jnp.full((), highest, dtype),
-        v=v / jnp.where(jnp.any(damped), _norm(v), 1),
-        best=_Best(zero, infinite, zero, infinite),
+        v=v / jnp.where(jnp.any(damped), jnp.sqrt(jnp.sum(v * v)), 1),
+        best=_Best(zeros, infinite, infinite),
         settled=jnp.zeros((), bool),
         iteration=jnp.zeros((), jnp.int32),
     )
@@ -447,29 +485,40 @@ def _evaluate(problem: _Problem, y: jax.Array, v: jax.Array) -> _Evaluation:
     full = _solve_triangular(L, half, transpose=True)
     eta, z = full[:, 0], full[:, 1]  # divided by s
 
-    image = ds * eta  # D M^-1 g
-    n = _norm(image)
+    # D M^-1 g and D z, divided by their largest entries: no square overflows.
+    image, z_image = ds * eta, ds * z
+    of_image, of_z = reduce_together(maxima=(jnp.abs(image), jnp.abs(z_image)))
+    image = image / jnp.where(of_image > 0, of_image, 1)
+    z_image = z_image / jnp.where(of_z > 0, of_z, 1)
+    square, z_square, product, with_v, q = reduce_together(
+        sums=(
+            image * image,
+            z_image * z_image,
+            image * z_image,
+            z_image * v,
+            half[:, 0] ** 2,  # g' M^-1 g
+        )
+    )
+    n = of_image * jnp.sqrt(square)
     ratio = n / x
-    direction = image / jnp.where(n > 0, n, 1)
-    w = _solve_triangular(L, (ds * direction)[:, None])
-    slope = y * jnp.sum(w * w)
+    w = _solve_triangular(L, (ds * image)[:, None])[:, 0]
+    # On its own, a sum would be split in several.
+    along_w, _ = reduce_together(sums=(w * w, image * image))
+    slope = y * (along_w / jnp.where(square > 0, square, 1))
 
     # One inverse iteration for the smallest eigenvalue of M z = R D^2 z, ||D z|| = 1.
-    z_image = ds * z
-    z_norm = _norm(z_image)
-    z_found = positive_definite & (z_norm > 0)
-    z_norm = jnp.where(z_found, z_norm, 1)
-    z, z_image = z / z_norm, z_image / z_norm
-    curvature = jnp.maximum(jnp.sum(z_image * v) / z_norm, 0)
+    z_found = positive_definite & (of_z > 0)
+    root = jnp.where(z_found, jnp.sqrt(z_square), 1)
+    z_norm = jnp.where(z_found, of_z * root, 1)
+    curvature = jnp.maximum(with_v / root / z_norm, 0)
 
     # The smaller root tau of ||D M^-1 g / x + tau D z|| = 1 (Moré and Sorensen).
-    cosine = jnp.sum(image * z_image) / x
+    cosine = of_image * (product / root) / x
     rest = (1 - ratio) * (1 + ratio)
-    root = jnp.sqrt(cosine * cosine + rest)  # NaN where there is no tau
-    tau = rest / (cosine + jnp.where(cosine < 0, -root, root))
+    radical = jnp.sqrt(cosine * cosine + rest)  # NaN where there is no tau
+    tau = rest / (cosine + jnp.where(cosine < 0, -radical, radical))
 
     # m(step) minus the bound of weak duality, and divided by that bound.
-    q = jnp.sum(half[:, 0] ** 2)  # g' M^-1 g
     bound = q / 2 + x * x * y / 6
     bound = jnp.where(bound > 0, bound, 1)
     plain_gap = (x - n) ** 2 * ((x + 2 * n) / (6 * beta))
@@ -478,12 +527,11 @@ def _evaluate(problem: _Problem, y: jax.Array, v: jax.Array) -> _Evaluation:
         positive_definite,
         ratio,
         slope,
-        jnp.where(z_found, z_image, v),
+        jnp.where(z_found, z_image / root, v),
         curvature,
         _Best(
-            plain=s * eta,
+            steps=s[None, :] * jnp.stack([eta, eta + (tau * x / z_norm) * z]),
             plain_gap=_gap_or_inf(plain_gap / bound, positive_definite),
-            completed=s * (eta + tau * x * z),
             completed_gap=_gap_or_inf(completed_gap / bound, z_found),
         ),
     )
@@ -545,25 +593,25 @@ def _shift_range(dtype: jnp.dtype) -> tuple[float, float]:
 
 def _is_positive_definite(H: jax.Array, rows: jax.Array) -> jax.Array:
     """Whether the block of `rows` is, beyond what rounding does to its factor."""
-    L, _, positive_definite = _factor(H, rows)
+    L, _, _ = _factor(H, rows)
     rounding = _ROUNDING_UNITS * len(H) * jnp.finfo(H.dtype).eps
-    return positive_definite & jnp.all(jnp.diagonal(L) ** 2 > rounding)
+    return jnp.all(jnp.diagonal(L) ** 2 > rounding)
 
 
 def _factor(M: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """L L' = diag(s) M diag(s) on `live`, 1 elsewhere, its diagonal in [1/2, 2).
 
     Also returns s, powers of two, and whether M is positive definite; where it is not,
-    L is the identity.
+    L is not finite.
     """
     exponent = _exponent(jnp.where(live, jnp.diagonal(M), 0))
     exponent = jnp.where(exponent > _ZERO_EXPONENT, exponent, 0)
     s = _power_of_two(-(exponent >> 1), M.dtype)
     identity = jnp.eye(len(M), dtype=M.dtype)
-    A = jnp.where(live[:, None] & live, M * s[:, None] * s, identity)
+    A = jnp.where(live[:, None] & live[None, :], M * s[:, None] * s[None, :], identity)
     L = lax.linalg.cholesky(A, symmetrize_input=False)
-    positive_definite = jnp.all(jnp.isfinite(L))
-    return jnp.where(positive_definite, jnp.tril(L), identity), s, positive_definite
+    # A pivot that is not finite leaves none behind it finite.
+    return L, s, jnp.isfinite(L[-1, -1])
 
 
 def _solve_triangular(
@@ -572,13 +620,6 @@ def _solve_triangular(
     return lax.linalg.triangular_solve(
         L, b, left_side=True, lower=True, transpose_a=transpose
     )
-
-
-def _norm(v: jax.Array) -> jax.Array:
-    """||v||, scaled so that no square overflows or vanishes."""
-    largest = jnp.max(jnp.abs(v))
-    largest = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum((v / largest) ** 2))
 
 
 def _round(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
