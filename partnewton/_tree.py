@@ -5,17 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from partnewton.engines import versions
+
 PyTree = Any
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether all numbers in a tree of small arrays are finite."""
-    finite = [
-        jnp.ravel(jnp.isfinite(x))
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    ]
-    return jnp.all(jnp.concatenate([jnp.ones(1, bool), *finite]))
+
+    def check(leaves: list[jax.Array]) -> jax.Array:
+        finite = [jnp.ravel(jnp.isfinite(x)) for x in leaves]
+        return jnp.all(jnp.concatenate([jnp.ones(1, bool), *finite]))
+
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    # By itself: XLA would check again in each kernel that reads the result.
+    return versions.apart(check)(numbers)
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

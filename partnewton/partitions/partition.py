@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton.engines import versions
+
 FROZEN = -1
 """The label of entries that stay as they are: their update is zero, at no cost."""
 
@@ -82,12 +84,14 @@ class Partition:
 
     def spread(self, values: jax.Array) -> list[jax.Array]:
         """`values` (S,) at the entries of each leaf: () or the leaf's shape."""
-        padded = self._padded(values)
-        return [padded[label] for label in self.labels]
 
-    def _padded(self, values: jax.Array) -> jax.Array:
-        """`values` and behind them a zero: FROZEN = -1 is the last."""
-        return jnp.append(values, jnp.zeros(1, values.dtype))
+        def spread(values: jax.Array) -> list[jax.Array]:
+            padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1
+            return [padded[label] for label in self.labels]
+
+        # By itself: kernels that read scalars, and no place in a vector, are equal for
+        # leaves of equal shapes, and equal kernels are compiled once.
+        return versions.apart(spread)(values)
 
     def take(self, tree: Any) -> Any:
         """A tree like the parameters with None in the place of frozen leaves.
@@ -131,12 +135,12 @@ class Partition:
         """
         scaled = []
         likes = updates if params is None else params
-        padded = self._padded(values)
-        for u, like, label in zip(updates, likes, self.labels, strict=True):
+        columns = updates, likes, self.spread(values), self.labels
+        for u, like, value, label in zip(*columns, strict=True):
             if is_frozen(label):
                 scaled.append(zeros_of_frozen(like))
                 continue
-            product = sharded_like(like, padded[label]) * u
+            product = sharded_like(like, value) * u
             if isinstance(label, np.ndarray):
                 frozen = sharded_like(like, label == FROZEN)
                 product = jnp.where(frozen, 0, product)
