@@ -4,17 +4,15 @@ These tables only make the adjoint engine faster. An operation that is in none o
 is a local function like any other, differentiated by jax itself.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.extend.core import primitives
 
 from partnewton.engines import versions
 
 __all__ = [
-    "has_custom_vjp",
     "is_affine",
     "is_elementwise",
     "is_linear",
@@ -235,19 +233,6 @@ def is_elementwise(equation: versions.Equation) -> bool:
     if inside is None:
         return equation.primitive.name in ELEMENTWISE
     return all(map(is_elementwise, versions.open_jaxpr(inside).eqns))
-
-
-def has_custom_vjp(equations: Iterable[versions.Equation]) -> bool:
-    """Whether jax cannot differentiate some equations forwards."""
-    for equation in equations:
-        if equation.primitive is primitives.custom_vjp_call_p:
-            return True
-        if equation.primitive is not primitives.custom_jvp_call_p and any(
-            has_custom_vjp(versions.open_jaxpr(inner).eqns)
-            for inner in core.jaxprs_in_params(equation.params)
-        ):
-            return True
-    return False
 
 
 def _is_real(equation: versions.Equation) -> bool:

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines import operations, products, reductions, versions
+from partnewton.engines import products, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
-__all__ = ["RULES", "Sums", "Tangents"]
+__all__ = ["RULES", "Sums", "Tangents", "dots"]
 
 # For the inner products of long rows on a CPU.
 _BEYOND_CACHE = 2**23  # numbers
@@ -102,7 +102,7 @@ class Sums:
         factor: float = 1.0,
     ) -> None:
         """Adds the inner products of some rows, whose symmetric part will count."""
-        products = self._everywhere(gram(left.values, right.values, weight))
+        products = self.everywhere(gram(left.values, right.values, weight))
         subsets = left.subsets, right.subsets
         self.hessian.append(_Block(subsets, factor, products.ravel()))
 
@@ -110,7 +110,7 @@ class Sums:
         self, subsets: tuple[int, ...], values: jax.Array, *, factor: float = 1.0
     ) -> None:
         """Adds a number to each of some subsets."""
-        self.third.append(_Block((subsets,), factor, self._everywhere(values)))
+        self.third.append(_Block((subsets,), factor, self.everywhere(values)))
 
     def add_totals(self, hessian: jax.Array, third: jax.Array) -> None:
         """Adds sums over all subsets, from the inside of a loop."""
@@ -148,7 +148,7 @@ class Sums:
             total = total.at[places].add(factor * values, mode="promise_in_bounds")
         return total.reshape(shape)
 
-    def _everywhere(self, x: jax.Array) -> jax.Array:
+    def everywhere(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of a `shard_map`, as far as they have their own."""
         axes = versions.varying_axes(x)
         return (jax.lax.psum(x, axes) if axes else x).astype(self.dtype)
@@ -299,7 +299,7 @@ def _pushed(
 
     def of_members(members: tuple[int, ...]) -> Callable:
         function, active = _restricted(step, inputs, members)
-        return _pushforward(step, function, active)
+        return _pushforward(function, active)
 
     return map_rows(of_members, rows)
 
@@ -591,11 +591,11 @@ def local(
         return pull(list(adjoints))
 
     first = map_rows(
-        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
+        lambda members: _pushforward(*_restricted(step, inputs, members)),
         tangents.first,
     )
     second = map_rows(
-        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
+        lambda members: _pushforward(*_restricted(step, inputs, members)),
         tangents.second,
     )
     bends: list[list[Rows]] = []
@@ -621,7 +621,7 @@ def local(
                 w, v = taken(Rows(subsets, w), common), taken(rows, common)
                 sums.add_third(tuple(common), dots(w, v), factor=3.0)
         function, at = _restricted(step, inputs, members)
-        curve = _curve(step, function, at)
+        curve = _curve(function, at)
         second_derivatives, third_derivatives = _split(apply(curve, *columns))
         bends.append([Rows(subsets, x) for x in second_derivatives])
         sums.add_third(
@@ -645,21 +645,13 @@ def _split(derivatives: list[jax.Array]) -> tuple[list, list]:
 
 
 def _pushforward(
-    step: Step, function: Callable, at: Sequence[jax.Array]
+    function: Callable, at: Sequence[jax.Array]
 ) -> Callable[..., list[jax.Array]]:
-    """v -> Df(at)[v].
-
-    A `custom_vjp` cannot be differentiated forwards. Its own rule v' -> v' Df is linear
-    in v', and the transpose of that is Df.
-    """
-    if not operations.has_custom_vjp(step.equations):
-        return jax.linearize(function, *at)[1]
-    outputs, pull = jax.vjp(function, *at)
-    push = jax.linear_transpose(lambda *cotangents: pull(list(cotangents)), *outputs)
-    return lambda *tangents: list(push(tuple(tangents)))
+    """v -> Df(at)[v]."""
+    return jax.linearize(function, *at)[1]
 
 
-def _curve(step: Step, function: Callable, at: Sequence[jax.Array]) -> Callable:
+def _curve(function: Callable, at: Sequence[jax.Array]) -> Callable:
     """v -> (D2f(at)[v, v], ..., D3f(at)[v, v, v], ...), all outputs in a row."""
 
     def along(f: Callable, v: Sequence[jax.Array]) -> Callable:
@@ -667,8 +659,6 @@ def _curve(step: Step, function: Callable, at: Sequence[jax.Array]) -> Callable:
 
     def curve(*v: jax.Array) -> list[jax.Array]:
         def d1(*x: jax.Array) -> list[jax.Array]:
-            if operations.has_custom_vjp(step.equations):
-                return _pushforward(step, function, x)(*v)
             return jax.jvp(function, x, v)[1]
 
         def d2(*x: jax.Array) -> list[jax.Array]:
