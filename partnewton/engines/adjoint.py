@@ -42,7 +42,7 @@ from partnewton.engines.program import (
     values_of,
 )
 from partnewton.engines.rows import Rows, add, apply, expanded, union
-from partnewton.engines.rules import RULES, Sums, Tangents, dots
+from partnewton.engines.rules import RULES, Sums, Tangents, dots, where_moved
 from partnewton.engines.versions import Variable
 from partnewton.partitions import FROZEN, Partition
 
@@ -672,9 +672,9 @@ def _sweep_final(final: _Final, first: Moved, second: Moved, sums: Sums) -> jax.
     slopes = []
     for v, i, w in zip(moved, places, turned, strict=True):
         rows = first[v]
-        sums.add_hessian(Rows(subsets, w), rows)
-        slope = sums.everywhere(dots(rows.values, final.linear.gradient[i][None]))
-        slopes.append(Rows(rows.subsets, slope))
+        sums.add_hessian(Rows(subsets, where_moved(w, rows)), rows)
+        slope = dots(rows.values, final.linear.gradient[i][None], is_guarded=True)
+        slopes.append(Rows(rows.subsets, sums.everywhere(slope)))
     if sums.third_order:
         if any(v in second for v in moved):
             points = [final.point[i] for i in places]

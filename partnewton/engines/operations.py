@@ -5,18 +5,22 @@ is a local function like any other, differentiated by jax itself.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives
 
 from partnewton.engines import versions
+from partnewton.engines.dataflow import is_variable
 
 __all__ = [
     "is_affine",
     "is_elementwise",
     "is_linear",
     "is_piecewise_linear",
+    "is_singular",
+    "may_mask",
     "moves",
 ]
 
@@ -185,6 +189,75 @@ ELEMENTWISE = frozenset(
 )
 
 
+# Elementwise functions with an infinite derivative somewhere, of any order.
+SINGULAR = frozenset(
+    [
+        "acos",
+        "acosh",
+        "asin",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "digamma",
+        "div",
+        "erf_inv",
+        "integer_pow",
+        "lgamma",
+        "log",
+        "log1p",
+        "log2",
+        "pow",
+        "rsqrt",
+        "sqrt",
+        "tan",
+    ]
+)
+
+# What keeps the derivatives of some entries away from others, beside all that is
+# piecewise linear or not in these tables: an adjoint that is not finite may end here.
+_MASKING = frozenset(
+    [
+        "concatenate",
+        "dynamic_update_slice",
+        "gather",
+        "pad",
+        "scatter-add",
+        "select_n",
+        "stack",
+    ]
+)
+
+
+def may_mask(equation: versions.Equation) -> bool:
+    """Whether the result may stand still at some entries where the operands move."""
+    name = equation.primitive.name
+    if name in ("concatenate", "pad", "stack"):
+        return not all(
+            _is_inexact(atom) and is_variable(atom) for atom in equation.invars
+        )
+    is_plain = name in LINEAR or name in PRODUCTS or name in ELEMENTWISE
+    return name in _MASKING or name in PIECEWISE_LINEAR or not is_plain
+
+
+def is_singular(equation: versions.Equation, names: Collection[str] = SINGULAR) -> bool:
+    """Whether an elementwise function has an infinite derivative at some number.
+
+    Args:
+      equation: the function.
+      names: those of the operations that count.
+    """
+    if equation.primitive is primitives.custom_jvp_call_p:
+        inside = versions.open_jaxpr(equation.params["call_jaxpr"])
+        return any(is_singular(e, names) for e in inside.eqns)
+    inside = versions.inlined(equation)
+    if inside is not None:
+        return any(is_singular(e, names) for e in versions.open_jaxpr(inside).eqns)
+    name = equation.primitive.name
+    if name == "integer_pow":
+        return name in names and equation.params["y"] < 0
+    return name in names and (name != "div" or is_variable(equation.invars[1]))
+
+
 def moves(equation: versions.Equation) -> bool:
     """Whether results differ at all when operands move a little."""
     name = equation.primitive.name
@@ -233,6 +306,10 @@ def is_elementwise(equation: versions.Equation) -> bool:
     if inside is None:
         return equation.primitive.name in ELEMENTWISE
     return all(map(is_elementwise, versions.open_jaxpr(inside).eqns))
+
+
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
 
 
 def _is_real(equation: versions.Equation) -> bool:

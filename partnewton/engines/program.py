@@ -53,6 +53,8 @@ class Step:
       active_inputs: the places of the inputs that move with the parameters.
       active_outputs: the places of the outputs that do, and that the loss depends on.
       loop: what is inside of a `scan`.
+      is_guarded: whether a derivative or an adjoint may be infinite at an entry which
+        no subset moves, so that it must not count there.
       places: where the equations are in the flattened jaxpr.
     """
 
@@ -63,6 +65,7 @@ class Step:
     active_inputs: tuple[int, ...] = ()
     active_outputs: tuple[int, ...] = ()
     loop: "Loop | None" = None
+    is_guarded: bool = False
     places: tuple[int, ...] = ()
 
     @functools.cached_property
@@ -451,7 +454,8 @@ def _program(
             )
         ]
         first, last, rest = dataflow.final_part(flat.equations, flat.outputs[0], left)
-    groups = _groups(flat.equations, first, active, relevant)
+    masked = _masked(flat.equations, active, moving if num_fixed is not None else ())
+    groups = _groups(flat.equations, first, active, relevant, masked)
     groups = _ordered(groups, flat.equations)
     readers = _readers(flat, [*groups, last, rest])
 
@@ -487,6 +491,9 @@ def _program(
                 tuple(written),
                 tuple(active_inputs),
                 tuple(active_outputs),
+                is_guarded=_is_guarded(
+                    kind, equations, [read[i] for i in active_inputs], masked
+                ),
                 **common,
             )
         )
@@ -598,6 +605,44 @@ def _arity(equation: Equation) -> tuple[int, int]:
     return len(body.invars) - num_xs - num_carry, num_carry
 
 
+def _masked(
+    equations: Sequence[Equation],
+    active: Collection[Variable],
+    inputs: Iterable[Variable],
+) -> set[Variable]:
+    """The active variables with no way to the parameters but through a mask.
+
+    An adjoint that is infinite makes the gradient infinite, unless on every way to the
+    parameters there is a `where` or a like operation that takes no notice of it. Only
+    then is there something to be kept out of a summary.
+
+    Args:
+      equations: in order.
+      active: the variables that move.
+      inputs: those that are taken to be masked, as they come from outside of a loop.
+    """
+    masked = set(inputs)
+    for equation in equations:
+        read = [v for v in dataflow.operands(equation) if v in active]
+        if read and (operations.may_mask(equation) or masked.issuperset(read)):
+            masked.update(v for v in equation.outvars if v in active)
+    return masked
+
+
+def _is_guarded(
+    kind: str,
+    equations: Sequence[Equation],
+    active_inputs: Sequence[Variable],
+    masked: Collection[Variable],
+) -> bool:
+    """Whether a step must not multiply zeros and what may be infinite; see `Step`."""
+    if kind == "elementwise" and any(
+        operations.may_mask(e) or operations.is_singular(e, ("pow",)) for e in equations
+    ):
+        return True
+    return kind == "local" or all(v in masked for v in active_inputs)
+
+
 # Which equations make one step.
 
 
@@ -606,6 +651,7 @@ def _groups(
     places: Iterable[int],
     active: Collection[Variable],
     relevant: Collection[Variable],
+    masked: Collection[Variable],
 ) -> list[list[int]]:
     """The equations at some places in groups.
 
@@ -628,6 +674,10 @@ def _groups(
         # stop_gradient for example.
         fixed = [behind.get(v, set()) for v in awaited if v not in read]
         is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
+        # What is infinite behind a mask would spoil the derivative of the whole run.
+        is_start |= operations.is_singular(equation) and not read.isdisjoint(
+            masked & run_of.keys()
+        )
         after = set().union(*(behind.get(v, set()) for v in awaited))
         if (
             written

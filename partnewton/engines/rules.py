@@ -16,6 +16,7 @@ and adds to the sums over all steps
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from partnewton.engines import products, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
-__all__ = ["RULES", "Sums", "Tangents", "dots"]
+__all__ = ["RULES", "Sums", "Tangents", "dots", "where_moved"]
 
 # For the inner products of long rows on a CPU.
 _BEYOND_CACHE = 2**23  # numbers
@@ -227,10 +228,28 @@ def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
     )
 
 
-def dots(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The inner products of rows with rows of the same place, (r, *shape) -> (r,)."""
+def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
+    """The inner products of rows with rows of the same place, (r, *shape) -> (r,).
+
+    Where `is_guarded`, zero times infinity is zero.
+    """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return _total_of_each((a.astype(dtype) * b.astype(dtype)).real)
+    times = _guarded_product if is_guarded else jnp.multiply
+    return _total_of_each(times(a.astype(dtype), b.astype(dtype)).real)
+
+
+def _guarded_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product, zero where a factor is zero, however infinite the other one is."""
+    product = a * b
+    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(product), product)
+
+
+def where_moved(x: jax.Array, *rows: Rows | None) -> jax.Array:
+    """x, but zero at the entries that some of the tangents leave where they are."""
+    for some in rows:
+        if some is not None:
+            x = jnp.where(jnp.any(some.values != 0, axis=0), x, jnp.zeros_like(x))
+    return x
 
 
 def _total_of_each(rows: jax.Array) -> jax.Array:
@@ -367,6 +386,8 @@ def product(
         if step.takes_rows:
             pull = products.repeating(pull, (at[i].ndim, adjoint.ndim))
         (values,) = apply(lambda x: [pull(x, adjoint)], rows.values, **how)
+        if step.is_guarded:
+            values = where_moved(values, tangents.first[i - 1])
         return Rows(rows.subsets, values)
 
     def crossed(x: Rows, y: Rows) -> Rows | None:
@@ -380,7 +401,8 @@ def product(
     def add_third(rows: Rows | None) -> None:
         if rows is not None:
             weights = jnp.broadcast_to(adjoint, rows.values.shape)
-            sums.add_third(rows.subsets, dots(rows.values, weights), factor=3.0)
+            values = dots(rows.values, weights, is_guarded=step.is_guarded)
+            sums.add_third(rows.subsets, values, factor=3.0)
 
     (a, b), (aa, bb) = tangents
     first = map_rows(with_fixed, [a, b], **how)
@@ -430,25 +452,30 @@ def elementwise(
     at = [inputs[i] for i in step.active_inputs]
     function = step.active(step.function, inputs)
     partials = _partials(function, at, order=3 if sums.third_order else 2)
+    times = _guarded_product if step.is_guarded else jnp.multiply
+    along = functools.partial(_along, times=times)
     weights: Partials = {}  # lambda . f_ij and lambda . f_ijk
     for f, adjoint in zip(partials, adjoints, strict=True):
         for places, x in f.items():
             if len(places) > 1:
-                term = _wide(adjoint) * x
+                term = times(_wide(adjoint), x)
                 weights[places] = weights[places] + term if places in weights else term
     first, second = tangents
 
     bends = [places for places in weights if len(places) == 2]
     for i, j in bends:
         if first[i] is not None and first[j] is not None:
-            _add_weighted(sums, first[i], first[j], weights[i, j], is_cross=i != j)
+            weight = weights[i, j]
+            if step.is_guarded:
+                weight = where_moved(weight, first[i], first[j])
+            _add_weighted(sums, first[i], first[j], weight, is_cross=i != j)
 
     zeros = [jnp.zeros_like(adjoint) for adjoint in adjoints]
 
     def of_first(members: tuple[int, ...]) -> Callable:
         def of(*v: jax.Array) -> list[jax.Array]:
             xdot = dict(zip(members, map(_wide, v), strict=True))
-            zdot = [_along(f, [xdot]) for f in partials]
+            zdot = [along(f, [xdot]) for f in partials]
             return _like(zeros, zdot)
 
         return of
@@ -458,9 +485,9 @@ def elementwise(
             moved = dict(zip(members, map(_wide, v), strict=True))
             xdot = {i: x for i, x in moved.items() if i < len(at)}
             xddot = {i - len(at): x for i, x in moved.items() if i >= len(at)}
-            zddot = [_along(f, [xdot, xdot]) + _along(f, [xddot]) for f in partials]
-            third = _along(weights, [xdot, xdot, xdot])
-            third += 3 * _along(weights, [xdot, xddot])
+            zddot = [along(f, [xdot, xdot]) + along(f, [xddot]) for f in partials]
+            third = along(weights, [xdot, xdot, xdot])
+            third += 3 * along(weights, [xdot, xddot])
             return _like([*zeros, _wide(zeros[0])], [*zddot, third])
 
         return of
@@ -509,14 +536,18 @@ def _derivative(function: Callable, place: int) -> Callable:
     return derivative
 
 
-def _along(partials: Partials, directions: Sequence[dict[int, jax.Array]]) -> Any:
+def _along(
+    partials: Partials,
+    directions: Sequence[dict[int, jax.Array]],
+    times: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Any:
     """The sum of f_ij.. v_i w_j .. for the directions v, w, .. by place."""
     total = 0.0
     for places in itertools.product(*directions):
         term = partials.get(tuple(sorted(places)))
         if term is not None:
             for v, i in zip(directions, places, strict=True):
-                term = term * v[i]
+                term = times(term, v[i])
             total = total + term
     return total
 
@@ -612,14 +643,15 @@ def local(
         turned = apply(turn, *columns)
         for rows, w in zip(tangents.first, turned, strict=True):
             if rows is not None:
-                sums.add_hessian(Rows(subsets, w), rows)
+                sums.add_hessian(Rows(subsets, where_moved(w, rows)), rows)
         if not sums.third_order:
             continue
         for rows, w in zip(tangents.second, turned, strict=True):
             common = [s for s in subsets if rows is not None and s in rows.subsets]
             if common:
                 w, v = taken(Rows(subsets, w), common), taken(rows, common)
-                sums.add_third(tuple(common), dots(w, v), factor=3.0)
+                values = dots(w, v, is_guarded=True)
+                sums.add_third(tuple(common), values, factor=3.0)
         function, at = _restricted(step, inputs, members)
         curve = _curve(function, at)
         second_derivatives, third_derivatives = _split(apply(curve, *columns))
@@ -627,7 +659,7 @@ def local(
         sums.add_third(
             subsets,
             sum(
-                dots(x, jnp.broadcast_to(a, x.shape))
+                dots(x, jnp.broadcast_to(a, x.shape), is_guarded=True)
                 for a, x in zip(adjoints, third_derivatives, strict=True)
             ),
         )
