@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton.engines import jvp_of_grad, nesting, versions
+from partnewton.engines.axes import refuse_named_axes
 from partnewton.engines.program import (
     Loop,
     Program,
@@ -166,6 +167,7 @@ class _Problem:
         self, loss: Loss, leaves: Leaves, direction: Leaves, partition: Partition
     ):
         _, self._jaxpr = versions.traced(self._flat(loss), list(leaves))
+        refuse_named_axes(self._jaxpr)
         self._opaque: set[int] = set()
         self.direction = direction
         self.partition = partition

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton.engines import nesting
+from partnewton.engines.axes import refuse_named_axes
 from partnewton.partitions import Partition
 
 Leaves = Sequence[jax.Array]
@@ -69,9 +70,14 @@ def derivative_tensors(
     gradient along u_s1, ..., u_s(d-1): one pass for each multiset of d - 1 subsets
     gives S entries at once.
     """
+    refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
     try:
         linear = nesting.linearize(loss, leaves)
     except nesting.DifferentiationError as error:
+        if (
+            error.kernels
+        ):  # jax differentiates them in part, to fail when it lowers them
+            raise
         try:
             return _forwards(loss, leaves, direction, partition, order, batch_size)
         except Exception:

@@ -4,7 +4,7 @@ Everything here is about the derivatives of ``jax.grad(loss)``. Forward mode ove
 gradient is the cheapest way. Where an operation cannot be differentiated forwards, as a
 `custom_vjp` that calls another one, the gradient is differentiated backwards once more;
 its product with a vector is then one with the transposed Jacobian, which has the same
-symmetric part. Both are tried while jax traces, in this order.
+symmetric part. All of this is tried while jax traces, the cheapest way first.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,15 @@ Function = Callable[[list[jax.Array]], tuple[jax.Array, Any]]  # to (value, aux)
 
 
 class DifferentiationError(TypeError):
-    """No nesting of forward and reverse mode differentiates a function twice."""
+    """No nesting of forward and reverse mode differentiates a function so often.
+
+    Attributes:
+      kernels: the names of the Pallas kernels in the function.
+    """
+
+    def __init__(self, message: str, kernels: Sequence[str]):
+        super().__init__(message)
+        self.kernels = tuple(kernels)
 
 
 class Linearized(NamedTuple):
@@ -53,18 +61,23 @@ def linearize(function: Function, x: Arrays) -> Linearized:
         found, gradient = jax.value_and_grad(function, has_aux=True)(x)
         return gradient, found
 
-    def forwards() -> Linearized:
+    def linearized() -> Linearized:
         gradient, push, found = jax.linearize(value_and_gradient, x, has_aux=True)
-        product, jaxpr = versions.traced(lambda *v: push(list(v)), *x)
-        if versions.mentions(jaxpr, "custom_lin"):  # jax would complain when it lowers
-            raise TypeError("a custom_vjp cannot be differentiated forwards")
+        return Linearized(*found, gradient, _traced(lambda *v: push(list(v)), *x))
+
+    def forwards() -> Linearized:
+        def push(*v: jax.Array) -> list[jax.Array]:
+            return jax.jvp(lambda x: value_and_gradient(x)[0], (x,), (list(v),))[1]
+
+        product = _traced(push, *x)
+        gradient, found = value_and_gradient(x)
         return Linearized(*found, gradient, product)
 
     def backwards() -> Linearized:
         gradient, pull, found = jax.vjp(value_and_gradient, x, has_aux=True)
         return Linearized(*found, gradient, lambda *v: pull(list(v))[0])
 
-    return _first_that_works([forwards, backwards], function, x)
+    return _first_that_works([linearized, forwards, backwards], function, x)
 
 
 def third(
@@ -108,16 +121,21 @@ def third(
 
     def twice(outer: Callable, inmost: Callable) -> Callable[[], jax.Array]:
         def run() -> jax.Array:
-            result, jaxpr = versions.traced(outer(inmost(slope)), zero)
-            if versions.mentions(jaxpr, "custom_lin"):
-                raise TypeError("a custom_vjp cannot be differentiated forwards")
-            (found,) = result(zero)
+            (found,) = _traced(outer(inmost(slope)), zero)(zero)
             return found
 
         return run
 
     ways = [(_forward, _forward), (_forward, jax.grad), (jax.grad, jax.grad)]
     return _first_that_works([twice(*way) for way in ways], function, x)
+
+
+def _traced(function: Callable, *args: jax.Array) -> Callable[..., list[jax.Array]]:
+    """The function, if jax can differentiate forwards what is in it."""
+    traced, jaxpr = versions.traced(function, *args)
+    if versions.mentions(jaxpr, "custom_lin"):  # jax complains only when it lowers this
+        raise TypeError("a custom_vjp cannot be differentiated forwards")
+    return traced
 
 
 def _forward(function: Callable) -> Callable:
@@ -153,5 +171,6 @@ def _first_that_works(ways: Sequence[Callable], function: Function, x: Arrays) -
         "custom_vjp whose backward pass consists of differentiable operations), or use "
         "a plain implementation of it in value_fn. With third_order=False the loss "
         "must be differentiable twice only."
-        f" jax says: {type(errors[0]).__name__}: {errors[0]}"
+        f" jax says: {type(errors[0]).__name__}: {errors[0]}",
+        kernels,
     ) from errors[0]

@@ -55,6 +55,7 @@ class Step:
       loop: what is inside of a `scan`.
       is_guarded: whether a derivative or an adjoint may be infinite at an entry which
         no subset moves, so that it must not count there.
+      has_mask: whether the step keeps adjoints away from some entries.
       places: where the equations are in the flattened jaxpr.
     """
 
@@ -66,6 +67,7 @@ class Step:
     active_outputs: tuple[int, ...] = ()
     loop: "Loop | None" = None
     is_guarded: bool = False
+    has_mask: bool = False
     places: tuple[int, ...] = ()
 
     @functools.cached_property
@@ -494,6 +496,7 @@ def _program(
                 is_guarded=_is_guarded(
                     kind, equations, [read[i] for i in active_inputs], masked
                 ),
+                has_mask=any(map(operations.may_mask, equations)),
                 **common,
             )
         )
@@ -636,10 +639,11 @@ def _is_guarded(
     masked: Collection[Variable],
 ) -> bool:
     """Whether a step must not multiply zeros and what may be infinite; see `Step`."""
-    if kind == "elementwise" and any(
-        operations.may_mask(e) or operations.is_singular(e, ("pow",)) for e in equations
-    ):
-        return True
+    if kind == "elementwise":
+        has_mask = any(map(operations.may_mask, equations))
+        names = operations.SINGULAR if has_mask else ("pow",)
+        if any(operations.is_singular(e, names) for e in equations):
+            return True
     return kind == "local" or all(v in masked for v in active_inputs)
 
 

@@ -234,13 +234,14 @@ def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
     Where `is_guarded`, zero times infinity is zero.
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    times = _guarded_product if is_guarded else jnp.multiply
-    return _total_of_each(times(a.astype(dtype), b.astype(dtype)).real)
+    return _total_of_each(_product(a.astype(dtype), b.astype(dtype), is_guarded).real)
 
 
-def _guarded_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product, zero where a factor is zero, however infinite the other one is."""
+def _product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
+    """The product; if guarded, zero times anything is zero, even infinity."""
     product = a * b
+    if not is_guarded:
+        return product
     return jnp.where((a == 0) | (b == 0), jnp.zeros_like(product), product)
 
 
@@ -452,13 +453,13 @@ def elementwise(
     at = [inputs[i] for i in step.active_inputs]
     function = step.active(step.function, inputs)
     partials = _partials(function, at, order=3 if sums.third_order else 2)
-    times = _guarded_product if step.is_guarded else jnp.multiply
-    along = functools.partial(_along, times=times)
+    along = functools.partial(_along, is_guarded=step.is_guarded)
     weights: Partials = {}  # lambda . f_ij and lambda . f_ijk
     for f, adjoint in zip(partials, adjoints, strict=True):
         for places, x in f.items():
             if len(places) > 1:
-                term = times(_wide(adjoint), x)
+                is_guarded = step.is_guarded or step.has_mask
+                term = _product(_wide(adjoint), x, is_guarded)
                 weights[places] = weights[places] + term if places in weights else term
     first, second = tangents
 
@@ -539,7 +540,7 @@ def _derivative(function: Callable, place: int) -> Callable:
 def _along(
     partials: Partials,
     directions: Sequence[dict[int, jax.Array]],
-    times: Callable[[jax.Array, jax.Array], jax.Array],
+    is_guarded: bool,
 ) -> Any:
     """The sum of f_ij.. v_i w_j .. for the directions v, w, .. by place."""
     total = 0.0
@@ -547,7 +548,7 @@ def _along(
         term = partials.get(tuple(sorted(places)))
         if term is not None:
             for v, i in zip(directions, places, strict=True):
-                term = times(term, v[i])
+                term = _product(term, v[i], is_guarded)
             total = total + term
     return total
 

@@ -96,8 +96,8 @@ def kernels_in(jaxpr: Any) -> list[str]:
 
 
 def _name_of_kernel(params: dict[str, Any]) -> str:
-    source = params.get("name_and_src_info")
-    name = params.get("name") or getattr(source, "name", None)
+    inside = getattr(params["jaxpr"], "debug_info", None)
+    name = params.get("name") or getattr(inside, "func_name", None)
     return str(name or "without a name")
 
 
