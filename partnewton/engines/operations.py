@@ -15,8 +15,10 @@ from partnewton.engines import versions
 from partnewton.engines.dataflow import is_variable
 
 __all__ = [
+    "has_power",
     "is_affine",
     "is_elementwise",
+    "is_known",
     "is_linear",
     "is_piecewise_linear",
     "is_singular",
@@ -213,6 +215,9 @@ SINGULAR = frozenset(
     ]
 )
 
+# Those of them that are regular for positive operands; the divisor, of `div`.
+SINGULAR_AT_ZERO = SINGULAR - {"acos", "acosh", "asin", "atanh", "erf_inv", "tan"}
+
 # What keeps the derivatives of some entries away from others, beside all that is
 # piecewise linear or not in these tables: an adjoint that is not finite may end here.
 _MASKING = frozenset(
@@ -239,23 +244,61 @@ def may_mask(equation: versions.Equation) -> bool:
     return name in _MASKING or name in PIECEWISE_LINEAR or not is_plain
 
 
-def is_singular(equation: versions.Equation, names: Collection[str] = SINGULAR) -> bool:
+def is_singular(
+    equation: versions.Equation, positive: Collection[versions.Variable] = ()
+) -> bool:
     """Whether an elementwise function has an infinite derivative at some number.
 
     Args:
       equation: the function.
-      names: those of the operations that count.
+      positive: the variables that are greater than zero.
     """
-    if equation.primitive is primitives.custom_jvp_call_p:
-        inside = versions.open_jaxpr(equation.params["call_jaxpr"])
-        return any(is_singular(e, names) for e in inside.eqns)
-    inside = versions.inlined(equation)
-    if inside is not None:
-        return any(is_singular(e, names) for e in versions.open_jaxpr(inside).eqns)
+    return any(
+        e.primitive.name in SINGULAR and not _is_kept_away(e, positive)
+        for e in _elementary(equation)
+    )
+
+
+def has_power(equation: versions.Equation) -> bool:
+    """Whether an elementwise function has to do with powers that are not whole."""
+    return any(e.primitive.name == "pow" for e in _elementary(equation))
+
+
+def is_known(equation: versions.Equation) -> bool:
+    """Whether an operation is in one of the tables, or consists of such ones."""
     name = equation.primitive.name
-    if name == "integer_pow":
-        return name in names and equation.params["y"] < 0
-    return name in names and (name != "div" or is_variable(equation.invars[1]))
+    return is_elementwise(equation) or any(
+        name in table for table in (LINEAR, PRODUCTS, PIECEWISE_LINEAR)
+    )
+
+
+def _elementary(equation: versions.Equation) -> list[versions.Equation]:
+    """The equations that an equation consists of, if it is a function with a rule."""
+    if equation.primitive is not primitives.custom_jvp_call_p:
+        return [equation]
+    inside = versions.open_jaxpr(equation.params["call_jaxpr"])
+    return [e for inner in inside.eqns for e in _elementary_or_inlined(inner)]
+
+
+def _elementary_or_inlined(equation: versions.Equation) -> list[versions.Equation]:
+    inside = versions.inlined(equation)
+    if inside is None:
+        return _elementary(equation)
+    inner = versions.open_jaxpr(inside).eqns
+    return [e for x in inner for e in _elementary_or_inlined(x)]
+
+
+def _is_kept_away(
+    equation: versions.Equation, positive: Collection[versions.Variable]
+) -> bool:
+    """Whether the number with the infinite derivative is out of reach."""
+    name, read = equation.primitive.name, equation.invars
+    if name == "integer_pow" and equation.params["y"] >= 0:
+        return True
+    if name not in SINGULAR_AT_ZERO:
+        return False
+    atom = read[1] if name == "div" else read[0]
+    return atom in positive if is_variable(atom) else name == "div"
 
 
 def moves(equation: versions.Equation) -> bool:

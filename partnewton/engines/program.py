@@ -26,6 +26,7 @@ from partnewton.engines import (
     versions,
 )
 from partnewton.engines.dataflow import is_variable
+from partnewton.engines.singularities import Singularities, singularities_of
 from partnewton.engines.versions import Equation, Jaxpr, Variable
 
 __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
@@ -456,8 +457,9 @@ def _program(
             )
         ]
         first, last, rest = dataflow.final_part(flat.equations, flat.outputs[0], left)
-    masked = _masked(flat.equations, active, moving if num_fixed is not None else ())
-    groups = _groups(flat.equations, first, active, relevant, masked)
+    outside = ((), ()) if num_fixed is None else (moving, flat.outputs)
+    singularities = singularities_of(flat.equations, active, *outside)
+    groups = _groups(flat.equations, first, active, relevant, singularities)
     groups = _ordered(groups, flat.equations)
     readers = _readers(flat, [*groups, last, rest])
 
@@ -493,8 +495,8 @@ def _program(
                 tuple(written),
                 tuple(active_inputs),
                 tuple(active_outputs),
-                is_guarded=_is_guarded(
-                    kind, equations, [read[i] for i in active_inputs], masked
+                is_guarded=singularities.is_guarded(
+                    kind, equations, [read[i] for i in active_inputs]
                 ),
                 has_mask=any(map(operations.may_mask, equations)),
                 **common,
@@ -608,45 +610,6 @@ def _arity(equation: Equation) -> tuple[int, int]:
     return len(body.invars) - num_xs - num_carry, num_carry
 
 
-def _masked(
-    equations: Sequence[Equation],
-    active: Collection[Variable],
-    inputs: Iterable[Variable],
-) -> set[Variable]:
-    """The active variables with no way to the parameters but through a mask.
-
-    An adjoint that is infinite makes the gradient infinite, unless on every way to the
-    parameters there is a `where` or a like operation that takes no notice of it. Only
-    then is there something to be kept out of a summary.
-
-    Args:
-      equations: in order.
-      active: the variables that move.
-      inputs: those that are taken to be masked, as they come from outside of a loop.
-    """
-    masked = set(inputs)
-    for equation in equations:
-        read = [v for v in dataflow.operands(equation) if v in active]
-        if read and (operations.may_mask(equation) or masked.issuperset(read)):
-            masked.update(v for v in equation.outvars if v in active)
-    return masked
-
-
-def _is_guarded(
-    kind: str,
-    equations: Sequence[Equation],
-    active_inputs: Sequence[Variable],
-    masked: Collection[Variable],
-) -> bool:
-    """Whether a step must not multiply zeros and what may be infinite; see `Step`."""
-    if kind == "elementwise":
-        has_mask = any(map(operations.may_mask, equations))
-        names = operations.SINGULAR if has_mask else ("pow",)
-        if any(operations.is_singular(e, names) for e in equations):
-            return True
-    return kind == "local" or all(v in masked for v in active_inputs)
-
-
 # Which equations make one step.
 
 
@@ -655,7 +618,7 @@ def _groups(
     places: Iterable[int],
     active: Collection[Variable],
     relevant: Collection[Variable],
-    masked: Collection[Variable],
+    singularities: Singularities,
 ) -> list[list[int]]:
     """The equations at some places in groups.
 
@@ -679,8 +642,8 @@ def _groups(
         fixed = [behind.get(v, set()) for v in awaited if v not in read]
         is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
         # What is infinite behind a mask would spoil the derivative of the whole run.
-        is_start |= operations.is_singular(equation) and not read.isdisjoint(
-            masked & run_of.keys()
+        is_start |= singularities.is_singular(equation) and not read.isdisjoint(
+            singularities.masked & run_of.keys()
         )
         after = set().union(*(behind.get(v, set()) for v in awaited))
         if (
