@@ -50,27 +50,28 @@ calls_another = with_rule(
 )
 
 
-def soft_minimum(costs: jax.Array) -> jax.Array:
-    """Its gradient is by the envelope theorem at an optimum that is not reached."""
-    potential = jnp.zeros(2)
+def transport(costs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A cost at a potential that two iterations have not brought to its optimum."""
+    potential = jnp.zeros_like(costs)
     for _ in range(2):
         potential = 0.5 * potential + 0.3 * jnp.tanh(costs - potential)
-    fixed = lax.stop_gradient(potential)
-    return envelope(costs, fixed)
+    return jnp.sum(potential * jnp.exp(-costs * potential)), potential
 
 
 @jax.custom_vjp
-def envelope(costs: jax.Array, potential: jax.Array) -> jax.Array:
-    return jnp.sum(potential * jnp.exp(-costs * potential))
+def envelope(costs: jax.Array) -> jax.Array:
+    """Its gradient is by the envelope theorem, as if the potential were optimal."""
+    return transport(costs)[0]
 
 
-def envelope_forward(costs, potential):
-    return envelope(costs, potential), (costs, potential)
+def envelope_forward(costs):
+    value, potential = transport(costs)
+    return value, (costs, potential)
 
 
 def envelope_backward(kept, g):
     costs, potential = kept
-    return -g * jnp.exp(-costs) * potential, None
+    return (-g * potential**2 * jnp.exp(-costs * potential),)
 
 
 envelope.defvjp(envelope_forward, envelope_backward)
@@ -191,7 +192,7 @@ RULES = {
     "clipped": clipped,
     "conjugate_gradients": conjugate_gradients,
     "equilibrium": deep_equilibrium,
-    "envelope": soft_minimum,
+    "envelope": envelope,
     "in_a_cond": in_a_cond,
     "in_a_scan": in_a_scan,
     "kernel": kernel,
@@ -225,10 +226,9 @@ def test_an_ode_by_its_adjoint_equation_has_a_hessian(engine):
     )
 
 
-@each_engine
-def test_what_jax_cannot_differentiate_thrice_is_refused_with_one_sentence(engine):
+def test_what_jax_cannot_differentiate_thrice_is_refused_with_one_sentence():
     with pytest.raises(TypeError, match="third_order=False the loss must be"):
-        pn.summarize(ode_loss, params(), params(), engine=engine)
+        pn.summarize(ode_loss, params(), params(), engine="adjoint")
 
 
 @each_engine

@@ -56,7 +56,7 @@ class Step:
       loop: what is inside of a `scan`.
       is_guarded: whether a derivative or an adjoint may be infinite at an entry which
         no subset moves, so that it must not count there.
-      has_mask: whether the step keeps adjoints away from some entries.
+      has_mask: whether an adjoint may be infinite where the derivatives are zero.
       places: where the equations are in the flattened jaxpr.
     """
 
@@ -498,7 +498,7 @@ def _program(
                 is_guarded=singularities.is_guarded(
                     kind, equations, [read[i] for i in active_inputs]
                 ),
-                has_mask=any(map(operations.may_mask, equations)),
+                has_mask=singularities.has_mask(equations),
                 **common,
             )
         )

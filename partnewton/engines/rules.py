@@ -171,7 +171,7 @@ def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Arr
       a, b: the rows.
       weight: what the terms of each inner product are multiplied by, (*shape).
     """
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = _wide_dtype(a, b)
     a, b = a.astype(dtype), b.astype(dtype)
     if versions.may_be_sharded(a, b):
         # To join axes that are sharded would be to gather them.
@@ -233,7 +233,7 @@ def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
 
     Where `is_guarded`, zero times infinity is zero.
     """
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = _wide_dtype(a, b)
     return _total_of_each(_product(a.astype(dtype), b.astype(dtype), is_guarded).real)
 
 
@@ -595,7 +595,13 @@ def _like(zeros: Sequence[jax.Array], values: Sequence[Any]) -> list[jax.Array]:
 
 def _wide(x: jax.Array) -> jax.Array:
     """In float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide_dtype(x))
+
+
+def _wide_dtype(*arrays: jax.Array) -> np.dtype:
+    """The common dtype of some arrays, float32 at least; float8 has no other."""
+    wide = [jnp.float32 if x.dtype.itemsize == 1 else x.dtype for x in arrays]
+    return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
 
 
 # --- Any function ------------------------------------------------------------------
@@ -617,31 +623,33 @@ def local(
     if all(rows is None for rows in tangents.first):
         return Tangents(nothing, nothing)
     active = [inputs[i] for i in step.active_inputs]
+    function = step.active(step.function, inputs)
 
     def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(lambda *x: step.active(step.function, inputs)(*x), *x)
+        _, pull = jax.vjp(function, *x)
         return pull(list(adjoints))
 
-    first = map_rows(
-        lambda members: _pushforward(*_restricted(step, inputs, members)),
-        tangents.first,
-    )
-    second = map_rows(
-        lambda members: _pushforward(*_restricted(step, inputs, members)),
-        tangents.second,
-    )
+    def linearized(function: Callable) -> Callable[[tuple[int, ...]], Callable]:
+        """Its derivative along some of the operands, linearised once for all."""
+        _, push = jax.linearize(function, *active)
+
+        def of_members(members: tuple[int, ...]) -> Callable:
+            def of(*some: jax.Array) -> Sequence[jax.Array]:
+                everything = list(map(jnp.zeros_like, active))
+                for i, x in zip(members, some, strict=True):
+                    everything[i] = x
+                return push(*everything)
+
+            return of
+
+        return of_members
+
+    push, turn = linearized(function), linearized(gradient)
+    first, second = (map_rows(push, rows) for rows in tangents)
     bends: list[list[Rows]] = []
     for subsets, members in runs(tangents.first):
         columns = [taken(tangents.first[i], subsets) for i in members]
-
-        def of_members(*some: jax.Array, members: tuple = members) -> tuple:
-            everything = list(active)
-            for i, x in zip(members, some, strict=True):
-                everything[i] = x
-            return gradient(*everything)
-
-        _, turn = jax.linearize(of_members, *[active[i] for i in members])
-        turned = apply(turn, *columns)
+        turned = apply(turn(members), *columns)
         for rows, w in zip(tangents.first, turned, strict=True):
             if rows is not None:
                 sums.add_hessian(Rows(subsets, where_moved(w, rows)), rows)
@@ -653,8 +661,7 @@ def local(
                 w, v = taken(Rows(subsets, w), common), taken(rows, common)
                 values = dots(w, v, is_guarded=True)
                 sums.add_third(tuple(common), values, factor=3.0)
-        function, at = _restricted(step, inputs, members)
-        curve = _curve(function, at)
+        curve = _curve(*_restricted(step, inputs, members))
         second_derivatives, third_derivatives = _split(apply(curve, *columns))
         bends.append([Rows(subsets, x) for x in second_derivatives])
         sums.add_third(

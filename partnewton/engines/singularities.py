@@ -76,9 +76,17 @@ class Singularities:
             operations.may_mask(e) or operations.has_power(e) for e in equations
         ):
             return True  # a power may be infinite in its second derivative only
-        written = (v for e in equations for v in e.outvars)
-        is_infinite = is_singular or not self.endangered.isdisjoint(written)
+        is_infinite = is_singular or self._is_endangered(equations)
         return is_infinite and self.masked.issuperset(read)
+
+    def has_mask(self, equations: Sequence[Equation]) -> bool:
+        """Whether a step has a mask and an adjoint which may be infinite there."""
+        has_mask = any(map(operations.may_mask, equations))
+        return has_mask and self._is_endangered(equations)
+
+    def _is_endangered(self, equations: Sequence[Equation]) -> bool:
+        written = (v for e in equations for v in e.outvars)
+        return not self.endangered.isdisjoint(written)
 
 
 def singularities_of(
