@@ -119,6 +119,7 @@ LOSSES = {
 
 # jax itself multiplies zero by infinity where it differentiates these gradients.
 BEYOND_JAX = {
+    distances_by_products,
     padded_norms,
     padded_norms_by_einsum,
     padded_products,
