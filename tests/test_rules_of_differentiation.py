@@ -15,7 +15,7 @@ from support.gradients import assert_is_derivative_of_gradient, direction_of
 from support.oracles import quick_jit
 
 import partnewton as pn
-from partnewton.engines import ENGINES, jvp_of_grad
+from partnewton.engines import ENGINES, final, jvp_of_grad, rows
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
@@ -213,6 +213,41 @@ def test_a_summary_is_the_derivative_of_the_gradient(name, engine, monkeypatch):
     if engine == "adjoint":  # which does it by itself
         monkeypatch.delattr(jvp_of_grad, "summarize")
     assert_is_derivative_of_gradient(LOSSES[name], params, engine)
+
+
+def test_the_final_step_takes_a_few_subsets_at_a_time(monkeypatch):
+    monkeypatch.setattr(final, "_MOST_BYTES", 1)
+    assert_is_derivative_of_gradient(LOSSES["clipped"], params, "adjoint")
+
+
+@jax.custom_batching.custom_vmap
+def cannot_be_batched(x):
+    return 2 * x
+
+
+@cannot_be_batched.def_vmap
+def _(size, batched, x):
+    raise NotImplementedError
+
+
+def test_rows_that_cannot_be_batched_go_one_by_one():
+    columns = np.arange(6.0).reshape(3, 2), np.ones((3, 1))
+    (found,) = rows.apply(lambda x, y: [cannot_be_batched(x) + y], *columns)
+    np.testing.assert_array_equal(found, 2 * columns[0] + 1)
+
+
+@each_engine
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_of_subsets(batch_size, engine):
+    def compute(p, u):
+        return [
+            pn.summarize(LOSSES["clipped"], p, u, engine=engine, batch_size=n)
+            for n in (batch_size, None)
+        ]
+
+    found, expected = quick_jit(compute)(params(), direction_of(params()))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def ode_loss(p):

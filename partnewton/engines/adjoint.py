@@ -22,7 +22,6 @@ All of the third order needs only first derivatives of values and of adjoints, b
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ import numpy as np
 
 from partnewton.engines import jvp_of_grad, nesting, versions
 from partnewton.engines.axes import refuse_named_axes
+from partnewton.engines.final import Final, sweep_final
 from partnewton.engines.program import (
     Loop,
     Program,
@@ -42,8 +42,8 @@ from partnewton.engines.program import (
     program_of,
     values_of,
 )
-from partnewton.engines.rows import Rows, add, apply, expanded, union
-from partnewton.engines.rules import RULES, Sums, Tangents, dots, where_moved
+from partnewton.engines.rows import Rows, expanded, union
+from partnewton.engines.rules import RULES, Sums, Tangents
 from partnewton.engines.versions import Variable
 from partnewton.partitions import FROZEN, Partition
 
@@ -133,29 +133,6 @@ class _ReverseModeError(Exception):
     """jax cannot differentiate the loss in reverse mode."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Final:
-    """The final step of a program at a point, and its linearised gradient.
-
-    Attributes:
-      step: the step.
-      function: from what moves to the loss and what else the step computes.
-      point: what moves.
-      linear: value, gradient and products with the derivative of the gradient.
-    """
-
-    step: Step
-    function: Callable[[list[jax.Array]], tuple[jax.Array, Any]]
-    point: list[jax.Array]
-    linear: nesting.Linearized
-
-    @property
-    def bytes_of_a_row(self) -> int:
-        """What the products with one vector take, at least 1."""
-        written = [v for e in self.step.equations for v in e.outvars]
-        return max(1, sum(v.aval.size * v.aval.dtype.itemsize for v in written))
-
-
 class _Problem:
     """A loss as a program, and the tangents to start from.
 
@@ -204,7 +181,7 @@ class _Problem:
 
     def linearise(
         self, leaves: Leaves
-    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any], _Final | None]:
+    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any], Final | None]:
         """Two sweeps: value and aux, record, adjoints, and the final step."""
         try:
             if self.program.final:
@@ -232,7 +209,7 @@ class _Problem:
 
     def _linearise_with_final(
         self, leaves: Leaves
-    ) -> tuple[list[jax.Array], Record, dict[int, Any], _Final]:
+    ) -> tuple[list[jax.Array], Record, dict[int, Any], Final]:
         program, step = self.program, self.program.final
         values = dict(zip(program.inputs, [*self.constants, *leaves], strict=True))
         moving = [step.inputs[i] for i in step.active_inputs]
@@ -256,7 +233,7 @@ class _Problem:
         linear = nesting.linearize(function, point)
         (adjoints,) = pull(linear.gradient)
         values.update(zip(step.outputs, (linear.value, *linear.aux), strict=True))
-        final = _Final(step, function, point, linear)
+        final = Final(step, function, point, linear)
         return program.end(values), record, adjoints, final
 
     def sums(
@@ -264,7 +241,7 @@ class _Problem:
         value: jax.Array,
         record: Record,
         adjoints: dict[int, Any],
-        final: _Final | None,
+        final: Final | None,
         third_order: bool,
         batch_size: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -330,7 +307,7 @@ class _Problem:
         adjoints: dict[int, Any],
         third_order: bool,
         *,
-        final: _Final | None = None,
+        final: Final | None = None,
         numbers: Sequence[int] | None = None,
         hold: bool = False,
         apart: bool = False,
@@ -361,7 +338,7 @@ class _Problem:
         gradient = jnp.zeros(size, dtype)
         value = self.program.outputs[0]
         if final:
-            gradient = _sweep_final(final, first, second, sums)
+            gradient = sweep_final(final, first, second, sums)
         elif isinstance(value, Variable) and value in first:
             gradient = sums.placed(first[value])
         hessian, third = sums.totals()
@@ -629,61 +606,6 @@ def _sweep_loop(
             rows[i] = Rows(reached[body.outputs[i]], jnp.moveaxis(y, 0, 1))
         passed[order] = [rows.get(i) for i in step.active_outputs]
     return Tangents(*passed)
-
-
-def _sweep_final(final: _Final, first: Moved, second: Moved, sums: Sums) -> jax.Array:
-    """Adds what the final step adds; returns the gradient (S,).
-
-    Write the loss as F(x) with x what the final step reads, and g for the gradient of F
-    as `jax.grad` has it. The gradient of the loss is x'(theta)^T g(x(theta)), so that
-    its derivatives along the direction are those of the steps before, with g as the
-    adjoint of x, and
-
-        hessian_st += <xdot_s, Dg[xdot_t]>
-        third_s    += <xdot_s, D2g[xdot_s, xdot_s] + Dg[xddot_s]>
-                      + 2 <xddot_s, Dg[xdot_s]>.
-
-    Nothing is assumed about g, which need not be the gradient of anything.
-    """
-    moving = [final.step.inputs[i] for i in final.step.active_inputs]
-    places = [i for i, v in enumerate(moving) if v in first]
-    if not places:
-        return jnp.zeros(sums.size, sums.dtype)
-    moved = [moving[i] for i in places]
-    subsets = union(*(first[v].subsets for v in moved))
-    columns = [expanded(first[v], subsets, final.point[moving.index(v)]) for v in moved]
-
-    def filled(some: Sequence[jax.Array]) -> list[jax.Array]:
-        everything = list(map(jnp.zeros_like, final.point))
-        for i, x in zip(places, some, strict=True):
-            everything[i] = x
-        return everything
-
-    def turn(*xdot: jax.Array) -> list[jax.Array]:
-        turned = final.linear.product(*filled(xdot))
-        return [turned[i] for i in places]
-
-    def third(*moved: jax.Array) -> list[jax.Array]:
-        xdot, xddot = filled(moved[: len(places)]), None
-        if len(moved) > len(places):
-            xddot = filled(moved[len(places) :])
-        return [nesting.third(final.function, final.point, xdot, xddot, sums.dtype)]
-
-    most = max(1, _MOST_BYTES // final.bytes_of_a_row)
-    turned = apply(turn, *columns, most=most)
-    slopes = []
-    for v, i, w in zip(moved, places, turned, strict=True):
-        rows = first[v]
-        sums.add_hessian(Rows(subsets, where_moved(w, rows)), rows)
-        slope = dots(rows.values, final.linear.gradient[i][None], is_guarded=True)
-        slopes.append(Rows(rows.subsets, sums.everywhere(slope)))
-    if sums.third_order:
-        if any(v in second for v in moved):
-            points = [final.point[i] for i in places]
-            pairs = zip(moved, points, strict=True)
-            columns += [expanded(second.get(v), subsets, x) for v, x in pairs]
-        sums.add_third(subsets, apply(third, *columns, most=most)[0])
-    return sums.placed(add(*slopes))
 
 
 def _entered(
