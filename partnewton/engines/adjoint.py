@@ -21,6 +21,7 @@ All of the third order needs only first derivatives of values and of adjoints, b
                                 + lambdadot_k,r . D2 f_k [xdot_s, xdot_t].
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines import jvp_of_grad, versions
+from partnewton.engines import jvp_of_grad, nesting, versions
+from partnewton.engines.axes import refuse_named_axes
+from partnewton.engines.final import Final, sweep_final
 from partnewton.engines.program import (
     Loop,
     Program,
@@ -64,9 +67,23 @@ def summarize(
 ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
     """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
     problem = _Problem(loss, leaves, direction, partition)
-    value_and_aux, record, adjoints = problem.linearise(leaves)
-    sums = problem.sums(value_and_aux[0], record, adjoints, third_order, batch_size)
-    return value_and_aux, *sums
+
+    def compute() -> tuple:
+        value_and_aux, *found = problem.linearise(leaves)
+        sums = problem.sums(value_and_aux[0], *found, third_order, batch_size)
+        return value_and_aux, *sums
+
+    try:
+        return problem.attempted(compute)
+    except _ReverseModeError:
+        return jvp_of_grad.summarize(
+            loss,
+            leaves,
+            direction,
+            partition,
+            third_order=third_order,
+            batch_size=batch_size,
+        )
 
 
 def derivative_tensors(
@@ -80,20 +97,40 @@ def derivative_tensors(
 ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
     """Value and aux, and the tensors of order 1 to `order`.
 
-    The third order takes one pass for each subset. Beyond it, the reference engine does
-    the work.
+    The third order takes one pass for each subset. Beyond it, and where a part of the
+    loss is left to jax, the reference engine does the work.
     """
-    if order > 3:
-        return jvp_of_grad.derivative_tensors(
-            loss, leaves, direction, partition, order=order, batch_size=batch_size
-        )
-    problem = _Problem(loss, leaves, direction, partition)
-    value_and_aux, record, adjoints = problem.linearise(leaves)
-    value, _ = value_and_aux
-    *tensors, _ = problem.sums(value, record, adjoints, False, batch_size)
-    if order == 3:
-        tensors.append(problem.third_order(leaves, batch_size))
-    return value_and_aux, tuple(tensors[:order])
+    if order <= 3:
+        problem = _Problem(loss, leaves, direction, partition)
+
+        def compute() -> tuple | None:
+            if order == 3 and problem.program.final:
+                return None
+            value_and_aux, *found = problem.linearise(leaves)
+            value, _ = value_and_aux
+            *tensors, _ = problem.sums(value, *found, False, batch_size)
+            if order == 3:
+                tensors.append(problem.third_order(leaves, batch_size))
+            return value_and_aux, tuple(tensors[:order])
+
+        with contextlib.suppress(_ReverseModeError):
+            found = problem.attempted(compute)
+            if found is not None:
+                return found
+    return jvp_of_grad.derivative_tensors(
+        loss, leaves, direction, partition, order=order, batch_size=batch_size
+    )
+
+
+class _StepError(Exception):
+    """jax cannot do with a step by itself what its rule asks for."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+
+class _ReverseModeError(Exception):
+    """jax cannot differentiate the loss in reverse mode."""
 
 
 class _Problem:
@@ -106,12 +143,30 @@ class _Problem:
     def __init__(
         self, loss: Loss, leaves: Leaves, direction: Leaves, partition: Partition
     ):
-        _, jaxpr = versions.traced(self._flat(loss), list(leaves))
-        self.program, self.constants = program_of(jaxpr)
-        self.inputs = self.program.inputs[len(self.constants) :]
+        _, self._jaxpr = versions.traced(self._flat(loss), list(leaves))
+        refuse_named_axes(self._jaxpr)
+        self._opaque: set[int] = set()
         self.direction = direction
         self.partition = partition
-        self.order = _order_of_use(self.program, self.inputs, partition)
+        self._make_program()
+
+    def _make_program(self) -> None:
+        self.program, self.constants = program_of(self._jaxpr, self._opaque)
+        self.inputs = self.program.inputs[len(self.constants) :]
+        self.order = _order_of_use(self.program, self.inputs, self.partition)
+        self.__dict__.pop("_bytes_of_a_row", None)
+
+    def attempted(self, compute: Callable[[], Any]) -> Any:
+        """The result of a function that goes through the program.
+
+        A step that jax cannot differentiate by itself is left to the final step.
+        """
+        while True:
+            try:
+                return compute()
+            except _StepError as error:
+                self._opaque.update(error.step.places)
+                self._make_program()
 
     def _flat(self, loss: Loss) -> Callable[[Leaves], list[jax.Array]]:
         """The loss as a function to arrays; what else is in aux is kept aside."""
@@ -126,32 +181,67 @@ class _Problem:
 
     def linearise(
         self, leaves: Leaves
-    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any]]:
-        """Two sweeps: value and aux, record, adjoints."""
+    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any], Final | None]:
+        """Two sweeps: value and aux, record, adjoints, and the final step."""
+        try:
+            if self.program.final:
+                outputs, record, adjoints, final = self._linearise_with_final(leaves)
+            else:
+                outputs, record, adjoints = self._linearise(leaves)
+                final = None
+        except Exception as error:  # jax has no common class for what it refuses
+            raise _ReverseModeError from error
+        value, *aux = outputs
+        arrays = iter(aux)
+        parts = [next(arrays) if x is None else x for x in self._aux]
+        aux = jax.tree.unflatten(self._aux_tree, parts)
+        return (value, aux), record, adjoints, final
 
-        def run(
-            taps_and_leaves: tuple[dict[int, Any], Leaves],
-        ) -> tuple[jax.Array, tuple]:
-            taps, leaves = taps_and_leaves
+    def _linearise(
+        self, leaves: Leaves
+    ) -> tuple[list[jax.Array], Record, dict[int, Any]]:
+        def run(taps: dict[int, Any]) -> tuple[jax.Array, tuple]:
             outputs, record = self.program.run([*self.constants, *leaves], taps)
             return outputs[0], (outputs, record)
 
-        # The gradient of the leaves is not used and, compiled, not computed. It makes
-        # jax go backwards from the start, so that a custom_vjp can be differentiated
-        # once more.
-        gradient, (outputs, record) = jax.grad(run, has_aux=True)(
-            (self.program.taps(), list(leaves))
-        )
-        (adjoints, _), (value, *aux) = gradient, outputs
-        arrays = iter(aux)
-        parts = [next(arrays) if x is None else x for x in self._aux]
-        return (value, jax.tree.unflatten(self._aux_tree, parts)), record, adjoints
+        adjoints, found = jax.grad(run, has_aux=True)(self.program.taps())
+        return *found, adjoints
+
+    def _linearise_with_final(
+        self, leaves: Leaves
+    ) -> tuple[list[jax.Array], Record, dict[int, Any], Final]:
+        program, step = self.program, self.program.final
+        values = dict(zip(program.inputs, [*self.constants, *leaves], strict=True))
+        moving = [step.inputs[i] for i in step.active_inputs]
+
+        def begin(taps: dict[int, Any]) -> tuple[list[jax.Array], tuple]:
+            values, record = program.begin([*self.constants, *leaves], taps)
+            handed_on = [values[v] for v in program.handed_on]
+            return [values[v] for v in moving], (handed_on, record)
+
+        point, pull, (handed_on, record) = jax.vjp(begin, program.taps(), has_aux=True)
+        values.update(zip(program.handed_on, handed_on, strict=True))
+        read = values_of(step.inputs, values)
+
+        def function(x: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+            everything = list(read)
+            for place, y in zip(step.active_inputs, x, strict=True):
+                everything[place] = y
+            value, *others = step.function(*everything)
+            return value, others
+
+        linear = nesting.linearize(function, point)
+        (adjoints,) = pull(linear.gradient)
+        values.update(zip(step.outputs, (linear.value, *linear.aux), strict=True))
+        final = Final(step, function, point, linear)
+        return program.end(values), record, adjoints, final
 
     def sums(
         self,
         value: jax.Array,
         record: Record,
         adjoints: dict[int, Any],
+        final: Final | None,
         third_order: bool,
         batch_size: int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -174,6 +264,7 @@ class _Problem:
                 record,
                 adjoints,
                 third_order,
+                final=final,
                 numbers=numbers,
                 apart=self._is_large(numbers),
             )
@@ -216,6 +307,7 @@ class _Problem:
         adjoints: dict[int, Any],
         third_order: bool,
         *,
+        final: Final | None = None,
         numbers: Sequence[int] | None = None,
         hold: bool = False,
         apart: bool = False,
@@ -226,6 +318,7 @@ class _Problem:
           record: from :meth:`linearise`.
           adjoints: from there.
           third_order: whether third is asked for; else it is zero.
+          final: from there, too.
           numbers: the subsets that move, by their numbers inside; by default all.
           hold: as for `_sweep`.
           apart: as for `_sweep`.
@@ -233,7 +326,7 @@ class _Problem:
         size, dtype = self.partition.size, self.partition.dtype
         numbers = range(size) if numbers is None else numbers
         sums = Sums(size, dtype, third_order)
-        first: Moved = {}
+        first, second = {}, {}
         for v, u, label in zip(
             self.inputs, self.direction, self.partition.labels, strict=True
         ):
@@ -241,12 +334,15 @@ class _Problem:
             if rows is not None:
                 first[v] = rows
         steps = list(enumerate(self.program.steps))
-        _sweep(steps, record, adjoints, first, {}, sums, hold=hold, apart=apart)
-        (hessian, third), gradient = sums.totals(), jnp.zeros(size, dtype)
-        hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
+        _sweep(steps, record, adjoints, first, second, sums, hold=hold, apart=apart)
+        gradient = jnp.zeros(size, dtype)
         value = self.program.outputs[0]
-        if isinstance(value, Variable) and value in first:
+        if final:
+            gradient = sweep_final(final, first, second, sums)
+        elif isinstance(value, Variable) and value in first:
             gradient = sums.placed(first[value])
+        hessian, third = sums.totals()
+        hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
         back = np.argsort(self.order)
         return gradient[back], hessian[back][:, back], third[back]
 
@@ -259,15 +355,18 @@ class _Problem:
             D3 L[u_s, u_t, u_r] = M_s[t, r] + M_t[s, r] + M_r[s, t].
         """
 
-        _, *found = self.linearise(leaves)
+        def linearise(leaves: Leaves) -> tuple[Record, dict[int, Any]]:
+            _, record, adjoints, _ = self.linearise(leaves)
+            return record, adjoints
+
+        found = linearise(leaves)
         parts, treedef = jax.tree.flatten(found)
         moving = jax.tree.leaves(self.program.moving())
         num_values = sum(moving)
         moving += [True] * (len(parts) - len(moving))  # the adjoints
 
         def moving_parts(leaves: Leaves) -> list[jax.Array]:
-            _, *found = self.linearise(leaves)
-            pairs = zip(jax.tree.leaves(found), moving, strict=True)
+            pairs = zip(jax.tree.leaves(linearise(leaves)), moving, strict=True)
             return [x for x, flag in pairs if flag]
 
         def products(some: Sequence[jax.Array]) -> jax.Array:
@@ -387,7 +486,10 @@ def _sweep(
         values = values_of(step.inputs, record.values)
         local = record.loops.get(n), adjoints.get(n), tangents
         run = functools.partial(_sweep_step, step, values, *local, sums.empty(), hold)
-        passed, more = versions.apart(run)() if apart and step.is_curved else run()
+        try:
+            passed, more = versions.apart(run)() if apart and step.is_curved else run()
+        except Exception as error:  # jax has no common class for what it refuses
+            raise _StepError(step) from error
         sums.extend(more)
         if hold:
             passed = jax.lax.stop_gradient(passed)

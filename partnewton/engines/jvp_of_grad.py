@@ -1,10 +1,13 @@
-"""The reference engine: forward mode over the gradient.
+"""The reference engine: derivatives of the gradient, by jax alone.
 
-Short, of any order and for any loss that jax can differentiate in this way. The
-gradient is linearised once and applied to the part of the direction on each subset:
-S Hessian-vector products, and S passes more for the third order.
+Short, of any order and for any loss that jax can differentiate. The gradient is
+linearised once and applied to the part of the direction on each subset: S
+Hessian-vector products, and S passes more for the third order. Where jax refuses
+forward mode over the gradient there are other ways: see
+:mod:`partnewton.engines.nesting`.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton.engines import nesting
+from partnewton.engines.axes import refuse_named_axes
 from partnewton.partitions import Partition
 
 Leaves = Sequence[jax.Array]
@@ -36,14 +41,17 @@ def summarize(
     if not third_order:
         return value_and_aux, gradient, hessian, None
 
-    grad = jax.grad(lambda x: loss(x)[0])
-
     def third_of(s: jax.Array) -> jax.Array:
         u_s = partition.part(direction, s)
-        second_derivative = _along(_along(grad, u_s), u_s)(leaves)
-        return partition.inner(second_derivative, direction)[s]
+        return nesting.third(loss, leaves, u_s, None, partition.dtype)
 
-    third = _map(third_of, jnp.arange(partition.size), batch_size)
+    def third_forwards(s: jax.Array) -> jax.Array:
+        u_s = partition.part(direction, s)
+        return _entry(loss, leaves, [u_s] * 3, partition.dtype)
+
+    third = _first_of(
+        [third_of, third_forwards], jnp.arange(partition.size), batch_size
+    )
     return value_and_aux, gradient, hessian, third
 
 
@@ -62,32 +70,90 @@ def derivative_tensors(
     gradient along u_s1, ..., u_s(d-1): one pass for each multiset of d - 1 subsets
     gives S entries at once.
     """
+    refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
+    try:
+        linear = nesting.linearize(loss, leaves)
+    except nesting.DifferentiationError as error:
+        if (
+            error.kernels
+        ):  # jax differentiates them in part, to fail when it lowers them
+            raise
+        try:
+            return _forwards(loss, leaves, direction, partition, order, batch_size)
+        except Exception:
+            raise error from error.__cause__
 
     def contract(gradient_like: Leaves) -> jax.Array:
         return partition.inner(gradient_like, direction)
 
-    def value_and_grad(x: Leaves) -> tuple[Leaves, tuple[jax.Array, Any]]:
-        value_and_aux, grad = jax.value_and_grad(loss, has_aux=True)(x)
-        return grad, value_and_aux
+    def product_of(s: jax.Array) -> jax.Array:
+        return contract(linear.product(*partition.part(direction, s)))
 
+    hessian = _map(product_of, jnp.arange(partition.size), batch_size)
+    # A rule that is no derivative may have a gradient whose Jacobian is not symmetric.
+    tensors = [contract(linear.gradient), 0.5 * (hessian + hessian.T)]
     grad_fn = jax.grad(lambda x: loss(x)[0])
-    # One linearisation at the parameters serves all Hessian-vector products.
-    grad, hvp, value_and_aux = jax.linearize(value_and_grad, leaves, has_aux=True)
-    tensors = [contract(grad)]
-    for d in range(2, order + 1):
+    for d in range(3, order + 1):
 
         def row(subsets: jax.Array, d: int = d) -> jax.Array:
             parts = [partition.part(direction, subsets[k]) for k in range(d - 1)]
-            if d == 2:
-                return contract(hvp(parts[0]))
             return contract(functools.reduce(_along, parts, grad_fn)(leaves))
 
-        multisets = itertools.combinations_with_replacement(
-            range(partition.size), d - 1
-        )
-        rows = _map(row, jnp.array(list(multisets)), batch_size)
+        def entries(subsets: jax.Array, d: int = d) -> jax.Array:
+            parts = [partition.part(direction, subsets[k]) for k in range(d - 1)]
+            return jnp.stack(
+                [
+                    _entry_backwards(
+                        loss, leaves, [*parts, partition.part(direction, s)], partition
+                    )
+                    for s in range(partition.size)
+                ]
+            )
+
+        rows = _first_of([row, entries], _multisets(partition.size, d - 1), batch_size)
         tensors.append(_symmetric_tensor(rows, partition.size, d))
-    return value_and_aux, tuple(tensors)
+    return (linear.value, linear.aux), tuple(tensors[:order])
+
+
+def _forwards(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    order: int,
+    batch_size: int | None,
+) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+    """The same without a gradient, for a loss that has none in reverse mode.
+
+    That is one with a `while_loop`, for example: one pass for each entry.
+    """
+    tensors = []
+    for d in range(1, order + 1):
+
+        def entry(subsets: jax.Array, d: int = d) -> jax.Array:
+            parts = [partition.part(direction, subsets[k]) for k in range(d)]
+            return _entry(loss, leaves, parts, partition.dtype)
+
+        multisets = _multisets(partition.size, d)
+        tensors.append(_tensor(_map(entry, multisets, batch_size), partition.size, d))
+    return loss(leaves), tuple(tensors)
+
+
+def _entry(loss: Loss, leaves: Leaves, parts: Sequence[Leaves], dtype: Any) -> Any:
+    """D^d L along some directions, in forward mode."""
+    value = functools.reduce(_along, parts, lambda x: loss(x)[0])(list(leaves))
+    return value.astype(dtype)
+
+
+def _entry_backwards(
+    loss: Loss, leaves: Leaves, parts: Sequence[Leaves], partition: Partition
+) -> jax.Array:
+    """D^d L along some directions, in reverse mode."""
+
+    def along(f: Callable, v: Leaves) -> Callable:
+        return lambda x: nesting.inner(jax.grad(f)(x), v, partition.dtype)
+
+    return functools.reduce(along, parts, lambda x: loss(x)[0])(list(leaves))
 
 
 def _along(f: Callable, v: Leaves) -> Callable:
@@ -95,22 +161,52 @@ def _along(f: Callable, v: Leaves) -> Callable:
     return lambda x: jax.jvp(f, (x,), (v,))[1]
 
 
+def _multisets(size: int, d: int) -> jax.Array:
+    sets = itertools.combinations_with_replacement(range(size), d)
+    return jnp.array(list(sets))
+
+
 def _symmetric_tensor(rows: jax.Array, size: int, d: int) -> jax.Array:
     """The tensor of order d from its rows, one for each multiset of d - 1 subsets."""
-    row_of = {
-        subsets: n
-        for n, subsets in enumerate(
-            itertools.combinations_with_replacement(range(size), d - 1)
-        )
-    }
     # Each entry is read where its subsets are sorted: exactly symmetric.
     subsets = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
-    row = np.array([row_of[tuple(column)] for column in subsets[:-1].T])
-    return rows[row, subsets[-1]].reshape((size,) * d)
+    return rows[_number_of(subsets[:-1], size), subsets[-1]].reshape((size,) * d)
+
+
+def _tensor(entries: jax.Array, size: int, d: int) -> jax.Array:
+    """The tensor of order d from its entries, one for each multiset of d subsets."""
+    subsets = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
+    return entries[_number_of(subsets, size)].reshape((size,) * d)
+
+
+def _number_of(subsets: np.ndarray, size: int) -> np.ndarray:
+    """The number of each column, a multiset, among all of them."""
+    sets = itertools.combinations_with_replacement(range(size), len(subsets))
+    number_of = {multiset: n for n, multiset in enumerate(sets)}
+    return np.array([number_of[tuple(column)] for column in subsets.T.tolist()])
+
+
+def _first_of(
+    functions: Sequence[Callable], xs: jax.Array, batch_size: int | None
+) -> jax.Array:
+    """The first function that jax accepts, on each of `xs`."""
+    first, *others = functions
+    try:
+        return _map(first, xs, batch_size)
+    except Exception as error:
+        for other in others:
+            with contextlib.suppress(Exception):
+                return _map(other, xs, batch_size)
+        raise error from error.__cause__
 
 
 def _map(f: Callable, xs: jax.Array, batch_size: int | None) -> jax.Array:
     """`f` on each of `xs`, `batch_size` of them at once, or one after the other."""
     if batch_size is not None:
         batch_size = min(batch_size, xs.shape[0])
-    return jax.lax.map(f, xs, batch_size=batch_size)
+    try:
+        return jax.lax.map(f, xs, batch_size=batch_size)
+    except Exception:  # an operation that cannot be batched
+        if batch_size is None:
+            raise
+        return jax.lax.map(f, xs)

@@ -4,21 +4,25 @@ These tables only make the adjoint engine faster. An operation that is in none o
 is a local function like any other, differentiated by jax itself.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.extend.core import primitives
 
 from partnewton.engines import versions
+from partnewton.engines.dataflow import is_variable
 
 __all__ = [
-    "has_custom_vjp",
+    "has_power",
     "is_affine",
     "is_elementwise",
+    "is_known",
     "is_linear",
     "is_piecewise_linear",
+    "is_singular",
+    "may_mask",
     "moves",
 ]
 
@@ -187,6 +191,116 @@ ELEMENTWISE = frozenset(
 )
 
 
+# Elementwise functions with an infinite derivative somewhere, of any order.
+SINGULAR = frozenset(
+    [
+        "acos",
+        "acosh",
+        "asin",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "digamma",
+        "div",
+        "erf_inv",
+        "integer_pow",
+        "lgamma",
+        "log",
+        "log1p",
+        "log2",
+        "pow",
+        "rsqrt",
+        "sqrt",
+        "tan",
+    ]
+)
+
+# Those of them that are regular for positive operands; the divisor, of `div`.
+SINGULAR_AT_ZERO = SINGULAR - {"acos", "acosh", "asin", "atanh", "erf_inv", "tan"}
+
+# What keeps the derivatives of some entries away from others, beside all that is
+# piecewise linear or not in these tables: an adjoint that is not finite may end here.
+_MASKING = frozenset(
+    [
+        "concatenate",
+        "dynamic_update_slice",
+        "gather",
+        "pad",
+        "scatter-add",
+        "select_n",
+        "stack",
+    ]
+)
+
+
+def may_mask(equation: versions.Equation) -> bool:
+    """Whether the result may stand still at some entries where the operands move."""
+    name = equation.primitive.name
+    if name in ("concatenate", "pad", "stack"):
+        return not all(
+            _is_inexact(atom) and is_variable(atom) for atom in equation.invars
+        )
+    is_plain = name in LINEAR or name in PRODUCTS or name in ELEMENTWISE
+    return name in _MASKING or name in PIECEWISE_LINEAR or not is_plain
+
+
+def is_singular(
+    equation: versions.Equation, positive: Collection[versions.Variable] = ()
+) -> bool:
+    """Whether an elementwise function has an infinite derivative at some number.
+
+    Args:
+      equation: the function.
+      positive: the variables that are greater than zero.
+    """
+    return any(
+        e.primitive.name in SINGULAR and not _is_kept_away(e, positive)
+        for e in _elementary(equation)
+    )
+
+
+def has_power(equation: versions.Equation) -> bool:
+    """Whether an elementwise function has to do with powers that are not whole."""
+    return any(e.primitive.name == "pow" for e in _elementary(equation))
+
+
+def is_known(equation: versions.Equation) -> bool:
+    """Whether an operation is in one of the tables, or consists of such ones."""
+    name = equation.primitive.name
+    return is_elementwise(equation) or any(
+        name in table for table in (LINEAR, PRODUCTS, PIECEWISE_LINEAR)
+    )
+
+
+def _elementary(equation: versions.Equation) -> list[versions.Equation]:
+    """The equations that an equation consists of, if it is a function with a rule."""
+    if equation.primitive is not primitives.custom_jvp_call_p:
+        return [equation]
+    inside = versions.open_jaxpr(equation.params["call_jaxpr"])
+    return [e for inner in inside.eqns for e in _elementary_or_inlined(inner)]
+
+
+def _elementary_or_inlined(equation: versions.Equation) -> list[versions.Equation]:
+    inside = versions.inlined(equation)
+    if inside is None:
+        return _elementary(equation)
+    inner = versions.open_jaxpr(inside).eqns
+    return [e for x in inner for e in _elementary_or_inlined(x)]
+
+
+def _is_kept_away(
+    equation: versions.Equation, positive: Collection[versions.Variable]
+) -> bool:
+    """Whether the number with the infinite derivative is out of reach."""
+    name, read = equation.primitive.name, equation.invars
+    if name == "integer_pow" and equation.params["y"] >= 0:
+        return True
+    if name not in SINGULAR_AT_ZERO:
+        return False
+    atom = read[1] if name == "div" else read[0]
+    return atom in positive if is_variable(atom) else name == "div"
+
+
 def moves(equation: versions.Equation) -> bool:
     """Whether results differ at all when operands move a little."""
     name = equation.primitive.name
@@ -237,17 +351,8 @@ def is_elementwise(equation: versions.Equation) -> bool:
     return all(map(is_elementwise, versions.open_jaxpr(inside).eqns))
 
 
-def has_custom_vjp(equations: Iterable[versions.Equation]) -> bool:
-    """Whether jax cannot differentiate some equations forwards."""
-    for equation in equations:
-        if equation.primitive is primitives.custom_vjp_call_p:
-            return True
-        if equation.primitive is not primitives.custom_jvp_call_p and any(
-            has_custom_vjp(versions.open_jaxpr(inner).eqns)
-            for inner in core.jaxprs_in_params(equation.params)
-        ):
-            return True
-    return False
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
 
 
 def _is_real(equation: versions.Equation) -> bool:

@@ -15,9 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, gensym, primitives
+from jax.extend.core import gensym, primitives
 
-from partnewton.engines import convolutions, operations, products, reductions, versions
+from partnewton.engines import (
+    convolutions,
+    dataflow,
+    operations,
+    products,
+    reductions,
+    versions,
+)
+from partnewton.engines.dataflow import is_variable
+from partnewton.engines.singularities import Singularities, singularities_of
 from partnewton.engines.versions import Equation, Jaxpr, Variable
 
 __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "varies"]
@@ -45,6 +54,10 @@ class Step:
       active_inputs: the places of the inputs that move with the parameters.
       active_outputs: the places of the outputs that do, and that the loss depends on.
       loop: what is inside of a `scan`.
+      is_guarded: whether a derivative or an adjoint may be infinite at an entry which
+        no subset moves, so that it must not count there.
+      has_mask: whether an adjoint may be infinite where the derivatives are zero.
+      places: where the equations are in the flattened jaxpr.
     """
 
     kind: str
@@ -54,6 +67,9 @@ class Step:
     active_inputs: tuple[int, ...] = ()
     active_outputs: tuple[int, ...] = ()
     loop: "Loop | None" = None
+    is_guarded: bool = False
+    has_mask: bool = False
+    places: tuple[int, ...] = ()
 
     @functools.cached_property
     def function(self) -> Callable[..., list[jax.Array]]:
@@ -171,18 +187,23 @@ class Program:
       outputs: what it results in, variables or literals.
       steps: in an order in which they can be executed.
       fixed: the inputs that are the same each time, for the body of a loop.
+      final: all from the first operation on that has to be differentiated by jax, as
+        one function to the loss and to what else is asked for; None if there is none.
+      rest: what is executed behind it, for its outputs or effects.
     """
 
     inputs: tuple[Variable, ...]
     outputs: tuple[Any, ...]
     steps: tuple[Step, ...]
     fixed: tuple[Variable, ...]
+    final: Step | None = None
+    rest: tuple[Step, ...] = ()
 
     @functools.cached_property
     def recorded(self) -> tuple[Variable, ...]:
         """The variables whose values a record holds."""
         steps = [step for step in self.steps if step.active_outputs]
-        read = (v for step in steps for v in step.inputs if _is_variable(v))
+        read = (v for step in steps for v in step.inputs if is_variable(v))
         return tuple(v for v in dict.fromkeys(read) if v not in self._invariant)
 
     @functools.cached_property
@@ -197,7 +218,7 @@ class Program:
     def _invariant_steps(self) -> tuple[Step, ...]:
         invariant, steps = set(self.fixed), []
         for step in self.steps:
-            known = all(v in invariant for v in step.inputs if _is_variable(v))
+            known = all(v in invariant for v in step.inputs if is_variable(v))
             effects = any(equation.effects for equation in step.equations)
             if self.fixed and known and not effects and not step.loop:
                 invariant.update(step.outputs)
@@ -238,7 +259,7 @@ class Program:
     def run(
         self, inputs: Sequence[jax.Array], taps: Taps
     ) -> tuple[list[jax.Array], Record]:
-        """Executes the steps.
+        """Executes the steps of a program that has no final one.
 
         Args:
           inputs: the values to start from.
@@ -247,6 +268,13 @@ class Program:
         Returns:
           The outputs, and what was recorded.
         """
+        values, record = self.begin(inputs, taps)
+        return values_of(self.outputs, values), record
+
+    def begin(
+        self, inputs: Sequence[jax.Array], taps: Taps
+    ) -> tuple[dict[Variable, jax.Array], Record]:
+        """Executes the steps up to the final one: all values, and what was recorded."""
         values = dict(zip(self.inputs, inputs, strict=True))
         loops = {}
         for n, step in enumerate(self.steps):
@@ -259,13 +287,28 @@ class Program:
                 for place, tap in zip(step.active_outputs, taps[n], strict=True):
                     results[place] = results[place] + tap
             values.update(zip(step.outputs, results, strict=True))
-        outputs = values_of(self.outputs, values)
-        return outputs, Record({v: values[v] for v in self.recorded}, loops)
+        return values, Record({v: values[v] for v in self.recorded}, loops)
+
+    @functools.cached_property
+    def handed_on(self) -> tuple[Variable, ...]:
+        """What is computed up to the final step and read from there on."""
+        later = [self.final, *self.rest] if self.final else []
+        read = [v for step in later for v in step.inputs]
+        written = {v for step in self.steps for v in step.outputs}
+        return tuple(v for v in dict.fromkeys((*read, *self.outputs)) if v in written)
+
+    def end(self, values: dict[Variable, jax.Array]) -> list[jax.Array]:
+        """Executes what is behind the final step: the outputs, from all values."""
+        values = dict(values)
+        for step in self.rest:
+            results = step.function(*values_of(step.inputs, values))
+            values.update(zip(step.outputs, results, strict=True))
+        return values_of(self.outputs, values)
 
 
 def values_of(atoms: Sequence[Any], values: dict[Variable, Any]) -> list[Any]:
     """The values of some variables and literals."""
-    return [values[atom] if _is_variable(atom) else atom.val for atom in atoms]
+    return [values[atom] if is_variable(atom) else atom.val for atom in atoms]
 
 
 def _run_loop(
@@ -292,10 +335,17 @@ def _run_loop(
 # --- From a jaxpr to a program -------------------------------------------------------
 
 
-def program_of(jaxpr: Any) -> tuple[Program, list[jax.Array]]:
+def program_of(
+    jaxpr: Any, opaque: Collection[int] = ()
+) -> tuple[Program, list[jax.Array]]:
     """The program of a loss, whose value is the first output of its closed jaxpr.
 
     All inputs of the jaxpr move.
+
+    Args:
+      jaxpr: the closed jaxpr.
+      opaque: the places of equations that are left to jax, among all that the calls
+        in the jaxpr amount to; see `Step.places`.
 
     Returns:
       A program whose inputs are some constants and the inputs, and the values of these
@@ -303,14 +353,15 @@ def program_of(jaxpr: Any) -> tuple[Program, list[jax.Array]]:
     """
     flat = _flattened(jaxpr)
     needed = [n == 0 for n in range(len(flat.outputs))]
-    return _program(flat, flat.inputs, needed), list(flat.constants.values())
+    program = _program(flat, flat.inputs, needed, opaque=opaque)
+    return program, list(flat.constants.values())
 
 
 def varies(jaxpr: Any, place: int = 0) -> bool:
     """Whether the results of a closed jaxpr move with an input, almost everywhere."""
     flat = _flattened(jaxpr)
     active = _active(flat, [flat.inputs[place]])
-    return not active.isdisjoint(filter(_is_variable, flat.outputs))
+    return not active.isdisjoint(filter(is_variable, flat.outputs))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -343,11 +394,11 @@ def _flattened(closed: Any) -> _Flat:
             flat.constants[names[v]] = value
 
         def renamed(atom: Any) -> Any:
-            return names[atom] if _is_variable(atom) else atom
+            return names[atom] if is_variable(atom) else atom
 
         def named(atom: Any) -> Variable:
             """A variable for a literal, too: a carry that starts from it may move."""
-            if not _is_variable(atom):
+            if not is_variable(atom):
                 literal, atom = atom, fresh(atom.aval)
                 flat.constants[atom] = np.asarray(literal.val, atom.aval.dtype)
             return atom
@@ -379,6 +430,7 @@ def _program(
     moving: Collection[Variable],
     needed: Sequence[bool],
     num_fixed: int | None = None,
+    opaque: Collection[int] = (),
 ) -> Program:
     """Gathers the equations of a flat jaxpr into steps.
 
@@ -387,35 +439,52 @@ def _program(
       moving: the inputs that move with the parameters.
       needed: for each output whether the loss depends on it.
       num_fixed: for the body of a loop, how many inputs do not change; else None.
+      opaque: the places of equations that are left to jax, besides those that must be.
     """
     active = _active(flat, moving)
     pairs = zip(flat.outputs, needed, strict=True)
-    wanted = {v for v, flag in pairs if flag and _is_variable(v)}
-    relevant = _needed(flat.equations, wanted & active, active)
-    groups = _groups(flat.equations, active, relevant)
+    wanted = {v for v, flag in pairs if flag and is_variable(v)}
+    relevant = dataflow.needed(flat.equations, wanted & active, active)
+    first, last, rest = list(range(len(flat.equations))), [], []
+    if num_fixed is None:
+        left = [
+            i
+            for i, equation in enumerate(flat.equations)
+            if i in opaque
+            or (
+                not active.isdisjoint(dataflow.operands(equation))
+                and dataflow.is_opaque(equation)
+            )
+        ]
+        first, last, rest = dataflow.final_part(flat.equations, flat.outputs[0], left)
+    outside = ((), ()) if num_fixed is None else (moving, flat.outputs)
+    singularities = singularities_of(flat.equations, active, *outside)
+    groups = _groups(flat.equations, first, active, relevant, singularities)
     groups = _ordered(groups, flat.equations)
-    outputs = {v for v in flat.outputs if _is_variable(v)}
-    readers: dict[Variable, set[int]] = {v: {-1} for v in outputs}
-    for n, group in enumerate(groups):
-        for i in group:
-            for v in _operands(flat.equations[i]):
-                readers.setdefault(v, set()).add(n)
+    readers = _readers(flat, [*groups, last, rest])
+
+    def gathered(n: int, group: Sequence[int]) -> tuple[tuple, list, list]:
+        """The equations of a group, what they read and what others read of them."""
+        equations = tuple(flat.equations[i] for i in group)
+        results = [v for e in equations for v in e.outvars]
+        others = [v for v in results if readers.get(v, set()) - {n}]
+        return equations, _read(equations), others
+
     steps = []
     for n, group in enumerate(groups):
-        equations = tuple(flat.equations[i] for i in group)
-        read = _read(equations)
-        written = [
-            v for e in equations for v in e.outvars if readers.get(v, set()) - {n}
-        ]
+        equations, read, written = gathered(n, group)
         active_inputs = [i for i, v in enumerate(read) if v in active]
         active_outputs = [i for i, v in enumerate(written) if v in relevant]
+        common = {"places": tuple(group)}
         if not active_inputs or not active_outputs:
-            steps.append(Step("inert", equations, tuple(read), tuple(written)))
+            inert = Step("inert", equations, tuple(read), tuple(written), **common)
+            steps.append(inert)
             continue
         if _is_scan(equations[0]):
             # Inputs may repeat and outputs may be of no use, but all have their places.
             (i,) = group
-            steps.append(_loop_step(equations[0], flat.bodies[i], active, relevant))
+            loop = _loop_step(equations[0], flat.bodies[i], active, relevant)
+            steps.append(dataclasses.replace(loop, **common))
             continue
         kind = _kind(equations, [read[i] for i in active_inputs], active)
         steps.append(
@@ -426,15 +495,43 @@ def _program(
                 tuple(written),
                 tuple(active_inputs),
                 tuple(active_outputs),
+                is_guarded=singularities.is_guarded(
+                    kind, equations, [read[i] for i in active_inputs]
+                ),
+                has_mask=singularities.has_mask(equations),
+                **common,
             )
         )
     inputs = (*flat.constants, *flat.inputs)
     fixed = inputs[: len(flat.constants) + num_fixed] if num_fixed is not None else ()
-    return Program(inputs, tuple(flat.outputs), tuple(steps), fixed)
+    program = Program(inputs, tuple(flat.outputs), tuple(steps), fixed)
+    if not last:
+        return program
+    equations, read, written = gathered(len(groups), last)
+    value = flat.outputs[0]
+    final = Step(
+        "final",
+        equations,
+        tuple(read),
+        (value, *(v for v in written if v is not value)),
+        tuple(i for i, v in enumerate(read) if v in relevant and _is_inexact(v)),
+        places=tuple(last),
+    )
+    equations, read, written = gathered(len(groups) + 1, rest)
+    behind = Step("inert", equations, tuple(read), tuple(written), places=tuple(rest))
+    return dataclasses.replace(program, final=final, rest=(behind,) if rest else ())
 
 
-def _is_variable(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
+def _readers(flat: _Flat, groups: Sequence[Sequence[int]]) -> dict[Variable, set[int]]:
+    """The groups that read each variable; -1 stands for an output."""
+    readers: dict[Variable, set[int]] = {}
+    for v in filter(is_variable, flat.outputs):
+        readers[v] = {-1}
+    for n, group in enumerate(groups):
+        for i in group:
+            for v in dataflow.operands(flat.equations[i]):
+                readers.setdefault(v, set()).add(n)
+    return readers
 
 
 def _is_inexact(atom: Any) -> bool:
@@ -449,14 +546,12 @@ def _is_scan(equation: Equation) -> bool:
     return equation.primitive is primitives.scan_p
 
 
-def _operands(equation: Equation) -> list[Variable]:
-    return [atom for atom in equation.invars if _is_variable(atom)]
-
-
 def _read(equations: Sequence[Equation]) -> list[Variable]:
     """What some equations read and do not write themselves, each once."""
     written = {v for equation in equations for v in equation.outvars}
-    read = dict.fromkeys(v for equation in equations for v in _operands(equation))
+    read = dict.fromkeys(
+        v for equation in equations for v in dataflow.operands(equation)
+    )
     return [v for v in read if v not in written]
 
 
@@ -467,11 +562,12 @@ def _active(flat: _Flat, moving: Iterable[Variable]) -> set[Variable]:
     """The variables whose derivative along the parameters may differ from zero."""
     active = {v for v in moving if _is_inexact(v)}
     for i, equation in enumerate(flat.equations):
-        operands = [v for v in _operands(equation) if v in active]
-        if not operands or not operations.moves(equation):
+        read = [v for v in dataflow.operands(equation) if v in active]
+        if not read or not operations.moves(equation):
             continue
+        active.update(dataflow.references(equation))
         if i in flat.bodies:
-            flags = [_is_variable(v) and v in active for v in equation.invars]
+            flags = [is_variable(v) and v in active for v in equation.invars]
             _, flags = _active_in_loop(equation, flat.bodies[i], flags)
         else:
             flags = [True] * len(equation.outvars)
@@ -489,7 +585,7 @@ def _active_in_loop(
     while True:
         pairs = zip(body.inputs, flags, strict=True)
         active = _active(body, [v for v, flag in pairs if flag])
-        outputs = [_is_variable(v) and v in active for v in body.outputs]
+        outputs = [is_variable(v) and v in active for v in body.outputs]
         carried = flags[num_constants : num_constants + num_carry]
         grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
         if grown == carried:
@@ -514,29 +610,17 @@ def _arity(equation: Equation) -> tuple[int, int]:
     return len(body.invars) - num_xs - num_carry, num_carry
 
 
-def _needed(
-    equations: Sequence[Equation],
-    wanted: Iterable[Variable],
-    among: Collection[Variable] | None,
-) -> set[Variable]:
-    """The variables that some others depend on, by way of variables in `among`."""
-    needed = {v for v in wanted if _is_variable(v)}
-    for equation in reversed(equations):
-        if any(v in needed for v in equation.outvars):
-            operands = _operands(equation)
-            needed.update(v for v in operands if among is None or v in among)
-    return needed
-
-
 # Which equations make one step.
 
 
 def _groups(
     equations: Sequence[Equation],
+    places: Iterable[int],
     active: Collection[Variable],
     relevant: Collection[Variable],
+    singularities: Singularities,
 ) -> list[list[int]]:
-    """The equations in groups, by their places.
+    """The equations at some places in groups.
 
     All elementwise equations that depend on one and the same variable alone, a gelu for
     example, are one group: one function of that variable. Every other equation is a
@@ -547,16 +631,21 @@ def _groups(
     behind: dict[Variable, set[Variable]] = {}  # the runs that a variable comes after
     before: dict[Variable, set[Variable]] = {}  # the runs that a run comes after
     groups = []
-    for i, equation in enumerate(equations):
-        operands = _operands(equation)
-        read = {v for v in operands if v in active}
+    for i in places:
+        equation = equations[i]
+        awaited = dataflow.awaited(equation)
+        read = {v for v in awaited if v in active}
         names = {run_of.get(v, v) for v in read}
         written = [v for v in equation.outvars if v in relevant]
         # No run may wait for what comes after itself, by way of a mask or of a
         # stop_gradient for example.
-        fixed = [behind.get(v, set()) for v in operands if v not in read]
+        fixed = [behind.get(v, set()) for v in awaited if v not in read]
         is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
-        after = set().union(*(behind.get(v, set()) for v in operands))
+        # What is infinite behind a mask would spoil the derivative of the whole run.
+        is_start |= singularities.is_singular(equation) and not read.isdisjoint(
+            singularities.masked & run_of.keys()
+        )
+        after = set().union(*(behind.get(v, set()) for v in awaited))
         if (
             written
             and len(read if is_start else names) == 1
@@ -573,7 +662,7 @@ def _groups(
             after = {name}
         else:
             groups.append([i])
-        behind.update(dict.fromkeys(equation.outvars, after))
+        behind.update(dict.fromkeys(dataflow.provided(equation), after))
     return groups
 
 
@@ -594,13 +683,15 @@ def _ordered(
     groups: Sequence[list[int]], equations: Sequence[Equation]
 ) -> list[list[int]]:
     """The groups in an order in which they can be executed, as near to the old one."""
-    writer = {
-        v: n for n, g in enumerate(groups) for i in g for v in equations[i].outvars
-    }
-    waits_for: list[set[int]] = []
-    for n, group in enumerate(groups):
-        operands = {v for i in group for v in _operands(equations[i])}
-        waits_for.append({writer[v] for v in operands if v in writer} - {n})
+    group_of = {i: n for n, group in enumerate(groups) for i in group}
+    waits_for: list[set[int]] = [set() for _ in groups]
+    writer: dict[Any, int] = {}
+    for i, n in sorted(group_of.items()):
+        waits_for[n].update(
+            writer[v] for v in dataflow.awaited(equations[i]) if v in writer
+        )
+        writer.update(dict.fromkeys(dataflow.provided(equations[i]), n))
+    waits_for = [others - {n} for n, others in enumerate(waits_for)]
     waiting: dict[int, list[int]] = {}
     for n, others in enumerate(waits_for):
         for other in others:
@@ -629,7 +720,7 @@ def _kind(
 ) -> str:
     """The rule for some equations that are one step."""
     places = [
-        [n for n, v in enumerate(e.invars) if _is_variable(v) and v in active]
+        [n for n, v in enumerate(e.invars) if is_variable(v) and v in active]
         for e in equations
     ]
     linear = list(map(operations.is_linear, equations, places))
@@ -671,7 +762,7 @@ def _loop_step(
 ) -> Step:
     """A `scan` as a step; its inputs and outputs have the places of the equation's."""
     num_constants, num_carry = _arity(equation)
-    flags = [_is_variable(v) and v in active for v in equation.invars]
+    flags = [is_variable(v) and v in active for v in equation.invars]
     flags, outputs = _active_in_loop(equation, flat, flags)
     needed = [
         active_output and (n < num_carry or v in relevant)

@@ -137,14 +137,34 @@ def _joined(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def apply(
-    function: Callable, *columns: jax.Array, takes_rows: bool = False
+    function: Callable,
+    *columns: jax.Array,
+    takes_rows: bool = False,
+    most: int | None = None,
 ) -> list[jax.Array]:
-    """The function on each row of some columns, or on all rows if it takes them."""
+    """The function on each row of some columns, or on all rows if it takes them.
+
+    Args:
+      function: of one row of each column, or of all rows; it returns a list of arrays.
+      columns: arrays with the rows along the first axis.
+      takes_rows: whether the function is of all rows.
+      most: how many rows may be worked on at once; by default all.
+    """
     if takes_rows:
         return list(function(*columns))
-    if len(columns[0]) == 1:  # no need of a batching rule
+    count = len(columns[0])
+    if count == 1:  # no need of a batching rule
         return [y[None] for y in function(*(x[0] for x in columns))]
-    return list(jax.vmap(lambda *x: tuple(function(*x)))(*columns))
+
+    def of_row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(function(*row))
+
+    try:
+        if most is not None and most < count:
+            return list(jax.lax.map(of_row, columns, batch_size=most))
+        return list(jax.vmap(of_row)(columns))
+    except Exception:  # an operation without a batching rule, or with a broken one
+        return list(jax.lax.map(of_row, columns))
 
 
 def add(*terms: Rows | None) -> Rows | None:

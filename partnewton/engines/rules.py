@@ -16,6 +16,7 @@ and adds to the sums over all steps
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines import operations, products, reductions, versions
+from partnewton.engines import products, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
 
-__all__ = ["RULES", "Sums", "Tangents"]
+__all__ = ["RULES", "Sums", "Tangents", "dots", "where_moved"]
 
 # For the inner products of long rows on a CPU.
 _BEYOND_CACHE = 2**23  # numbers
@@ -102,7 +103,7 @@ class Sums:
         factor: float = 1.0,
     ) -> None:
         """Adds the inner products of some rows, whose symmetric part will count."""
-        products = self._everywhere(gram(left.values, right.values, weight))
+        products = self.everywhere(gram(left.values, right.values, weight))
         subsets = left.subsets, right.subsets
         self.hessian.append(_Block(subsets, factor, products.ravel()))
 
@@ -110,7 +111,7 @@ class Sums:
         self, subsets: tuple[int, ...], values: jax.Array, *, factor: float = 1.0
     ) -> None:
         """Adds a number to each of some subsets."""
-        self.third.append(_Block((subsets,), factor, self._everywhere(values)))
+        self.third.append(_Block((subsets,), factor, self.everywhere(values)))
 
     def add_totals(self, hessian: jax.Array, third: jax.Array) -> None:
         """Adds sums over all subsets, from the inside of a loop."""
@@ -148,7 +149,7 @@ class Sums:
             total = total.at[places].add(factor * values, mode="promise_in_bounds")
         return total.reshape(shape)
 
-    def _everywhere(self, x: jax.Array) -> jax.Array:
+    def everywhere(self, x: jax.Array) -> jax.Array:
         """The sum over the devices of a `shard_map`, as far as they have their own."""
         axes = versions.varying_axes(x)
         return (jax.lax.psum(x, axes) if axes else x).astype(self.dtype)
@@ -170,7 +171,7 @@ def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Arr
       a, b: the rows.
       weight: what the terms of each inner product are multiplied by, (*shape).
     """
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = _wide_dtype(a, b)
     a, b = a.astype(dtype), b.astype(dtype)
     if versions.may_be_sharded(a, b):
         # To join axes that are sharded would be to gather them.
@@ -227,10 +228,29 @@ def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
     )
 
 
-def dots(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The inner products of rows with rows of the same place, (r, *shape) -> (r,)."""
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return _total_of_each((a.astype(dtype) * b.astype(dtype)).real)
+def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
+    """The inner products of rows with rows of the same place, (r, *shape) -> (r,).
+
+    Where `is_guarded`, zero times infinity is zero.
+    """
+    dtype = _wide_dtype(a, b)
+    return _total_of_each(_product(a.astype(dtype), b.astype(dtype), is_guarded).real)
+
+
+def _product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
+    """The product; if guarded, zero times anything is zero, even infinity."""
+    product = a * b
+    if not is_guarded:
+        return product
+    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(product), product)
+
+
+def where_moved(x: jax.Array, *rows: Rows | None) -> jax.Array:
+    """x, but zero at the entries that some of the tangents leave where they are."""
+    for some in rows:
+        if some is not None:
+            x = jnp.where(jnp.any(some.values != 0, axis=0), x, jnp.zeros_like(x))
+    return x
 
 
 def _total_of_each(rows: jax.Array) -> jax.Array:
@@ -299,7 +319,7 @@ def _pushed(
 
     def of_members(members: tuple[int, ...]) -> Callable:
         function, active = _restricted(step, inputs, members)
-        return _pushforward(step, function, active)
+        return _pushforward(function, active)
 
     return map_rows(of_members, rows)
 
@@ -367,6 +387,8 @@ def product(
         if step.takes_rows:
             pull = products.repeating(pull, (at[i].ndim, adjoint.ndim))
         (values,) = apply(lambda x: [pull(x, adjoint)], rows.values, **how)
+        if step.is_guarded:
+            values = where_moved(values, tangents.first[i - 1])
         return Rows(rows.subsets, values)
 
     def crossed(x: Rows, y: Rows) -> Rows | None:
@@ -380,7 +402,8 @@ def product(
     def add_third(rows: Rows | None) -> None:
         if rows is not None:
             weights = jnp.broadcast_to(adjoint, rows.values.shape)
-            sums.add_third(rows.subsets, dots(rows.values, weights), factor=3.0)
+            values = dots(rows.values, weights, is_guarded=step.is_guarded)
+            sums.add_third(rows.subsets, values, factor=3.0)
 
     (a, b), (aa, bb) = tangents
     first = map_rows(with_fixed, [a, b], **how)
@@ -430,25 +453,30 @@ def elementwise(
     at = [inputs[i] for i in step.active_inputs]
     function = step.active(step.function, inputs)
     partials = _partials(function, at, order=3 if sums.third_order else 2)
+    along = functools.partial(_along, is_guarded=step.is_guarded)
     weights: Partials = {}  # lambda . f_ij and lambda . f_ijk
     for f, adjoint in zip(partials, adjoints, strict=True):
         for places, x in f.items():
             if len(places) > 1:
-                term = _wide(adjoint) * x
+                is_guarded = step.is_guarded or step.has_mask
+                term = _product(_wide(adjoint), x, is_guarded)
                 weights[places] = weights[places] + term if places in weights else term
     first, second = tangents
 
     bends = [places for places in weights if len(places) == 2]
     for i, j in bends:
         if first[i] is not None and first[j] is not None:
-            _add_weighted(sums, first[i], first[j], weights[i, j], is_cross=i != j)
+            weight = weights[i, j]
+            if step.is_guarded:
+                weight = where_moved(weight, first[i], first[j])
+            _add_weighted(sums, first[i], first[j], weight, is_cross=i != j)
 
     zeros = [jnp.zeros_like(adjoint) for adjoint in adjoints]
 
     def of_first(members: tuple[int, ...]) -> Callable:
         def of(*v: jax.Array) -> list[jax.Array]:
             xdot = dict(zip(members, map(_wide, v), strict=True))
-            zdot = [_along(f, [xdot]) for f in partials]
+            zdot = [along(f, [xdot]) for f in partials]
             return _like(zeros, zdot)
 
         return of
@@ -458,9 +486,9 @@ def elementwise(
             moved = dict(zip(members, map(_wide, v), strict=True))
             xdot = {i: x for i, x in moved.items() if i < len(at)}
             xddot = {i - len(at): x for i, x in moved.items() if i >= len(at)}
-            zddot = [_along(f, [xdot, xdot]) + _along(f, [xddot]) for f in partials]
-            third = _along(weights, [xdot, xdot, xdot])
-            third += 3 * _along(weights, [xdot, xddot])
+            zddot = [along(f, [xdot, xdot]) + along(f, [xddot]) for f in partials]
+            third = along(weights, [xdot, xdot, xdot])
+            third += 3 * along(weights, [xdot, xddot])
             return _like([*zeros, _wide(zeros[0])], [*zddot, third])
 
         return of
@@ -509,14 +537,18 @@ def _derivative(function: Callable, place: int) -> Callable:
     return derivative
 
 
-def _along(partials: Partials, directions: Sequence[dict[int, jax.Array]]) -> Any:
+def _along(
+    partials: Partials,
+    directions: Sequence[dict[int, jax.Array]],
+    is_guarded: bool,
+) -> Any:
     """The sum of f_ij.. v_i w_j .. for the directions v, w, .. by place."""
     total = 0.0
     for places in itertools.product(*directions):
         term = partials.get(tuple(sorted(places)))
         if term is not None:
             for v, i in zip(directions, places, strict=True):
-                term = term * v[i]
+                term = _product(term, v[i], is_guarded)
             total = total + term
     return total
 
@@ -563,7 +595,13 @@ def _like(zeros: Sequence[jax.Array], values: Sequence[Any]) -> list[jax.Array]:
 
 def _wide(x: jax.Array) -> jax.Array:
     """In float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide_dtype(x))
+
+
+def _wide_dtype(*arrays: jax.Array) -> np.dtype:
+    """The common dtype of some arrays, float32 at least; float8 has no other."""
+    wide = [jnp.float32 if x.dtype.itemsize == 1 else x.dtype for x in arrays]
+    return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
 
 
 # --- Any function ------------------------------------------------------------------
@@ -585,49 +623,51 @@ def local(
     if all(rows is None for rows in tangents.first):
         return Tangents(nothing, nothing)
     active = [inputs[i] for i in step.active_inputs]
+    function = step.active(step.function, inputs)
 
     def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(lambda *x: step.active(step.function, inputs)(*x), *x)
+        _, pull = jax.vjp(function, *x)
         return pull(list(adjoints))
 
-    first = map_rows(
-        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
-        tangents.first,
-    )
-    second = map_rows(
-        lambda members: _pushforward(step, *_restricted(step, inputs, members)),
-        tangents.second,
-    )
+    def linearized(function: Callable) -> Callable[[tuple[int, ...]], Callable]:
+        """Its derivative along some of the operands, linearised once for all."""
+        _, push = jax.linearize(function, *active)
+
+        def of_members(members: tuple[int, ...]) -> Callable:
+            def of(*some: jax.Array) -> Sequence[jax.Array]:
+                everything = list(map(jnp.zeros_like, active))
+                for i, x in zip(members, some, strict=True):
+                    everything[i] = x
+                return push(*everything)
+
+            return of
+
+        return of_members
+
+    push, turn = linearized(function), linearized(gradient)
+    first, second = (map_rows(push, rows) for rows in tangents)
     bends: list[list[Rows]] = []
     for subsets, members in runs(tangents.first):
         columns = [taken(tangents.first[i], subsets) for i in members]
-
-        def of_members(*some: jax.Array, members: tuple = members) -> tuple:
-            everything = list(active)
-            for i, x in zip(members, some, strict=True):
-                everything[i] = x
-            return gradient(*everything)
-
-        _, turn = jax.linearize(of_members, *[active[i] for i in members])
-        turned = apply(turn, *columns)
+        turned = apply(turn(members), *columns)
         for rows, w in zip(tangents.first, turned, strict=True):
             if rows is not None:
-                sums.add_hessian(Rows(subsets, w), rows)
+                sums.add_hessian(Rows(subsets, where_moved(w, rows)), rows)
         if not sums.third_order:
             continue
         for rows, w in zip(tangents.second, turned, strict=True):
             common = [s for s in subsets if rows is not None and s in rows.subsets]
             if common:
                 w, v = taken(Rows(subsets, w), common), taken(rows, common)
-                sums.add_third(tuple(common), dots(w, v), factor=3.0)
-        function, at = _restricted(step, inputs, members)
-        curve = _curve(step, function, at)
+                values = dots(w, v, is_guarded=True)
+                sums.add_third(tuple(common), values, factor=3.0)
+        curve = _curve(*_restricted(step, inputs, members))
         second_derivatives, third_derivatives = _split(apply(curve, *columns))
         bends.append([Rows(subsets, x) for x in second_derivatives])
         sums.add_third(
             subsets,
             sum(
-                dots(x, jnp.broadcast_to(a, x.shape))
+                dots(x, jnp.broadcast_to(a, x.shape), is_guarded=True)
                 for a, x in zip(adjoints, third_derivatives, strict=True)
             ),
         )
@@ -645,21 +685,13 @@ def _split(derivatives: list[jax.Array]) -> tuple[list, list]:
 
 
 def _pushforward(
-    step: Step, function: Callable, at: Sequence[jax.Array]
+    function: Callable, at: Sequence[jax.Array]
 ) -> Callable[..., list[jax.Array]]:
-    """v -> Df(at)[v].
-
-    A `custom_vjp` cannot be differentiated forwards. Its own rule v' -> v' Df is linear
-    in v', and the transpose of that is Df.
-    """
-    if not operations.has_custom_vjp(step.equations):
-        return jax.linearize(function, *at)[1]
-    outputs, pull = jax.vjp(function, *at)
-    push = jax.linear_transpose(lambda *cotangents: pull(list(cotangents)), *outputs)
-    return lambda *tangents: list(push(tuple(tangents)))
+    """v -> Df(at)[v]."""
+    return jax.linearize(function, *at)[1]
 
 
-def _curve(step: Step, function: Callable, at: Sequence[jax.Array]) -> Callable:
+def _curve(function: Callable, at: Sequence[jax.Array]) -> Callable:
     """v -> (D2f(at)[v, v], ..., D3f(at)[v, v, v], ...), all outputs in a row."""
 
     def along(f: Callable, v: Sequence[jax.Array]) -> Callable:
@@ -667,8 +699,6 @@ def _curve(step: Step, function: Callable, at: Sequence[jax.Array]) -> Callable:
 
     def curve(*v: jax.Array) -> list[jax.Array]:
         def d1(*x: jax.Array) -> list[jax.Array]:
-            if operations.has_custom_vjp(step.equations):
-                return _pushforward(step, function, x)(*v)
             return jax.jvp(function, x, v)[1]
 
         def d2(*x: jax.Array) -> list[jax.Array]:

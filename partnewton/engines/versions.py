@@ -5,7 +5,7 @@ them. Up to jax 0.10 a closed jaxpr is an object around an open one; from 0.11 o
 is one kind, with its constants inside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,11 @@ __all__ = [
     "function_of",
     "inlined",
     "is_explicit",
+    "is_reference",
+    "kernels_in",
     "may_be_sharded",
+    "mentions",
+    "named_axes",
     "on_a_mesh",
     "open_jaxpr",
     "traced",
@@ -78,6 +82,42 @@ def inlined(equation: Equation) -> Any | None:
     if equation.primitive is primitives.closed_call_p:
         return equation.params["call_jaxpr"]
     return None
+
+
+def mentions(jaxpr: Any, name: str) -> bool:
+    """Whether an operation of this name is in a jaxpr or in one inside of it."""
+    return any(equation.primitive.name == name for equation in _all_equations(jaxpr))
+
+
+def kernels_in(jaxpr: Any) -> list[str]:
+    """The names of the Pallas kernels in a jaxpr."""
+    calls = [e for e in _all_equations(jaxpr) if e.primitive.name == "pallas_call"]
+    return sorted({repr(_name_of_kernel(call.params)) for call in calls})
+
+
+def _name_of_kernel(params: dict[str, Any]) -> str:
+    inside = getattr(params["jaxpr"], "debug_info", None)
+    name = params.get("name") or getattr(inside, "func_name", None)
+    return str(name or "without a name")
+
+
+def _all_equations(jaxpr: Any) -> Iterator[Equation]:
+    for equation in open_jaxpr(jaxpr).eqns:
+        yield equation
+        for inside in core.jaxprs_in_params(equation.params):
+            yield from _all_equations(inside)
+
+
+def is_reference(atom: Any) -> bool:
+    """Whether a variable of a jaxpr stands for a mutable array, `jax.new_ref`."""
+    return type(atom.aval).__name__ == "AbstractRef"
+
+
+def named_axes(jaxpr: Any) -> tuple[str, ...]:
+    """The named axes around a jaxpr over which it computes, as in ``psum(x, name)``."""
+    effects = open_jaxpr(jaxpr).effects
+    axes = [x.name for x in effects if type(x).__name__ == "NamedAxisEffect"]
+    return tuple(sorted(map(str, axes)))
 
 
 def apart(function: Callable) -> Callable:

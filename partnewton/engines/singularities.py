@@ -1,0 +1,170 @@
+"""Where an infinite derivative may meet a tangent that is zero.
+
+In ``sqrt(where(mask, 0, x))`` the slope of the root is infinite at the masked entries,
+and the gradient is finite all the same: `where` takes no notice of adjoints there.
+Tangents meet the infinite slope with a zero, and zero times anything has to be zero.
+What this costs is paid only where it can happen, which is worked out here.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from partnewton.engines import dataflow, operations
+from partnewton.engines.dataflow import is_variable
+from partnewton.engines.versions import Equation, Variable
+
+__all__ = ["Singularities", "singularities_of"]
+
+_POSITIVE = frozenset(["cosh", "exp", "exp2", "logistic"])
+_EVEN = frozenset(["abs", "square"])
+# The sign of the result is that of all operands.
+_KEEPING_SIGN = frozenset(
+    [
+        "abs",
+        "add",
+        "add_any",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "cumsum",
+        "div",
+        "mul",
+        "reduce_max",
+        "reduce_min",
+        "reduce_sum",
+        "reshape",
+        "rsqrt",
+        "sqrt",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Singularities:
+    """What is known of the variables of a jaxpr.
+
+    Attributes:
+      positive: those that are greater than zero, as far as it shows.
+      masked: those that move and have no way to the parameters but through a mask.
+      endangered: those of them whose adjoint may be infinite.
+    """
+
+    positive: frozenset[Variable]
+    masked: frozenset[Variable]
+    endangered: frozenset[Variable]
+
+    def is_singular(self, equation: Equation) -> bool:
+        """Whether an elementwise function may have an infinite derivative."""
+        return operations.is_singular(equation, self.positive)
+
+    def is_guarded(
+        self, kind: str, equations: Sequence[Equation], read: Collection[Variable]
+    ) -> bool:
+        """Whether a step must keep zeros from what may be infinite.
+
+        Args:
+          kind: of the step.
+          equations: of the step.
+          read: what it reads that moves.
+        """
+        is_singular = kind == "elementwise" and any(map(self.is_singular, equations))
+        if is_singular and any(
+            operations.may_mask(e) or operations.has_power(e) for e in equations
+        ):
+            return True  # a power may be infinite in its second derivative only
+        is_infinite = is_singular or self._is_endangered(equations)
+        return is_infinite and self.masked.issuperset(read)
+
+    def has_mask(self, equations: Sequence[Equation]) -> bool:
+        """Whether a step has a mask and an adjoint which may be infinite there."""
+        has_mask = any(map(operations.may_mask, equations))
+        return has_mask and self._is_endangered(equations)
+
+    def _is_endangered(self, equations: Sequence[Equation]) -> bool:
+        written = (v for e in equations for v in e.outvars)
+        return not self.endangered.isdisjoint(written)
+
+
+def singularities_of(
+    equations: Sequence[Equation],
+    active: Collection[Variable],
+    from_outside: Iterable[Variable],
+    to_outside: Iterable[Any],
+) -> Singularities:
+    """What can be said of the variables of a jaxpr.
+
+    Args:
+      equations: in order.
+      active: the variables that move.
+      from_outside: those that are taken to be masked: the inputs of a loop.
+      to_outside: those whose adjoint is taken to be infinite: the results of a loop.
+    """
+    masked = frozenset(_masked(equations, active, from_outside))
+    positive = frozenset(_positive(equations))
+    endangered = masked.intersection(filter(is_variable, to_outside))
+    for equation in reversed(equations):
+        if (
+            operations.is_singular(equation, positive)
+            or not operations.is_known(equation)
+            or not endangered.isdisjoint(equation.outvars)
+        ):
+            endangered |= masked.intersection(dataflow.operands(equation))
+    return Singularities(positive, masked, endangered)
+
+
+def _masked(
+    equations: Sequence[Equation],
+    active: Collection[Variable],
+    from_outside: Iterable[Variable],
+) -> set[Variable]:
+    """The active variables with no way to the parameters but through a mask.
+
+    An adjoint that is infinite makes the gradient infinite, unless on every way to the
+    parameters there is a `where` or a like operation that takes no notice of it. Only
+    then is there something to be kept out of a summary.
+    """
+    masked = set(from_outside)
+    for equation in equations:
+        read = [v for v in dataflow.operands(equation) if v in active]
+        if read and (operations.may_mask(equation) or masked.issuperset(read)):
+            masked.update(v for v in equation.outvars if v in active)
+    return masked
+
+
+def _positive(equations: Sequence[Equation]) -> set[Variable]:
+    """The variables that are greater than zero, but for underflow."""
+    positive: set[Variable] = set()
+    at_least_zero: set[Variable] = set()
+
+    def is_in(atom: Any, some: Collection[Variable], least: float) -> bool:
+        if is_variable(atom):
+            return atom in some
+        return atom.aval.shape == () and bool(atom.val > least)
+
+    for equation in equations:
+        name, read = equation.primitive.name, equation.invars
+        are_positive = [is_in(x, positive, 0) for x in read]
+        are_not_negative = [
+            flag or is_in(x, at_least_zero, -0.0)
+            for x, flag in zip(read, are_positive, strict=True)
+        ]
+        has_sign = name in _KEEPING_SIGN
+        if (
+            name in _POSITIVE
+            or (has_sign and all(are_positive))
+            or (name == "max" and any(are_positive))
+            or (name == "add" and any(are_positive) and all(are_not_negative))
+        ):
+            positive.update(equation.outvars)
+        elif (
+            name in _EVEN
+            or (name == "integer_pow" and equation.params["y"] % 2 == 0)
+            or (name == "mul" and read[0] is read[1])
+            or (has_sign and all(are_not_negative))
+        ):
+            at_least_zero.update(equation.outvars)
+    return positive
