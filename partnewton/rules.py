@@ -219,7 +219,7 @@ def robust(
     subsets is often wrong: a negative rate, set to zero, leaves a tensor untrained for
     hundreds of steps. So it can be drawn to the best step in which all rates are alike,
     the minimum of the same model at eta = t (1, ..., 1), in the units of the direction
-    (see `root_mean_square` of :func:`partnewton.scale_by_partition_newton` with `normalize`):
+    (see `normalize` of :func:`partnewton.scale_by_partition_newton`):
 
         eta_s <- min((1 - alike) eta_s + alike t, spread t).
 
@@ -321,7 +321,7 @@ def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
     with epsilon that of the dtype of the summary, the subset counts as one without
     gradient, curvature and third order. It compares slopes of different subsets, so
     directions should have unit norms, see
-    :func:`partnewton.scale_by_partition_newton` with `normalize`.
+    `normalize` of :func:`partnewton.scale_by_partition_newton`.
 
     Args:
       rule: what is given the summary.
