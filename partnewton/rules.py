@@ -283,23 +283,26 @@ def robust(
             eta = jnp.where(is_convex, eta, 0)
             bounded &= is_convex
 
-        def model(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            """b . z, z' |B| z, damping ||z||^3."""
+        def model(
+            slopes: jax.Array, z: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """The sum of slopes, z' |B| z, damping ||z||^3."""
             image = jnp.sum(magnitude * z[None, :], 1)
-            slope, curvature, square = reduce_together(sums=(b * z, z * image, z * z))
+            slope, curvature, square = reduce_together(sums=(slopes, z * image, z * z))
             return slope, curvature, strength * square * _sqrt(square)
 
         if draws:
-            slope, curvature, cubic = model(D / of_D)
+            slope, curvature, cubic = model(g / of_b / of_D, D / of_D)
             t, is_bounded = _positive_root(jnp.maximum(slope, 0), curvature, cubic)
             # Without anything that bounds the step with all rates alike, it is 1.
             t = jnp.where(is_bounded, (unit / of_D) * t, 1)
-            t = jnp.where(jnp.sum(g) > 0, t, 0)
+            t = jnp.where(slope > 0, t, 0)
             drawn = (1 - alike) * eta + jnp.where(is_live, alike * t, 0)
             drawn = jnp.where(t > 0, jnp.minimum(drawn, spread * t), drawn)
             eta = jnp.where(alike > 0, drawn, eta)
         eta = jnp.where(valid, eta, 0)
-        slope, curvature, cubic = model(jnp.where(valid, D, 0) * eta / unit)
+        slopes, z = (jnp.where(valid, x, 0) * eta / unit for x in (g / of_b, D))
+        slope, curvature, cubic = model(slopes, z)
         decrease = (slope - curvature / 2 - cubic / 6) * unit * of_b
         decrease = jnp.where(valid, decrease, 0)
         status = jnp.where(bounded, CubicStatus.INTERIOR, CubicStatus.KERNEL_FROZEN)

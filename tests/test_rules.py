@@ -686,6 +686,19 @@ def test_robust_without_damping_divides_by_the_magnitudes():
     assert proposal.status == CubicStatus.KERNEL_FROZEN
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("damping", [1e-30, 1e-12, 1e12, 1e30])
+def test_robust_ends_with_any_damping(damping, dtype):
+    summary = indefinite(1, dtype=dtype)
+    g, h, D = robust_model(summary, damping, 1.0)
+    damping = jnp.asarray(damping, dtype)
+    proposal = jax.jit(lambda x: rules.robust(x, nonnegative=False)(summary))(damping)
+    eta = np.asarray(proposal.learning_rates, np.float64)
+    matrix = h + float(damping) / 2 * np.linalg.norm(D * eta) * np.diag(D**2)
+    rtol = 1e-3 if dtype == jnp.float32 else 1e-7
+    np.testing.assert_allclose(matrix @ eta, g, rtol=rtol, atol=rtol)
+
+
 def test_robust_without_a_floor_freezes_what_nothing_bounds():
     summary = drawn(1)._replace(third=jnp.array([1.0, 0.0, 1.0, 1.0]))
     proposal = rules.robust(floor=0.0)(summary)

@@ -29,6 +29,8 @@ from jax import lax
 
 from partnewton.cubic._reductions import reduce_together
 
+_MAX_ITERATIONS = 30
+
 
 class AbsoluteModel(NamedTuple):
     """What :func:`minimise_absolute` found.
@@ -101,16 +103,20 @@ def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
     enough = 2.0 ** (info.maxexp // 3)  # y is lost in rounding beside such a curvature
 
     def unfinished(state: tuple) -> jax.Array:
-        # From above first and then from below, so that it ends. The error after a step
-        # is of second order in the step.
-        return jnp.abs(state[1] - 1) > info.eps**0.5 / 8
+        # From above first and then from below. The error after a step is of second
+        # order in the step.
+        _, factor, iteration = state
+        moves = jnp.abs(factor - 1) > info.eps**0.5 / 8
+        return moves & (iteration < _MAX_ITERATIONS)
 
     def iterate(state: tuple) -> tuple:
-        y = state[0]
-        # ||c / (w + y)|| as ||c / (1 + w / y)|| / y, without overflow.
-        one_plus = 1 + jnp.minimum(w / y, enough)
-        v = c / one_plus
-        square, weighted = reduce_together(sums=(v * v, v * v / one_plus))
+        y, _, iteration = state
+        # ||c / (w + y)|| as ||c / (1 + w / y)|| / y, without overflow. Where the
+        # quotient is bounded, w counts as proportional to y.
+        quotient = w / y
+        v = c / (1 + jnp.minimum(quotient, enough))
+        share = jnp.where(quotient < enough, 1 / (1 + quotient), 1)
+        square, weighted = reduce_together(sums=(v * v, v * v * share))
         # This has no effect, unless c = 0: then v is taken to be tiny.
         square, weighted = square + info.tiny, weighted + info.tiny
         # ratio = n(y) / y; slope = - d log n / d log y, in (0, 1].
@@ -119,11 +125,12 @@ def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
         # With the tangent of 1 / n: (1 + slope (f - 1)) f = ratio.
         half = (1 - slope) / 2
         factor = ratio / (half + jnp.sqrt(half * half + slope * ratio))
-        return y * factor, factor
+        return y * factor, factor, iteration + 1
 
     # ||c||^(1/2), the solution where w = 0, is at most S^(1/2) here.
     start = jnp.full((), len(c) ** 0.5, w.dtype)
-    return lax.while_loop(unfinished, iterate, (start, jnp.full_like(start, 2)))[0]
+    initial = (start, jnp.full_like(start, 2), jnp.zeros((), jnp.int32))
+    return lax.while_loop(unfinished, iterate, initial)[0]
 
 
 @minimise_absolute.defjvp
