@@ -49,7 +49,7 @@ class Training:
         tx = optax.with_extra_args_support(chosen.make())
         leaves = jax.tree.leaves(model.params)
         self._is_brief = True
-        self._refreshes = functools.partial(chosen.refreshes, S=len(leaves))
+        self._refreshes = lambda steps: chosen.refreshes(steps, len(leaves))
         self._batch = model.batch
         begin = time.process_time()
         state = jax.block_until_ready(tx.init(model.params))

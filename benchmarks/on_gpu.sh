@@ -25,7 +25,7 @@ timeout 240 python3 -m benchmarks.cost --networks "${networks[@]}" \
     --output "$output/cost" > "$output/cost.log" 2>&1
 timeout 150 python3 -m benchmarks.summary --model mlp cnn transformer lstm resnet18 \
     --engine adjoint --scale "${SCALE:-1}" --repeats 3 --output "$output/summary" > "$output/summary.log" 2>&1
-timeout 90 python3 -m pytest -q -p no:cacheprovider tests/test_engines.py tests/test_masks.py \
+timeout 90 python3 -m pytest -q -p no:cacheprovider --tb=short --maxfail=3 tests/test_engines.py \
     > "$output/tests.log" 2>&1
 for part in cost summary; do
     cp "$output/$part/$part".{json,md} "$output"/ 2>/dev/null || true
