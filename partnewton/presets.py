@@ -7,6 +7,7 @@ published method. Where the numbers come from: ``docs/how_to_choose.md``.
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from partnewton import averaging, directions, partitions, rules
@@ -42,7 +43,8 @@ def partition_newton(
     the entries of a subset move. One factor multiplies all of them, see
     :func:`partnewton.scale_by_lookback`: it grows while the trajectory of the last ten
     steps, and later of more, still descends on the newest batch, and it decays where
-    noise or a narrow valley makes steps oscillate.
+    noise or a narrow valley makes steps oscillate. It never makes a step longer than
+    the lengths that were solved for, however long a loss decreases.
 
     Args:
       learning_rate: the factor on all lengths at the start, a number or a schedule; 1
@@ -114,9 +116,21 @@ def partition_newton(
             batch_size=batch_size,
             has_aux=has_aux,
         ),
-        scale_by_lookback(lookback_rate, param_labels=labels, has_aux=has_aux),
+        scale_by_lookback(
+            lookback_rate,
+            max_scale=_largest_factor(learning_rate),
+            param_labels=labels,
+            has_aux=has_aux,
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
+    """What takes the lengths that were solved for in full, and no longer steps."""
+    if callable(learning_rate):
+        return 5.0  # as for the default
+    return jnp.maximum(1.0, 1.0 / learning_rate)
 
 
 def orthogonal_momentum() -> optax.GradientTransformation:
