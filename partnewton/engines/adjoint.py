@@ -22,6 +22,7 @@ All of the third order needs only first derivatives of values and of adjoints, b
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -35,10 +36,12 @@ from partnewton.engines import jvp_of_grad, nesting, versions
 from partnewton.engines.axes import refuse_named_axes
 from partnewton.engines.final import Final, sweep_final
 from partnewton.engines.program import (
+    BranchPoint,
     Loop,
     Program,
     Record,
     Step,
+    branch_point_of,
     program_of,
     values_of,
 )
@@ -67,14 +70,9 @@ def summarize(
 ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
     """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
     problem = _Problem(loss, leaves, direction, partition)
-
-    def compute() -> tuple:
-        value_and_aux, *found = problem.linearise(leaves)
-        sums = problem.sums(value_and_aux[0], *found, third_order, batch_size)
-        return value_and_aux, *sums
-
     try:
-        return problem.attempted(compute)
+        outputs, *sums = _summarize(problem, leaves, third_order, batch_size)
+        return problem.value_and_aux(outputs), *sums
     except _ReverseModeError:
         return jvp_of_grad.summarize(
             loss,
@@ -84,6 +82,31 @@ def summarize(
             third_order=third_order,
             batch_size=batch_size,
         )
+
+
+def _summarize(
+    problem: "_Problem", leaves: Leaves, third_order: bool, batch_size: int | None
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array | None]:
+    """The outputs of the loss, gradient, hessian and third.
+
+    A `cond` around most of a loss would be one local step, which takes several times as
+    long to compile. So each of its branches has a program of its own.
+    """
+    point = problem.branch_point
+    if point is not None:
+        branches = [
+            functools.partial(
+                _summarize, problem.in_branch(i), leaves, third_order, batch_size
+            )
+            for i in point.branches
+        ]
+        return jax.lax.switch(point.index(*leaves), branches)
+
+    def compute() -> tuple:
+        outputs, *found = problem.linearise(leaves)
+        return outputs, *problem.sums(outputs[0], *found, third_order, batch_size)
+
+    return problem.attempted(compute)
 
 
 def derivative_tensors(
@@ -106,12 +129,11 @@ def derivative_tensors(
         def compute() -> tuple | None:
             if order == 3 and problem.program.final:
                 return None
-            value_and_aux, *found = problem.linearise(leaves)
-            value, _ = value_and_aux
-            *tensors, _ = problem.sums(value, *found, False, batch_size)
+            outputs, *found = problem.linearise(leaves)
+            *tensors, _ = problem.sums(outputs[0], *found, False, batch_size)
             if order == 3:
                 tensors.append(problem.third_order(leaves, batch_size))
-            return value_and_aux, tuple(tensors[:order])
+            return problem.value_and_aux(outputs), tuple(tensors[:order])
 
         with contextlib.suppress(_ReverseModeError):
             found = problem.attempted(compute)
@@ -146,15 +168,32 @@ class _Problem:
         _, self._jaxpr = versions.traced(self._flat(loss), list(leaves))
         refuse_named_axes(self._jaxpr)
         self._opaque: set[int] = set()
+        self._branches: dict[int, int] = {}
         self.direction = direction
         self.partition = partition
         self._make_program()
 
     def _make_program(self) -> None:
-        self.program, self.constants = program_of(self._jaxpr, self._opaque)
+        self.program, self.constants = program_of(
+            self._jaxpr, self._opaque, self._branches
+        )
         self.inputs = self.program.inputs[len(self.constants) :]
         self.order = _order_of_use(self.program, self.inputs, self.partition)
         self.__dict__.pop("_bytes_of_a_row", None)
+
+    @functools.cached_property
+    def branch_point(self) -> BranchPoint | None:
+        """The `cond` that most of the loss is inside of, if there is one."""
+        return branch_point_of(self._jaxpr, self._branches)
+
+    def in_branch(self, number: int) -> "_Problem":
+        """The same problem in one of the branches of its branch point."""
+        problem = copy.copy(self)
+        problem._opaque = set()
+        problem._branches = {**self._branches, self.branch_point.place: number}
+        problem.__dict__.pop("branch_point")
+        problem._make_program()
+        return problem
 
     def attempted(self, compute: Callable[[], Any]) -> Any:
         """The result of a function that goes through the program.
@@ -181,8 +220,8 @@ class _Problem:
 
     def linearise(
         self, leaves: Leaves
-    ) -> tuple[tuple[jax.Array, Any], Record, dict[int, Any], Final | None]:
-        """Two sweeps: value and aux, record, adjoints, and the final step."""
+    ) -> tuple[list[jax.Array], Record, dict[int, Any], Final | None]:
+        """Two sweeps: outputs, record, adjoints, and the final step."""
         try:
             if self.program.final:
                 outputs, record, adjoints, final = self._linearise_with_final(leaves)
@@ -191,11 +230,14 @@ class _Problem:
                 final = None
         except Exception as error:  # jax has no common class for what it refuses
             raise _ReverseModeError from error
+        return outputs, record, adjoints, final
+
+    def value_and_aux(self, outputs: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
+        """What the loss returns, from the outputs of its program."""
         value, *aux = outputs
         arrays = iter(aux)
         parts = [next(arrays) if x is None else x for x in self._aux]
-        aux = jax.tree.unflatten(self._aux_tree, parts)
-        return (value, aux), record, adjoints, final
+        return value, jax.tree.unflatten(self._aux_tree, parts)
 
     def _linearise(
         self, leaves: Leaves

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import heapq
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ __all__ = ["Loop", "Program", "Record", "Step", "program_of", "values_of", "vari
 
 # The kinds of steps whose second derivatives vanish.
 _STRAIGHT = ("affine", "inert", "linear", "piecewise_linear")
+
+_LARGE_BRANCH = 10  # equations: with fewer, a `cond` is one step
 
 # Of an elementwise function; its partial derivatives are as many as there are pairs and
 # triples of inputs.
@@ -336,7 +338,7 @@ def _run_loop(
 
 
 def program_of(
-    jaxpr: Any, opaque: Collection[int] = ()
+    jaxpr: Any, opaque: Collection[int] = (), branches: dict[int, int] | None = None
 ) -> tuple[Program, list[jax.Array]]:
     """The program of a loss, whose value is the first output of its closed jaxpr.
 
@@ -346,15 +348,69 @@ def program_of(
       jaxpr: the closed jaxpr.
       opaque: the places of equations that are left to jax, among all that the calls
         in the jaxpr amount to; see `Step.places`.
+      branches: for the places of some equations that are a `cond`, which of its
+        branches stands there instead.
 
     Returns:
       A program whose inputs are some constants and the inputs, and the values of these
       constants.
     """
-    flat = _flattened(jaxpr)
+    flat = _flattened(jaxpr, branches)
     needed = [n == 0 for n in range(len(flat.outputs))]
     program = _program(flat, flat.inputs, needed, opaque=opaque)
     return program, list(flat.constants.values())
+
+
+class BranchPoint(NamedTuple):
+    """A `cond` that most of a loss may be inside of.
+
+    Attributes:
+      place: of its equation.
+      branches: the numbers of the branches that may be taken.
+      index: from the inputs of the jaxpr to the place in `branches` of what is taken.
+    """
+
+    place: int
+    branches: tuple[int, ...]
+    index: Callable[..., jax.Array]
+
+
+def branch_point_of(
+    jaxpr: Any, branches: dict[int, int] | None = None
+) -> BranchPoint | None:
+    """The only large `cond` that a loss depends on, if there is just one.
+
+    With several, the programs of all combinations would be too many.
+    """
+    flat = _flattened(jaxpr, branches)
+    if any(equation.effects for equation in flat.equations):
+        return None
+    active = _active(flat, flat.inputs)
+    found = [
+        place
+        for place, equation in enumerate(flat.equations)
+        if equation.primitive is primitives.cond_p
+        and any(v in active for v in equation.outvars)
+        and versions.num_equations(equation) >= _LARGE_BRANCH
+    ]
+    if len(found) != 1:
+        return None
+    (place,) = found
+    equation = flat.equations[place]
+    chosen, count = equation.invars[0], len(equation.params["branches"])
+    if not is_variable(chosen):
+        number = min(max(int(chosen.val), 0), count - 1)
+        return BranchPoint(place, (number,), lambda *leaves: 0)
+    needed = dataflow.needed(flat.equations[:place], [chosen], None)
+    before = [e for e in flat.equations[:place] if not needed.isdisjoint(e.outvars)]
+    inputs = [*flat.constants, *flat.inputs]
+    function = versions.function_of(before, inputs, [chosen])
+    constants = list(flat.constants.values())
+
+    def index(*leaves: jax.Array) -> jax.Array:
+        return function(*constants, *leaves)[0]
+
+    return BranchPoint(place, tuple(range(count)), index)
 
 
 def varies(jaxpr: Any, place: int = 0) -> bool:
@@ -383,7 +439,8 @@ class _Flat:
     bodies: dict[int, "_Flat"]
 
 
-def _flattened(closed: Any) -> _Flat:
+def _flattened(closed: Any, branches: dict[int, int] | None = None) -> _Flat:
+    branches = branches or {}
     fresh = gensym()
     jaxpr = versions.open_jaxpr(closed)
     flat = _Flat({}, list(jaxpr.invars), [], [], {})
@@ -406,6 +463,10 @@ def _flattened(closed: Any) -> _Flat:
         for equation in jaxpr.eqns:
             inputs = [renamed(atom) for atom in equation.invars]
             called = versions.inlined(equation) or products.in_order(equation)
+            if equation.primitive is primitives.cond_p:
+                taken = branches.get(len(flat.equations))
+                if taken is not None:
+                    called, inputs = equation.params["branches"][taken], inputs[1:]
             if called is None:
                 outputs = [fresh(v.aval) for v in equation.outvars]
                 if _is_scan(equation):

@@ -29,6 +29,7 @@ __all__ = [
     "may_be_sharded",
     "mentions",
     "named_axes",
+    "num_equations",
     "on_a_mesh",
     "open_jaxpr",
     "traced",
@@ -87,6 +88,12 @@ def inlined(equation: Equation) -> Any | None:
 def mentions(jaxpr: Any, name: str) -> bool:
     """Whether an operation of this name is in a jaxpr or in one inside of it."""
     return any(equation.primitive.name == name for equation in _all_equations(jaxpr))
+
+
+def num_equations(equation: Equation) -> int:
+    """How many operations are inside of an equation."""
+    insides = core.jaxprs_in_params(equation.params)
+    return sum(len(list(_all_equations(inside))) for inside in insides)
 
 
 def kernels_in(jaxpr: Any) -> list[str]:
