@@ -334,7 +334,7 @@ ELEMENTWISE = {
     "name",
     some(
         ELEMENTWISE,
-        default=["quotient_of_row", "three_shapes", "four_inputs", "stopped"],
+        default=["three_shapes", "four_inputs", "stopped"],
     ),
 )
 def test_elementwise_functions_against_the_reference(name):
@@ -569,7 +569,8 @@ def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
         return rules.product(step, inputs, adjoints, tangents, sums)
 
     monkeypatch.setitem(rules.RULES, "product", watched)
-    pn.summarize(dense_loss, layers(), layers(), engine="adjoint")
+    compute = functools.partial(pn.summarize, dense_loss, engine="adjoint")
+    jax.eval_shape(compute, layers(), layers())
     # Weight and bias of one layer after the other; the first weight meets data alone.
     assert met == [
         [(0, 1), (2,)],
@@ -779,7 +780,7 @@ HARD = [
 ]
 
 
-@pytest.mark.parametrize("name", some(HARD, default=["mlp", "scan_over_layers"]))
+@pytest.mark.parametrize("name", some(HARD, default=["mlp"]))
 def test_tensors_of_third_order_are_those_of_the_reference(name):
     with jax.enable_x64(True):
         problem = models.make(name, jnp.float64)
@@ -971,6 +972,7 @@ def test_an_entry_of_a_summary_has_a_gradient():
     )
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params())
     summary = small(half)

@@ -65,13 +65,13 @@ def assert_solves(problem, reference, solution, gap):
 # The minimum, against the reference.
 
 
-@pytest.mark.parametrize("family", NAMES)
+@each_family
 def test_the_step_attains_the_minimum_in_float64(family):
     for problem, reference in problems(family, np.float64):
         assert_solves(problem, reference, solve(problem), GAP[np.float64])
 
 
-@pytest.mark.parametrize("family", NAMES)
+@each_family
 def test_the_step_attains_the_minimum_in_float32(family):
     for problem, reference in problems(family, np.float32):
         solution = solve(problem, np.float32)
@@ -408,6 +408,7 @@ def test_transformations_change_nothing(solve_all, batch):
     )
 
 
+@pytest.mark.slow
 def test_the_batch_may_be_in_one_argument(batch):
     (g, H, d, damping), expected = batch
     g = jnp.stack([g[0], 2 * g[0]])
@@ -419,6 +420,7 @@ def test_the_batch_may_be_in_one_argument(batch):
     )
 
 
+@pytest.mark.slow
 def test_float64_problems_are_solved_under_transformations_too():
     with jax.enable_x64(True):
         stacked = list(cubic_reference.problems(4, 1))

@@ -68,6 +68,7 @@ def test_metrics_can_be_outputs_of_a_jitted_step(trained):
     jax.tree.map(np.testing.assert_array_equal, found, outside)
 
 
+@pytest.mark.slow
 def test_the_factor_of_the_look_back_is_among_them():
     tx = pn.partition_newton()
     jitted = jax.jit(lambda params, state: step(tx, params, state))

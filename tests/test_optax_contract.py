@@ -304,6 +304,7 @@ def test_inject_hyperparams_changes_nothing_but_where_numbers_are_kept(case):
     assert_close(stays, ours, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_damping_can_be_injected_and_scheduled():
     loss, params, _ = rosenbrock()
 

@@ -160,6 +160,7 @@ def published(clip_first):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_first", some([True, False], default=[True]))
 def test_the_published_method_with_averaged_rates_clipped_before_or_after(clip_first):
     smoothing = averaging.exponential(0.5)
@@ -233,6 +234,7 @@ def test_a_constant_added_to_the_loss_trains_the_same(shift):
     assert link_of(state).notfinite_count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", some([1e-8, 1e8], default=[1e8]))
 def test_a_loss_in_other_units_trains_the_same(factor):
     plain = at(60, train(preset("momentum"))[0])
@@ -261,6 +263,7 @@ def test_thousands_of_steps_at_the_optimum_stay_there(direction):
     assert link_of(state).notfinite_count == 0
 
 
+@pytest.mark.slow
 def test_a_dead_subset_does_not_disturb_the_others():
     def value_fn(p):
         return loss({"b": p["b"], "w": p["w"]}) + 0.0 * jnp.sum(p["dead"])
@@ -346,6 +349,7 @@ SATURATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halvings", some([0, 30], default=[30]))
 def test_halvings_keep_a_saturated_softmax_from_throwing_the_parameters_away(halvings):
     """There is no curvature to bound a step, and the lengths ask for anything.
@@ -376,6 +380,7 @@ def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit()
     assert_same(at(34, whole), at(17, resumed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", some([jnp.bfloat16, jnp.float16], default=[jnp.bfloat16])
 )
@@ -425,6 +430,7 @@ def test_a_recipe_trains(recipe):
     assert link_of(state).notfinite_count == 0
 
 
+@pytest.mark.slow
 def test_weight_decay_stands_behind_and_is_decoupled():
     tx = RECIPES["weight decay"]()
     grads = jax.grad(loss)(PARAMS)
@@ -437,6 +443,7 @@ def test_weight_decay_stands_behind_and_is_decoupled():
         )
 
 
+@pytest.mark.slow
 def test_embeddings_are_left_to_adam_by_frozen_labels():
     labels = {"b": partitions.FROZEN, "w": 0}
     newton = pn.partition_newton(param_labels=labels)
@@ -453,6 +460,7 @@ def test_embeddings_are_left_to_adam_by_frozen_labels():
     np.testing.assert_array_equal(updates["w"], body["w"])
 
 
+@pytest.mark.slow
 def test_the_curvature_may_be_measured_on_other_data_than_the_gradient():
     def on(rows, params):
         error = jnp.tanh(X[rows] @ params["w"] + params["b"]) - Y[rows]

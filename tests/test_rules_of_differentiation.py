@@ -209,15 +209,7 @@ RULES = {
     "sparse_product": sparse_product,
 }
 LOSSES = {name: around(function) for name, function in RULES.items()}
-SOME = [
-    "clipped",
-    "envelope",
-    "in_a_cond",
-    "in_a_scan",
-    "kernel",
-    "linear_solve",
-    "root",
-]
+SOME = ["clipped", "in_a_cond", "in_a_scan", "kernel", "linear_solve"]
 
 
 @adjoint_by_default

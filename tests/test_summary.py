@@ -265,7 +265,7 @@ def test_derivative_tensors_of_a_polynomial_have_their_closed_form(x64, order, e
         np.testing.assert_allclose(tensor, expected, rtol=1e-13, atol=1e-13)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_derivative_tensors_agree_with_phi_and_with_the_summary(x64, name, engine):
     problem, split, fine = problem_and_oracle(name)
@@ -362,6 +362,7 @@ def test_the_summary_is_homogeneous_in_the_direction(x64, factor, engine):
         assert_summaries_equal(after, expected)
 
 
+@pytest.mark.slow
 @adjoint_by_default
 def test_the_summary_is_linear_in_the_loss(x64, engine):
     problem, _, _ = problem_and_oracle("mlp")
@@ -379,6 +380,7 @@ def test_the_summary_is_linear_in_the_loss(x64, engine):
     assert_summaries_close(both, expected, rtol=1e-13)
 
 
+@pytest.mark.slow
 @adjoint_by_default
 def test_a_change_of_units_leaves_the_step_as_it_is(x64, engine):
     problem, _, _ = problem_and_oracle("mlp")
@@ -501,6 +503,7 @@ def test_low_precision_is_as_accurate_as_its_digits(dtype, engine):
     assert_close(summary.third, diagonal(exact.third), 16 * digits, "third")
 
 
+@pytest.mark.slow
 @adjoint_by_default
 def test_the_sums_are_in_float64_if_an_active_leaf_is(x64, engine):
     params = {

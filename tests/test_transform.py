@@ -307,6 +307,7 @@ def test_arguments_of_the_loss_are_picked_by_its_signature():
     np.testing.assert_allclose(state.loss, value_fn(params, 2.0, y=1.0))
 
 
+@pytest.mark.slow
 def test_value_and_grad_and_unknown_extra_arguments_are_ignored():
     tx = scale_by_newton()
     grads = jax.grad(loss)(PARAMS)
