@@ -381,9 +381,7 @@ def test_a_checkpoint_taken_in_the_middle_of_an_interval_continues_bit_for_bit()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", some([jnp.bfloat16, jnp.float16], default=[jnp.bfloat16])
-)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_trains(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     after, _, losses = train(preset(), params)
