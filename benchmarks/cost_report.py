@@ -151,8 +151,10 @@ def table(rows: Sequence[Row]) -> str:
       Lines without an end of line after the last.
 
     Example:
-      >>> muon = Row("cnn", "muon", 8, 100, 0.1, 0.5, 2.0, 400, 0, [[1e-3]], [[1e-3]])
-      >>> adam = Row("cnn", "adam", 8, 100, 0.1, 0.5, 1.0, 800, 0, [[2e-3]], [[2e-3]])
+      >>> muon = Row("cnn", "muon", 8, 100, 0.1, 0.5, 2.0, 400)
+      >>> adam = Row("cnn", "adam", 8, 100, 0.1, 0.5, 1.0, 800)
+      >>> muon.turns = muon.cpu_turns = [[1e-3]]
+      >>> adam.turns = adam.cpu_turns = [[2e-3]]
       >>> print(table([muon, adam]).splitlines()[-1][:51])
       | cnn | 8 | adam | 0.50 | 2.00 | 2.00 | 2.00 | 2.00
     """

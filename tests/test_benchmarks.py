@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.selection import some
 
 import partnewton as pn
 from partnewton.transform import default_refreshes
@@ -32,7 +33,6 @@ from benchmarks import (
     training_report,
 )
 
-SLOW = ("mlp_deep", "cnn", "vgg11", "resnet18")
 NETWORKS = models.NETWORKS | models.MORE
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
 
@@ -53,6 +53,7 @@ def record(folder):
     return run(folder, "--model", "mlp")
 
 
+@pytest.mark.slow
 def test_several_networks_have_a_process_each(tmp_path):
     rows = run(tmp_path, "--model", "mlp", "lstm", "--engine", "adjoint")["rows"]
     assert list(dict.fromkeys(row["model"] for row in rows)) == ["mlp", "lstm"]
@@ -91,10 +92,7 @@ def test_a_network_has_the_parameters_of_its_description(name, count):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x
-        for x in (*models.NETWORKS, "digits_cnn", "transformer_2_scan")
-    ],
+    some((*models.NETWORKS, "digits_cnn", "transformer_2_scan"), default=["mlp"]),
 )
 def test_every_tensor_matters_to_the_loss(name):
     model = models.make(name, 2, scale=16)
@@ -111,6 +109,7 @@ def test_the_batch_has_the_size_asked_for(name):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {3}
 
 
+@pytest.mark.slow
 def test_a_scan_over_layers_is_the_loop_over_layers():
     loop = models.make("transformer", 2, scale=16)
     scan = models.make("transformer_2_scan", 2, scale=16)
@@ -148,6 +147,7 @@ def check_completeness(record, model, quantities):
         assert (row["difference"] or 0) < 1e-4
 
 
+@pytest.mark.slow
 def test_everything_asked_for_is_measured(record):
     check_completeness(record, "mlp", ("hessian", "third"))
 
@@ -158,6 +158,7 @@ def test_everything_asked_for_is_measured_of_the_whole_third_order(tmp_path):
     check_completeness(record, "lstm", ("hessian", "third", "tensor"))
 
 
+@pytest.mark.slow
 def test_the_table_is_written(record, folder):
     lines = (folder / "summary.md").read_text("utf-8").splitlines()
     assert record["machine"]["cpu"] in lines[0]
@@ -166,6 +167,7 @@ def test_the_table_is_written(record, folder):
         assert sum(line.startswith(start) for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_costs_are_told_in_gradients(record):
     forward, gradient = (row["median"] for row in record["rows"][:2])
     for row in record["rows"][2:]:
@@ -182,6 +184,7 @@ def test_a_different_result_is_seen():
     assert np.isnan(summary._difference([right[0], np.array([0, np.nan])], right))
 
 
+@pytest.mark.slow
 def test_what_is_too_large_or_too_slow_is_skipped_with_a_reason():
     model = models.make("mlp", 2, scale=16)
     options = {"repeats": 1, "engines": ["jvp_of_grad"]}
@@ -199,6 +202,7 @@ def row_of_gradient():
     return summary.Row("mlp", 2, 8, "", "gradient", compile_seconds=1.0, seconds=[1.0])
 
 
+@pytest.mark.slow
 def test_without_an_engine_the_gradient_alone_is_measured(tmp_path):
     record = run(tmp_path, "--model", "mlp", "--engine")
     assert [row["quantity"] for row in record["rows"]] == ["forward", "gradient"]
@@ -408,7 +412,7 @@ def test_losses_at_equal_gradients_are_read_off_the_curves():
     assert "| curve | 2.00 |" in text
 
 
-@pytest.mark.parametrize("name", problems.UNSEEN)
+@pytest.mark.parametrize("name", some(problems.UNSEEN, default=["denoising"]))
 def test_an_unseen_problem_can_be_trained_and_tested_on(name):
     problem = problems.make(name)
     params = problem.init(jax.random.key(0))
@@ -422,6 +426,7 @@ def test_an_unseen_problem_can_be_trained_and_tested_on(name):
     assert all(len(x) > 100 for x in (*problem.train, *problem.test))
 
 
+@pytest.mark.slow
 def test_a_variant_without_a_change_is_the_preset():
     """What the table of variants compares with is what users call."""
     problem = problems.make("diabetes")

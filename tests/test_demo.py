@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from support.selection import some
 
 import partnewton
 from partnewton import demo
@@ -93,6 +94,7 @@ def test_the_record_is_complete(record):
     np.testing.assert_allclose(np.abs(np.diagonal(record["correlation"])), 1)
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_of_the_batch_of_the_refresh(tmp_path):
     """The second refresh and the step with it, by hand."""
     short, long = (
@@ -128,6 +130,7 @@ def test_gradient_equivalents_count_refreshes_at_their_measured_cost(record):
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_curves(record, tmp_path):
     arguments = ["--model", "mlp", "--steps", "4", "--seed", "7"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
@@ -137,6 +140,7 @@ def test_the_same_seed_gives_the_same_curves(record, tmp_path):
             assert again["optimizers"][name][key] == curve[key]
 
 
+@pytest.mark.slow
 def test_what_is_printed(no_network, tmp_path, capsys):
     arguments = ["--partition", "blocks:2", "--steps", "12"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
@@ -164,6 +168,7 @@ def write_idx(folder):
             (folder / f"{split}-{kind}-ubyte").write_bytes(header + entries)
 
 
+@pytest.mark.slow
 def test_training_on_the_files_of_a_folder(no_network, tmp_path):
     write_idx(tmp_path)
     output = tmp_path / "output"
@@ -181,7 +186,7 @@ def config(tmp_path, **changes):
     return asked._replace(**changes)
 
 
-@pytest.mark.parametrize("model", demo.MODELS)
+@pytest.mark.parametrize("model", some(demo.MODELS, default=["mlp"]))
 def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, model):
     experiment = demo.prepare(config(tmp_path, model=model))
     train_images, train_labels, test_images, test_labels, _ = experiment.dataset
@@ -192,7 +197,9 @@ def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, mode
     np.testing.assert_allclose(accuracy, np.mean(predicted == test_labels), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (5, 6, 1)])
+@pytest.mark.parametrize(
+    "shape", some([(8, 8, 1), (28, 28, 1), (32, 32, 3), (5, 6, 1)], default=[(5, 6, 1)])
+)
 @pytest.mark.parametrize("model", demo.MODELS)
 def test_networks_take_images_of_any_size(model, shape):
     network = demo.MODELS[model](shape, demo.nnx.Rngs(0))

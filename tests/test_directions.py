@@ -136,6 +136,7 @@ def test_with_the_power_zero_it_is_the_inner_direction():
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@pytest.mark.slow
 def test_with_the_power_a_half_inputs_and_outputs_may_have_any_units():
     """G -> A G B where W -> A^-1 W B^-1 is the same network: so does the step."""
     A = np.array([[1.0], [100.0], [0.01], [5.0]])

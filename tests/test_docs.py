@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from support import documents
+from support.selection import some
 
 import partnewton as pn
 
@@ -14,11 +15,12 @@ def relative(page):
     return str(page.relative_to(documents.ROOT))
 
 
-@pytest.mark.parametrize(
-    "page",
-    [p for p in documents.pages() if documents.program(p).strip()],
-    ids=relative,
-)
+PROGRAMS = [p for p in documents.pages() if documents.program(p).strip()]
+# Those whose blocks take a few seconds. That of the engine runs in test_adjoint.py too.
+QUICK = [documents.ROOT / "docs" / name for name in ("faq.md", "index.md")]
+
+
+@pytest.mark.parametrize("page", some(PROGRAMS, default=QUICK), ids=relative)
 def test_the_blocks_of_a_page_run_from_top_to_bottom(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     namespace = documents.run(page)

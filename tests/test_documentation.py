@@ -88,6 +88,7 @@ def test_every_page_is_in_the_site():
         assert f": {page.name}" in listed, f"{page.name} is missing in mkdocs.yml."
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocstrings", reason='needs pip install "partnewton[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]

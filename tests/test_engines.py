@@ -18,6 +18,7 @@ from support.oracles import (
     quick_jit,
     split_of,
 )
+from support.selection import some
 
 import partnewton as pn
 from partnewton import engines
@@ -25,19 +26,37 @@ from partnewton.engines import ENGINES
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
+# Those that run by default. Each operation by itself is in test_adjoint.py.
+SOME = (
+    "mlp",
+    "a_weight_used_three_times",
+    "embedding_and_gathers",
+    "scan_over_layers",
+    "while_loop_on_data",
+    "branches_on_parameters",
+    "checkpoint",
+    "custom_vjp",
+)
+
 # What an engine cannot do, and why: {(engine, name of the problem): reason}.
 CANNOT: dict[tuple[str, str], str] = {}
 
 
-def each_problem_with_each_engine(test):
-    """Parametrises a test by (name, engine), with what is known to fail marked so."""
+def each_problem_with_each_engine(default):
+    """Parametrises a test by (name, engine), with what is known to fail marked so.
+
+    Args:
+      default: the problems that run by default, those of the reference at most one.
+    """
     cases = []
     for name in models.NAMES:
         for engine in sorted(ENGINES):
             reason = CANNOT.get((engine, name))
             marks = [pytest.mark.xfail(reason=reason)] if reason else []
+            if name not in (default if engine == "adjoint" else default[:1]):
+                marks.append(pytest.mark.slow)
             cases.append(pytest.param(name, engine, marks=marks))
-    return pytest.mark.parametrize(("name", "engine"), cases)(test)
+    return pytest.mark.parametrize(("name", "engine"), cases)
 
 
 def squares(params) -> Split:
@@ -109,7 +128,7 @@ def assert_summary_is(summary, expected, fine, tolerances, what):
         assert_close(actual, want, rtol, f"{what}: {field}", floors[field])
 
 
-@each_problem_with_each_engine
+@each_problem_with_each_engine(default=SOME)
 def test_summaries_are_the_derivatives_of_phi(name, engine):
     problem, fine = oracle(name)
     finest = squares(problem.params)
@@ -122,7 +141,7 @@ def test_summaries_are_the_derivatives_of_phi(name, engine):
         np.testing.assert_array_equal(summary.hessian, summary.hessian.T, key)
 
 
-@each_problem_with_each_engine
+@each_problem_with_each_engine(default=("mlp", "scan_over_layers"))
 def test_float32_is_close_to_float64(name, engine):
     exact, fine = oracle(name)
     problem = models.make(name, jnp.float32)
@@ -136,7 +155,9 @@ def test_float32_is_close_to_float64(name, engine):
 VANISHING = ("a_leaf_with_zero_gradient", "a_linear_loss_and_an_unused_leaf")
 
 
-@pytest.mark.parametrize("name", sorted({*models.NAMES} - {*VANISHING}))
+@pytest.mark.parametrize(
+    "name", some(sorted({*models.NAMES} - {*VANISHING}), default=SOME)
+)
 def test_problems_have_derivatives_of_every_kind(name):
     """An oracle of zeros would agree with an engine of zeros."""
     _, fine = oracle(name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support.selection import some
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,10 +32,13 @@ def test_there_are_six_notebooks():
     ]
 
 
-@pytest.mark.slow
 # zmq and the loop of the kernel's client are not ours.
 @pytest.mark.filterwarnings("default")
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    some(PATHS, default=[ROOT / "notebooks" / "quickstart.ipynb"]),
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs_from_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONWARNINGS", "error:::partnewton")

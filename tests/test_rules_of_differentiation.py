@@ -13,11 +13,15 @@ from jax.experimental import sparse
 from jax.experimental.ode import odeint
 from support.gradients import assert_is_derivative_of_gradient, direction_of
 from support.oracles import quick_jit
+from support.selection import some
 
 import partnewton as pn
 from partnewton.engines import ENGINES, final, jvp_of_grad, rows
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
+adjoint_by_default = pytest.mark.parametrize(
+    "engine", some(sorted(ENGINES), default=["adjoint"])
+)
 
 
 def params() -> dict[str, jax.Array]:
@@ -205,10 +209,11 @@ RULES = {
     "sparse_product": sparse_product,
 }
 LOSSES = {name: around(function) for name, function in RULES.items()}
+SOME = ["clipped", "in_a_cond", "in_a_scan", "kernel", "linear_solve"]
 
 
-@each_engine
-@pytest.mark.parametrize("name", LOSSES)
+@adjoint_by_default
+@pytest.mark.parametrize("name", some(LOSSES, default=SOME))
 def test_a_summary_is_the_derivative_of_the_gradient(name, engine, monkeypatch):
     if engine == "adjoint":  # which does it by itself
         monkeypatch.delattr(jvp_of_grad, "summarize")
@@ -236,8 +241,8 @@ def test_rows_that_cannot_be_batched_go_one_by_one():
     np.testing.assert_array_equal(found, 2 * columns[0] + 1)
 
 
-@each_engine
-@pytest.mark.parametrize("batch_size", [1, 2])
+@adjoint_by_default
+@pytest.mark.parametrize("batch_size", some([1, 2], default=[2]))
 def test_batches_of_subsets(batch_size, engine):
     def compute(p, u):
         return [
@@ -255,6 +260,7 @@ def ode_loss(p):
     return jnp.sum(ys[-1] ** 2)
 
 
+@pytest.mark.slow
 @each_engine
 def test_an_ode_by_its_adjoint_equation_has_a_hessian(engine):
     assert_is_derivative_of_gradient(
@@ -262,6 +268,7 @@ def test_an_ode_by_its_adjoint_equation_has_a_hessian(engine):
     )
 
 
+@pytest.mark.slow
 def test_what_jax_cannot_differentiate_thrice_is_refused_with_one_sentence():
     with pytest.raises(TypeError, match="third_order=False the loss must be"):
         pn.summarize(ode_loss, params(), params(), engine="adjoint")
@@ -299,7 +306,7 @@ def newton_by_scan(p):
     return jnp.sum(jnp.sin(z))
 
 
-@each_engine
+@adjoint_by_default
 def test_a_loss_that_can_be_differentiated_forwards_only(engine):
     with jax.enable_x64(True):
         p = params()
@@ -331,7 +338,7 @@ def float8_loss(p):
     return jnp.sum(product**2)
 
 
-@each_engine
+@adjoint_by_default
 def test_products_of_float8(engine):
     """Numbers that float8 has: the product is exact, and so are its derivatives."""
     p = {"b": jnp.array([0.5, 0.25]), "w": jnp.array([1.0, -2.0])}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.selection import some
 
 import partnewton as pn
 from partnewton import averaging, partitions, rules
@@ -113,6 +114,7 @@ def test_the_alias_is_a_momentum_the_link_and_a_factor():
     assert loss(ours) < loss(PARAMS)
 
 
+@pytest.mark.slow
 def test_the_parameters_of_the_alias_are_those_of_the_link():
     link = inspect.signature(pn.scale_by_partition_newton).parameters
     alias = inspect.signature(pn.paper_newton).parameters
@@ -305,6 +307,7 @@ def test_arguments_of_the_loss_are_picked_by_its_signature():
     np.testing.assert_allclose(state.loss, value_fn(params, 2.0, y=1.0))
 
 
+@pytest.mark.slow
 def test_value_and_grad_and_unknown_extra_arguments_are_ignored():
     tx = scale_by_newton()
     grads = jax.grad(loss)(PARAMS)
@@ -351,7 +354,7 @@ def counting(losses):
     return value_fn
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", some([True, False], default=[True]))
 def test_rates_are_refreshed_at_every_kth_update_and_kept_in_between(jit):
     calls = []
     value_fn = counting(calls)
@@ -422,7 +425,9 @@ def zeros(params):
     return jax.tree.map(jnp.zeros_like, params)
 
 
-@pytest.mark.parametrize("rule", [None, rules.newton(), rules.diagonal()])
+@pytest.mark.parametrize(
+    "rule", some([None, rules.newton(), rules.diagonal()], default=[None])
+)
 def test_at_the_exact_optimum_nothing_moves(rule):
     params = {"a": jnp.zeros(2), "b": jnp.zeros(())}
 
@@ -462,7 +467,7 @@ AVERAGED = scale_by_newton(average=averaging.exponential(0.5))
 BAD_NUMBERS = {"nan": jnp.nan, "infinite": jnp.inf, "minus infinite": -jnp.inf}
 
 
-@pytest.mark.parametrize("bad", BAD_LOSSES)
+@pytest.mark.parametrize("bad", some(BAD_LOSSES, default=["nan", "infinite curvature"]))
 def test_a_refresh_that_is_not_finite_keeps_the_last_good_rates(bad):
     tx = AVERAGED
     _, good = step(tx, PARAMS, tx.init(PARAMS))
@@ -529,8 +534,8 @@ def published(interval):
 
 
 @pytest.mark.parametrize("interval", [1, 5])
-@pytest.mark.parametrize("number", BAD_NUMBERS)
-@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize("number", some(BAD_NUMBERS, default=["nan"]))
+@pytest.mark.parametrize("when", some([0, 2], default=[2]))
 def test_bad_gradients_never_reach_the_parameters(when, number, interval):
     tx, train = published(interval)
     params, state = PARAMS, tx.init(PARAMS)
@@ -821,6 +826,7 @@ def test_names_stay_in_order_beyond_ten_subsets():
     assert tuple(pn.learning_rates(state)) == expected
 
 
+@pytest.mark.slow
 def test_learning_rates_are_found_in_wrappers():
     inner = paper(rule=rules.newton())
     wrappers = {

@@ -172,6 +172,7 @@ def cross_entropy(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [True, False])
 def test_without_it_the_first_steps_of_relus_blow_up_the_weights(clips):
     """They lower the loss, and what they leave behind is slow to train from there."""
