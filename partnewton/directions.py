@@ -96,15 +96,16 @@ def skip_nonfinite(
 
 def _has_finite_squares(tree: optax.Updates) -> jax.Array:
     """Whether the sum of all squares in a tree is finite, in float32 at least."""
-
-    def check(leaves: list[jax.Array]) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
-        for x in leaves:
-            total = total + jnp.sum(x.astype(_wide(x)) ** 2)
-        return jnp.isfinite(total)
-
     # By itself: XLA would sum again in each kernel that reads the result.
-    return apart(check)([jnp.asarray(x) for x in jax.tree.leaves(tree)])
+    check = apart(_sum_of_squares_is_finite)
+    return check([jnp.asarray(x) for x in jax.tree.leaves(tree)])
+
+
+def _sum_of_squares_is_finite(leaves: list[jax.Array]) -> jax.Array:
+    total = jnp.zeros((), jnp.float32)
+    for x in leaves:
+        total = total + jnp.sum(x.astype(_wide(x)) ** 2)
+    return jnp.isfinite(total)
 
 
 class EquilibratedState(NamedTuple):

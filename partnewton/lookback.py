@@ -15,6 +15,7 @@ import optax
 
 from partnewton import partitions
 from partnewton._checks import check_number
+from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, explained, picked
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
@@ -211,4 +212,6 @@ def scale_by_lookback(
         ]
         return jax.tree.unflatten(treedef, scaled), new
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, compiled_when_eager(update_fn, has_aux)
+    )
