@@ -30,7 +30,8 @@ def key_of_program(jaxpr: Any) -> Hashable:
     """The key of a jaxpr as a function of its inputs and of its own constants.
 
     Constants of jaxprs inside of it are part of the key: arrays of numpy by value,
-    those of jax, which may be large but never change, by identity. So are functions.
+    those of jax, which may be large but never change, by identity. So are functions,
+    and jaxprs inside of it that have no key: a jitted function is traced once.
     Rules of differentiation, which are traced anew with each program, are represented
     by the jaxprs of the derivatives that they give.
 
@@ -124,7 +125,12 @@ def _key_of(x: Any, orders: int) -> Hashable:
     """The key of anything that may be a parameter of an equation."""
     if isinstance(x, core.Jaxpr | core.ClosedJaxpr):
         constants = tuple(map(_key_of_array, versions.constants_of(x)))
-        return constants, _key_of_jaxpr(versions.open_jaxpr(x), orders)
+        try:
+            return constants, _key_of_jaxpr(versions.open_jaxpr(x), orders)
+        except NoKeyError:
+            if versions.open_jaxpr(x).effects:
+                raise
+            return _Same(x)  # the same again where a jitted function is called
     if isinstance(x, tuple | list):
         return type(x), tuple(_key_of(y, orders) for y in x)
     if isinstance(x, dict):

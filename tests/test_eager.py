@@ -116,9 +116,36 @@ def dropped_out(scale):
     return lambda x: jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, (3,)), x**2, 0))
 
 
+@jax.jit
+@jax.custom_jvp
+def _softened(x):
+    return jnp.tanh(x)
+
+
+_softened.__wrapped__.defjvp(
+    lambda primals, tangents: (
+        jnp.tanh(primals[0]),
+        (1 - jnp.tanh(primals[0]) ** 2) * tangents[0],
+    ),
+    symbolic_zeros=True,
+)
+
+
+def of_a_jitted_function(scale):
+    return lambda x: jnp.sum(_softened(scale * x))
+
+
 @pytest.mark.parametrize(
     "make",
-    [rectified, scanned, chosen, rematerialised, straight_through, dropped_out],
+    [
+        rectified,
+        scanned,
+        chosen,
+        rematerialised,
+        straight_through,
+        dropped_out,
+        of_a_jitted_function,
+    ],
 )
 def test_a_closure_over_another_array_does_not_compile_anew(make):
     first, second = twice(make)
