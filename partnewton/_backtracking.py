@@ -9,6 +9,7 @@ __all__ = ["descending_fraction"]
 
 _SUFFICIENT = 0.1  # of the decrease that the slope promises
 _EXPLOSIVE = 10.0  # times that decrease: not of first order
+_ROUNDING = 64.0  # units of it that a loss may be wrong by
 _SHORT = 0.5**20  # of a step: its change is of first order
 
 
@@ -42,7 +43,7 @@ def descending_fraction(
       t, shape ().
     """
     allowed = jnp.where(slope > 0, -_SUFFICIENT * slope, -1.5 * slope)
-    rounding = 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    rounding = _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
     def is_visible(t: jax.Array) -> jax.Array:
         return t * jnp.abs(slope) > rounding

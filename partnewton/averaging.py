@@ -175,8 +175,9 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
         raise ValueError(f"warm_up must not be negative, got {warm_up}.")
 
     def init(summary: Summary) -> UniformState:
-        zeros = jax.tree.map(jnp.zeros_like, tuple(summary))
-        return UniformState(jnp.zeros((), jnp.int32), zeros, zeros)
+        # Two buffers, since both may be donated.
+        used, filling = (jax.tree.map(jnp.zeros_like, tuple(summary)) for _ in range(2))
+        return UniformState(jnp.zeros((), jnp.int32), used, filling)
 
     def update(summary: Summary, state: UniformState) -> tuple[Summary, UniformState]:
         before = jnp.where(

@@ -13,6 +13,7 @@ import optax
 
 from partnewton import partitions
 from partnewton._checks import check_transformation
+from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
 from partnewton.engines.versions import apart
 from partnewton.summary import checked_direction
@@ -82,7 +83,8 @@ def skip_nonfinite(
             checked_direction(updates, params, "updates", partition)
             updates, params = partition.take(updates), partition.take(params)
         is_finite = _has_finite_squares(updates)
-        outgoing, new = direction.update(updates, state, params, **extra_args)
+        with permissive():
+            outgoing, new = direction.update(updates, state, params, **extra_args)
         factor = jnp.where(is_finite, 1, jnp.nan)
         outgoing = jax.tree.map(
             lambda u, like: (factor * u).astype(like.dtype), outgoing, updates
@@ -96,15 +98,16 @@ def skip_nonfinite(
 
 def _has_finite_squares(tree: optax.Updates) -> jax.Array:
     """Whether the sum of all squares in a tree is finite, in float32 at least."""
-
-    def check(leaves: list[jax.Array]) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
-        for x in leaves:
-            total = total + jnp.sum(x.astype(_wide(x)) ** 2)
-        return jnp.isfinite(total)
-
     # By itself: XLA would sum again in each kernel that reads the result.
-    return apart(check)([jnp.asarray(x) for x in jax.tree.leaves(tree)])
+    check = apart(_sum_of_squares_is_finite)
+    return check([jnp.asarray(x) for x in jax.tree.leaves(tree)])
+
+
+def _sum_of_squares_is_finite(leaves: list[jax.Array]) -> jax.Array:
+    total = jnp.zeros((), jnp.float32)
+    for x in leaves:
+        total = total + jnp.sum(x.astype(_wide(x)) ** 2)
+    return jnp.isfinite(total)
 
 
 class EquilibratedState(NamedTuple):
@@ -217,9 +220,11 @@ def equilibrated(
                 ],
             )
 
-        outgoing, inner = direction.update(
-            scaled(updates), state.inner, params, **extra_args
-        )
+        equalised = scaled(updates)
+        with permissive():
+            outgoing, inner = direction.update(
+                equalised, state.inner, params, **extra_args
+            )
         return scaled(outgoing), EquilibratedState(count, rows, columns, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -240,4 +245,4 @@ def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
 
 def _wide(x: jax.Array) -> Any:
     """What squares are summed in: float32, or float64 if `x` is."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return at_least_float32(jnp.result_type(x))

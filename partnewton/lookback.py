@@ -15,7 +15,9 @@ import optax
 
 from partnewton import partitions
 from partnewton._checks import check_number
+from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, explained, picked
+from partnewton._strictness import permissive
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
 
@@ -169,9 +171,8 @@ def scale_by_lookback(
                 )
                 return value[0] if has_aux else value
 
-            steps = jax.tree.map(
-                lambda d: (-(1 - slope_position) * d).astype(d.dtype), displacement
-            )
+            back = -(1 - slope_position)
+            steps = jax.tree.map(lambda d: _scaled(back, d), displacement)
             # In reverse mode: a `custom_vjp` has no derivative in forward mode.
             grads = jax.tree.leaves(jax.grad(loss_at)(steps))
             products = partition.of_active().inner(grads, jax.tree.leaves(displacement))
@@ -180,7 +181,7 @@ def scale_by_lookback(
         window = jnp.floor(window_growth * jnp.sqrt(state.window_start))
         window = jnp.maximum(update_interval, window)
         num_slopes = jnp.maximum(jnp.floor(averaging_fraction * window), 1)
-        age = state.count - state.window_start
+        age = (state.count - state.window_start).astype(window.dtype)
         measures, adapts = age > window - num_slopes, age >= window
 
         slope = jax.lax.cond(
@@ -205,10 +206,16 @@ def scale_by_lookback(
             slope_sum=jnp.where(adapts, 0, slope_sum),
         )
         leaves, treedef = jax.tree.flatten(updates)
-        scaled = [
-            u if i not in partition.active else (new.factor * u).astype(u.dtype)
-            for i, u in enumerate(leaves)
-        ]
-        return jax.tree.unflatten(treedef, scaled), new
+        for i in partition.active:
+            leaves[i] = _scaled(new.factor, leaves[i])
+        return jax.tree.unflatten(treedef, leaves), new
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, compiled_when_eager(update_fn, has_aux)
+    )
+
+
+def _scaled(factor: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+    """factor * x, in the dtype of x."""
+    with permissive():
+        return (factor * x).astype(x.dtype)

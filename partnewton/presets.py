@@ -12,6 +12,7 @@ import optax
 
 from partnewton import averaging, directions, partitions, rules
 from partnewton._checks import check_learning_rate
+from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
 from partnewton.transform import scale_by_partition_newton
 
@@ -99,7 +100,7 @@ def partition_newton(
     """
     check_learning_rate(learning_rate)
     if direction is None:
-        direction = directions.equilibrated(orthogonal_momentum())
+        direction = compiled_direction(directions.equilibrated(orthogonal_momentum()))
     if average is None:
         average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
     labels = partitions.per_tensor if param_labels is None else param_labels

@@ -18,6 +18,7 @@ import optax
 from partnewton import averaging, partitions, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._checks import check_average, check_number, check_rule
+from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, picked
 from partnewton._measured_direction import MeasuredDirection
 from partnewton._tree import all_finite, select
@@ -280,7 +281,9 @@ def scale_by_partition_newton(
             count=count, notfinite_count=notfinite_count
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, compiled_when_eager(update_fn, has_aux)
+    )
 
 
 def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from partnewton import partitions
@@ -91,7 +92,7 @@ def clip_by_parameter_rms(
             raise ValueError("params: clip_by_parameter_rms needs the parameters.")
         partition = partitions.partition_of(params, param_labels)
         leaves = checked_direction(updates, params, "updates", partition)
-        counts = partition.counts(leaves)
+        counts = np.asarray(partition.counts(leaves), partition.dtype)
 
         def squares(leaves: list) -> jax.Array:
             active = [jnp.asarray(leaves[i]) for i in partition.active]

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from partnewton._strictness import at_least_float32
 from partnewton.cubic._derivative import solution_tangent
 from partnewton.cubic._reductions import reduce_together
 
@@ -143,7 +144,7 @@ def solve_cubic(
         raise ValueError(f"damping must not be negative, got {damping}.")
     arrays = [jnp.asarray(a) for a in (gradient, hessian, scale, damping)]
     _check_shapes(*arrays)
-    dtype = jnp.promote_types(jnp.result_type(*arrays[:3]), jnp.float32)
+    dtype = at_least_float32(jnp.result_type(*arrays[:3]))
     return _solve(*(a.astype(dtype) for a in arrays))
 
 

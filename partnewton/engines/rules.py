@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton._strictness import at_least_float32
 from partnewton.engines import products, reductions, versions
 from partnewton.engines.program import Step, varies
 from partnewton.engines.rows import Rows, add, apply, map_rows, runs, taken
@@ -601,7 +602,7 @@ def _wide(x: jax.Array) -> jax.Array:
 def _wide_dtype(*arrays: jax.Array) -> np.dtype:
     """The common dtype of some arrays, float32 at least; float8 has no other."""
     wide = [jnp.float32 if x.dtype.itemsize == 1 else x.dtype for x in arrays]
-    return functools.reduce(jnp.promote_types, wide, jnp.dtype(jnp.float32))
+    return at_least_float32(*wide)
 
 
 # --- Any function ------------------------------------------------------------------

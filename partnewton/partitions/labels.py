@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton._strictness import at_least_float32
 from partnewton.partitions.partition import FROZEN, Partition
 from partnewton.partitions.paths import labels_of_leaves, leaf_names
 from partnewton.partitions.ready_made import by_name
@@ -64,7 +65,7 @@ def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
         for leaf, number in zip(leaves, numbers, strict=True)
         if isinstance(number, np.ndarray) or number != FROZEN
     }
-    dtype = functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))
+    dtype = at_least_float32(*dtypes)
     return Partition(tuple(subsets), numbers, dtype)
 
 

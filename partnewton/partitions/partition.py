@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton._strictness import permissive
 from partnewton.engines import versions
 
 FROZEN = -1
@@ -140,7 +141,8 @@ class Partition:
             if is_frozen(label):
                 scaled.append(zeros_of_frozen(like))
                 continue
-            product = sharded_like(like, value) * u
+            with permissive():  # float32 times bfloat16
+                product = sharded_like(like, value) * u
             if isinstance(label, np.ndarray):
                 frozen = sharded_like(like, label == FROZEN)
                 product = jnp.where(frozen, 0, product)

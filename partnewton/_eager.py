@@ -1,0 +1,145 @@
+"""Updates outside of :func:`jax.jit`, compiled once and not at every step."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from partnewton._extra_args import picked
+from partnewton._program_keys import key_of_program
+from partnewton.engines import versions
+
+__all__ = ["compiled_direction", "compiled_when_eager"]
+
+_PROGRAMS = 16  # that are kept for each transformation
+
+
+def compiled_when_eager(
+    update_fn: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., Any]:
+    """An update function with a `value_fn`, compiled where nothing is traced.
+
+    The loss may be another function at each step, a closure over the next batch, and
+    what it reads may change although the function does not. So it is traced at each
+    step, which takes milliseconds; arrays that it closes over become arguments, and the
+    update is compiled for each program that differs from the ones before. Under a
+    trace, as in :func:`jax.jit`, and for programs that cannot be compared, nothing is
+    changed.
+
+    Args:
+      update_fn: the update function of a transformation.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
+
+    Returns:
+      An update function; its `__wrapped__` is the one that was given.
+    """
+
+    @functools.lru_cache(maxsize=_PROGRAMS)
+    def compiled(loss: _Loss) -> Callable[..., Any]:
+        def update(
+            constants: list[Any],
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params,
+        ) -> tuple[optax.Updates, optax.OptState]:
+            def value_fn(params: optax.Params) -> Any:
+                (value,) = loss.function(*constants, *jax.tree.leaves(params))
+                return (value, None) if has_aux else value
+
+            return update_fn(updates, state, params, value_fn=value_fn)
+
+        return jax.jit(update)
+
+    @functools.wraps(update_fn)
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        value_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        arguments = updates, state, params
+        program = None
+        if callable(value_fn) and params is not None and _are_concrete(arguments):
+            program = _program(value_fn, params, extra_args, has_aux)
+        if program is None:
+            return update_fn(*arguments, value_fn=value_fn, **extra_args)
+        loss, constants = program
+        return compiled(loss)(constants, *arguments)
+
+    return update
+
+
+def compiled_direction(
+    direction: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """A transformation without extra arguments, compiled where nothing is traced."""
+    compiled = jax.jit(direction.update)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        arguments = updates, state, params
+        update = compiled if _are_concrete(arguments) else direction.update
+        return update(*arguments)
+
+    return optax.GradientTransformation(direction.init, update_fn)
+
+
+class _Loss:
+    """A loss as a function of its constants and the leaves of the parameters.
+
+    Equal to the others of the same key, and so of the same results.
+    """
+
+    def __init__(self, function: Callable[..., list[jax.Array]], key: Hashable):
+        self.function = function
+        self._key, self._hash = key, hash(key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Loss) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _program(
+    value_fn: Callable[..., Any],
+    params: optax.Params,
+    extra_args: dict[str, Any],
+    has_aux: bool,
+) -> tuple[_Loss, list[Any]] | None:
+    """The loss and the arrays it closes over; None if that cannot be compiled once."""
+    loss_args = picked(value_fn, extra_args)
+
+    def loss(params: optax.Params) -> jax.Array:
+        result = value_fn(params, **loss_args)
+        return result[0] if has_aux else result
+
+    try:
+        closed = jax.make_jaxpr(loss)(params)
+        key = key_of_program(closed)
+    except Exception:  # no key, or an error for the update function to report
+        return None
+    jaxpr, constants = versions.open_jaxpr(closed), versions.constants_of(closed)
+    is_scalar = len(jaxpr.outvars) == 1 and jaxpr.outvars[0].aval.shape == ()
+    if not is_scalar or any(isinstance(x, jax.core.Tracer) for x in constants):
+        return None
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    function = versions.function_of(jaxpr.eqns, inputs, jaxpr.outvars)
+    return _Loss(function, key), constants
+
+
+def _are_concrete(tree: Any) -> bool:
+    """Whether all leaves are arrays or numbers, and none of them is traced."""
+    return all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | int | float)
+        and not isinstance(x, jax.core.Tracer)
+        for x in jax.tree.leaves(tree)
+    )
