@@ -12,7 +12,7 @@ import pytest
 from support.selection import some
 
 import partnewton as pn
-from partnewton import averaging, partitions, rules
+from partnewton import averaging, partitions, rules, transform
 
 PARAMS = {
     "dense": {"bias": jnp.array([0.5, -1.0]), "kernel": jnp.array([[1.0, 2.0]])},
@@ -974,3 +974,26 @@ def test_a_step_that_explodes_at_every_length_is_not_trusted():
         return bowl + jax.lax.stop_gradient(jnp.where(params[0] == 3.0, 0.0, 1e6))
 
     assert first_rate(wall, 3.0, 30) < 1e-4 * first_rate(wall, 3.0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 26, 300])
+def test_by_default_refreshes_become_rarer_up_to_five_times_the_number_of_subsets(size):
+    counts = transform.default_refreshes(5000, size)
+    gaps = np.diff(counts)
+    assert counts[:2] == [0, 20]
+    assert np.all(np.diff(gaps) >= 0)
+    assert gaps[-1] == min(max(20, 5 * size), max(counts[-2] // 4, 20))
+
+
+def test_the_default_refreshes_are_those_that_are_made():
+    tx = paper(0.3, update_interval=None)
+
+    def one(carry, _):
+        params, state = carry
+        params, state = step(tx, params, state)
+        return (params, state), link_of(state).next_refresh
+
+    carry = PARAMS, tx.init(PARAMS)
+    _, following = jax.jit(lambda c: jax.lax.scan(one, c, length=150))(carry)
+    made = [0, *np.unique(following)[:-1].tolist()]
+    assert made == transform.default_refreshes(150, len(NAMES))
