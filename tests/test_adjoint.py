@@ -385,7 +385,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", some(CONVOLUTIONS, default=["same", "grouped"]))
+@pytest.mark.parametrize("name", some(CONVOLUTIONS, default=["same"]))
 def test_convolutions(name):
     case = CONVOLUTIONS[name]
     channels = 2 // case.arguments.get("feature_group_count", 1)
@@ -628,7 +628,7 @@ def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
         assert_engines_agree(loss, params, params)
 
 
-@pytest.mark.parametrize("cached", [0, 2**23])
+@pytest.mark.parametrize("cached", some([0, 2**23], default=[2**23]))
 def test_where_the_loss_is_not_finite_all_is_nan(cached, monkeypatch):
     monkeypatch.setattr(adjoint, "_CACHED_BYTES", cached)
 
@@ -676,12 +676,22 @@ def test_batched_products_of_rows(with_rows):
 @pytest.mark.parametrize(
     ("formula", "shapes", "in_order"),
     [
-        ("btnh,bsnh->bnts", [(2, 3, 4, 5), (2, 7, 4, 5)], False),
+        pytest.param(
+            "btnh,bsnh->bnts",
+            [(2, 3, 4, 5), (2, 7, 4, 5)],
+            False,
+            marks=pytest.mark.slow,
+        ),
         ("bnts,bsnh->btnh", [(2, 4, 3, 7), (2, 7, 4, 5)], False),
-        ("abcde,feda->ebfc", [(2, 3, 4, 5, 6), (7, 6, 5, 2)], False),
+        pytest.param(
+            "abcde,feda->ebfc",
+            [(2, 3, 4, 5, 6), (7, 6, 5, 2)],
+            False,
+            marks=pytest.mark.slow,
+        ),
         ("ab,ab->b", [(5, 6), (5, 6)], False),
         ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], True),
-        ("ij,jk->ik", [(3, 4), (4, 5)], True),
+        pytest.param("ij,jk->ik", [(3, 4), (4, 5)], True, marks=pytest.mark.slow),
     ],
 )
 def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):

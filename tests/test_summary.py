@@ -112,7 +112,7 @@ def assert_summaries_close(actual, expected, rtol):
 # --- Against phi ---------------------------------------------------------------------
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_finite_differences_of_phi_agree(x64, name, engine):
     problem, split, _ = problem_and_oracle(name)
@@ -127,7 +127,7 @@ def test_finite_differences_of_phi_agree(x64, name, engine):
         assert_close(summary.third, expected.third, 1e-5, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_merging_subsets_adds_entries(x64, name, engine):
     problem, split, fine = problem_and_oracle(name)
@@ -140,14 +140,14 @@ def test_merging_subsets_adds_entries(x64, name, engine):
         assert_close(summary.third, diagonal(expected.third), 1e-11, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_the_hessian_is_symmetric_to_the_last_bit(x64, name, engine):
     for key, summary in summaries(name, engine).items():
         np.testing.assert_array_equal(summary.hessian, summary.hessian.T, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_axes_are_in_the_order_of_the_names(x64, name, engine):
     problem, _, _ = problem_and_oracle(name)
