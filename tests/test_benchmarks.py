@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
@@ -96,7 +97,8 @@ def test_a_network_has_the_parameters_of_its_description(name, count):
 )
 def test_every_tensor_matters_to_the_loss(name):
     model = models.make(name, 2, scale=16)
-    value, gradient = jax.jit(jax.value_and_grad(model.loss))(model.params, model.batch)
+    compute = quick_jit(jax.value_and_grad(model.loss))
+    value, gradient = compute(model.params, model.batch)
     assert np.isfinite(value)
     for leaf in jax.tree.leaves(gradient):
         assert np.isfinite(leaf).all()
@@ -417,7 +419,7 @@ def test_an_unseen_problem_can_be_trained_and_tested_on(name):
     problem = problems.make(name)
     params = problem.init(jax.random.key(0))
     batch = [x[: problem.batch] for x in problem.train]
-    loss, gradient = jax.value_and_grad(problem.loss)(params, *batch)
+    loss, gradient = quick_jit(jax.value_and_grad(problem.loss))(params, *batch)
     assert np.isfinite(loss)
     assert np.isfinite(problem.metric(params, *problem.test))
     # Of a difference of scores, the last bias is no part.

@@ -98,7 +98,8 @@ def test_a_hundred_subsets_attain_the_minimum(family):
             assert_solves(problem, reference, solution, GAP[np.float32])
 
 
-@pytest.mark.parametrize("family", some(NAMES, default=["near_hard"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
 def test_two_hundred_subsets_satisfy_the_optimality_conditions(family):
     problem = next(
         p for p in cubic_reference.problems(200, 1, seed=1) if p.family == family

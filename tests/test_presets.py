@@ -421,7 +421,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", some(RECIPES, default=["weight decay"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains(recipe):
     _, state, losses = train(RECIPES[recipe]())
     assert losses[-1] < 0.05 * float(loss(PARAMS))

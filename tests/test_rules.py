@@ -604,7 +604,8 @@ def test_derivatives_are_those_of_finite_differences(name):
         np.testing.assert_allclose(forward(*narrow), expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", some(DIFFERENTIABLE, default=["cubic"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_reverse_mode_is_the_transpose_of_forward_mode_under_vmap(name):
     function = weighted(name)
     summaries = jax.tree.map(lambda *x: jnp.stack(x), *map(indefinite, range(3)))

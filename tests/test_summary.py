@@ -112,7 +112,7 @@ def assert_summaries_close(actual, expected, rtol):
 # --- Against phi ---------------------------------------------------------------------
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_finite_differences_of_phi_agree(x64, name, engine):
     problem, split, _ = problem_and_oracle(name)
@@ -127,7 +127,7 @@ def test_finite_differences_of_phi_agree(x64, name, engine):
         assert_close(summary.third, expected.third, 1e-5, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_merging_subsets_adds_entries(x64, name, engine):
     problem, split, fine = problem_and_oracle(name)
@@ -140,18 +140,18 @@ def test_merging_subsets_adds_entries(x64, name, engine):
         assert_close(summary.third, diagonal(expected.third), 1e-11, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_the_hessian_is_symmetric_to_the_last_bit(x64, name, engine):
     for key, summary in summaries(name, engine).items():
         np.testing.assert_array_equal(summary.hessian, summary.hessian.T, key)
 
 
-@each_engine
+@adjoint_by_default
 @each_model
 def test_axes_are_in_the_order_of_the_names(x64, name, engine):
     problem, _, _ = problem_and_oracle(name)
-    _, gradient = jax.value_and_grad(problem.loss)(problem.params)
+    gradient = quick_jit(jax.grad(problem.loss))(problem.params)
     products = jax.tree.map(lambda g, u: jnp.sum(g * u), gradient, problem.direction)
     by_name = dict(
         zip(pn.partitions.leaf_names(gradient), jax.tree.leaves(products), strict=True)
@@ -310,10 +310,11 @@ def test_an_unused_leaf_has_zero_derivatives(x64, engine):
 @each_model
 def test_one_subset_is_steepest_descent_with_the_step_of_cauchy(x64, name, engine):
     problem, _, _ = problem_and_oracle(name)
-    gradient = jax.jit(jax.grad(problem.loss))(problem.params)
+    gradient = quick_jit(jax.grad(problem.loss))(problem.params)
     g, unravel = ravel_pytree(gradient)
     x, _ = ravel_pytree(problem.params)
-    hg = jax.jvp(jax.grad(lambda x: problem.loss(unravel(x))), (x,), (g,))[1]
+    slope = jax.grad(lambda x: problem.loss(unravel(x)))
+    hg = quick_jit(lambda x, g: jax.jvp(slope, (x,), (g,))[1])(x, g)
     summary = quick_jit(
         lambda p, u: pn.summarize(
             problem.loss, p, u, param_labels=pn.partitions.whole, engine=engine

@@ -143,6 +143,7 @@ def test_the_parameters_of_the_alias_are_those_of_the_link():
     assert len(rates) == 5  # each of them changes something
 
 
+@pytest.mark.slow
 def test_the_default_rule_is_cubic_with_damping_one():
     default, named = pn.scale_by_partition_newton(), None
     named = pn.scale_by_partition_newton(rules.cubic(1.0))
@@ -155,6 +156,7 @@ def test_the_default_rule_is_cubic_with_damping_one():
         assert_close(ours, third)
 
 
+@pytest.mark.slow
 def test_one_subset_takes_the_step_of_cauchy():
     tx = scale_by_newton(param_labels=partitions.whole)
     grads = jax.grad(loss)(PARAMS)
@@ -926,6 +928,7 @@ def test_rates_are_halved_where_the_loss_is_not_finite():
     assert 0 < rate < 5
 
 
+@pytest.mark.slow
 def test_backtracking_sees_a_loss_with_aux():
     tx = scale_by_newton(backtracking=3, has_aux=True)
     params = jnp.array([3.0])
