@@ -7,6 +7,7 @@ What differs from the paper: rates that cannot be trusted (not finite) are refus
 counted, and a subset whose direction is zero keeps its last rate.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, picked
 from partnewton._measured_direction import MeasuredDirection
 from partnewton._tree import all_finite, select
+from partnewton.engines.nesting import DifferentiationError
 from partnewton.summary import Summary, summarize
 
 __all__ = ["ScaleByPartitionNewtonState", "scale_by_partition_newton"]
@@ -39,7 +41,8 @@ class ScaleByPartitionNewtonState(NamedTuple):
       gradient: <dL/dparams, u_s> at the last refresh, shape (S,).
       hessian: <u_s, H u_t> at the last refresh, shape (S, S).
       third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), zero where it is not
-        finite; None with a rule that does not read it.
+        finite or the loss cannot be differentiated three times; None with a rule that
+        does not read it.
       learning_rates: eta, shape (S,), before any factor that stands later in a chain.
       predicted_decrease: by how much the rule expected the loss to fall with these
         rates in full, shape ().
@@ -216,7 +219,7 @@ def scale_by_partition_newton(
             value = value_fn(direction.moved(-eta), **loss_args)
             return value[0] if has_aux else value
 
-        def measured() -> Summary:
+        def measured(third_order: bool) -> Summary:
             result = summarize(
                 lambda x: value_fn(x, **loss_args),
                 params,
@@ -230,10 +233,7 @@ def scale_by_partition_newton(
             return result[0] if has_aux else result
 
         def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
-            summary = measured()
-            if third_order:  # where only the second order exists, go on with that
-                third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
-                summary = summary._replace(third=third)
+            summary = _with_finite_third(measured) if third_order else measured(False)
             averaged, average_state = average.update(summary, old.average)
             proposal = rule(averaged)
             proposed = (proposal.learning_rates,)
@@ -284,6 +284,22 @@ def scale_by_partition_newton(
     return optax.GradientTransformationExtraArgs(
         init_fn, compiled_when_eager(update_fn, has_aux)
     )
+
+
+def _with_finite_third(measured: Callable[[bool], Summary]) -> Summary:
+    """A summary whose third order is zero where only the second order exists."""
+    try:
+        summary = measured(True)
+    except DifferentiationError as error:
+        summary = measured(False)  # or the same error for the second order
+        warnings.warn(
+            "value_fn can be differentiated twice, but not three times: learning rates "
+            f"are computed without the third order. {error}",
+            stacklevel=2,
+        )
+        return summary._replace(third=jnp.zeros_like(summary.gradient))
+    third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
+    return summary._replace(third=third)
 
 
 def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
