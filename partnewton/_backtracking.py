@@ -9,7 +9,7 @@ __all__ = ["descending_fraction"]
 
 _SUFFICIENT = 0.1  # of the decrease that the slope promises
 _EXPLOSIVE = 10.0  # times that decrease: not of first order
-_ROUNDING = 64.0  # units of it that a loss may be wrong by
+_ROUNDING = 2.0 / _SUFFICIENT  # units of it: a sufficient decrease is no rounding
 _SHORT = 0.5**20  # of a step: its change is of first order
 
 
