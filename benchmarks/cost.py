@@ -13,7 +13,6 @@ disturbs the machine disturbs all.
 
 import argparse
 import functools
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,14 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: with code 2 after one line on standard error where something is wrong
         with the arguments; with 0 after ``--help``.
     """
-    arguments = parser()
-    options = arguments.parse_args(argv)
-    try:  # before anything is measured
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        arguments.error(f"--output {options.output}: {error.strerror}.")
-    given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "benchmarks.cost", *given])
+    options, command = reporting.started(parser(), "benchmarks.cost", argv)
     where = {"command": f"`{command}`"}
     where |= reporting.in_a_process(reporting.machine)
     networks = options.networks or (QUICK_NETWORKS if options.quick else NETWORKS)

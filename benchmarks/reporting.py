@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,22 @@ __all__ = [
     "markdown",
     "number",
     "positive",
+    "started",
     "write",
 ]
+
+
+def started(
+    parser: argparse.ArgumentParser, module: str, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, str]:
+    """The options, whose output folder exists, and the command as it was typed."""
+    options = parser.parse_args(argv)
+    try:  # before anything is measured
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output}: {error.strerror}.")
+    given = sys.argv[1:] if argv is None else argv
+    return options, shlex.join(["python", "-m", module, *given])
 
 
 def executor() -> concurrent.futures.Executor:

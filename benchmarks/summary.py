@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from benchmarks.reporting import (
     markdown,
     number,
     positive,
+    started,
     write,
 )
 from partnewton.__main__ import Parser
@@ -488,14 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: with code 2 after one line on standard error where something is wrong
         with the arguments; with 0 after ``--help``.
     """
-    arguments = parser()
-    options = arguments.parse_args(argv)
-    try:  # before anything is measured
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        arguments.error(f"--output {options.output}: {error.strerror}.")
-    given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "benchmarks.summary", *given])
+    options, command = started(parser(), "benchmarks.summary", argv)
     names = list(dict.fromkeys(options.model))
     call = _here if len(names) == 1 else in_a_process
     where, rows = {"command": f"`{command}`", **call(machine)}, []
