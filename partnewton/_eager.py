@@ -10,7 +10,7 @@ import optax
 
 from partnewton._extra_args import picked
 from partnewton._program_keys import key_of_program
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 __all__ = ["compiled_direction", "compiled_when_eager"]
 
@@ -127,12 +127,12 @@ def _program(
         key = key_of_program(closed)
     except Exception:  # no key, or an error for the update function to report
         return None
-    jaxpr, constants = versions.open_jaxpr(closed), versions.constants_of(closed)
+    jaxpr, constants = compat.open_jaxpr(closed), compat.constants_of(closed)
     is_scalar = len(jaxpr.outvars) == 1 and jaxpr.outvars[0].aval.shape == ()
     if not is_scalar or any(isinstance(x, jax.core.Tracer) for x in constants):
         return None
     inputs = [*jaxpr.constvars, *jaxpr.invars]
-    function = versions.function_of(jaxpr.eqns, inputs, jaxpr.outvars)
+    function = compat.function_of(jaxpr.eqns, inputs, jaxpr.outvars)
     return _Loss(function, key), constants
 
 

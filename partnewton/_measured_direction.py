@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from partnewton import partitions
-from partnewton.engines.versions import apart
+from partnewton.engines.compat import outlined
 from partnewton.summary import checked_direction
 
 __all__ = ["MeasuredDirection"]
@@ -35,7 +35,7 @@ class MeasuredDirection:
         self._params_leaves, self._params_treedef = jax.tree.flatten(params)
         active = [jnp.asarray(self._leaves[i]) for i in self.partition.active]
         # By itself: XLA would sum again in each kernel that reads one of the sums.
-        squares = apart(self.partition.of_active().inner)(active, active)
+        squares = outlined(self.partition.of_active().inner)(active, active)
         self._norms = jnp.sqrt(squares)
         self.is_measurable = jnp.isfinite(jnp.sum(squares)) & jnp.any(squares > 0)
         self._normalizes = normalize is not None

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 __all__ = ["NoKeyError", "key_of_program"]
 
@@ -44,7 +44,7 @@ def key_of_program(jaxpr: Any) -> Hashable:
     Raises:
       NoKeyError: the program has side effects, or something in it cannot be compared.
     """
-    return _key_of_jaxpr(versions.open_jaxpr(jaxpr), _ORDERS)
+    return _key_of_jaxpr(compat.open_jaxpr(jaxpr), _ORDERS)
 
 
 def _key_of_jaxpr(jaxpr: Any, orders: int) -> Hashable:
@@ -78,23 +78,23 @@ def _key_of_jaxpr(jaxpr: Any, orders: int) -> Hashable:
     return inputs, tuple(equations), read(jaxpr.outvars)
 
 
-def _key_of_params(equation: versions.Equation, orders: int) -> Hashable:
+def _key_of_params(equation: compat.Equation, orders: int) -> Hashable:
     if equation.primitive in _CUSTOM:
         called = _key_of(equation.params["call_jaxpr"], orders)
         return called, _key_of_derivative(equation, orders)
     return _key_of(equation.params, orders)
 
 
-def _key_of_derivative(equation: versions.Equation, orders: int) -> Hashable:
+def _key_of_derivative(equation: compat.Equation, orders: int) -> Hashable:
     """The key of what the rule of a function with a derivative of its own computes."""
     if orders == 0:
         return None
     if equation.params.get("symbolic_zeros"):
         raise NoKeyError("A rule with symbolic zeros may depend on which are zero.")
     inputs = [x for x in dict.fromkeys(equation.invars) if isinstance(x, core.Var)]
-    if any(map(versions.is_explicit, inputs)):
+    if any(map(compat.is_explicit, inputs)):
         raise NoKeyError("The derivative is traced without a mesh.")
-    function = versions.function_of([equation], inputs, equation.outvars)
+    function = compat.function_of([equation], inputs, equation.outvars)
     is_number = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in inputs]
 
     def of_numbers(numbers: list, others: list) -> list:
@@ -124,11 +124,11 @@ def _key_of_derivative(equation: versions.Equation, orders: int) -> Hashable:
 def _key_of(x: Any, orders: int) -> Hashable:
     """The key of anything that may be a parameter of an equation."""
     if isinstance(x, core.Jaxpr | core.ClosedJaxpr):
-        constants = tuple(map(_key_of_array, versions.constants_of(x)))
+        constants = tuple(map(_key_of_array, compat.constants_of(x)))
         try:
-            return constants, _key_of_jaxpr(versions.open_jaxpr(x), orders)
+            return constants, _key_of_jaxpr(compat.open_jaxpr(x), orders)
         except NoKeyError:
-            if versions.open_jaxpr(x).effects:
+            if compat.open_jaxpr(x).effects:
                 raise
             return _Same(x)  # the same again where a jitted function is called
     if isinstance(x, tuple | list):

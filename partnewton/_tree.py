@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 PyTree = Any
 
@@ -20,7 +20,7 @@ def all_finite(tree: PyTree) -> jax.Array:
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     # By itself: XLA would check again in each kernel that reads the result.
-    return versions.apart(check)(numbers)
+    return compat.outlined(check)(numbers)
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from partnewton import partitions
 from partnewton._checks import check_transformation
 from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
-from partnewton.engines.versions import apart
+from partnewton.engines.compat import outlined
 from partnewton.summary import checked_direction
 
 __all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
@@ -99,7 +99,7 @@ def skip_nonfinite(
 def _has_finite_squares(tree: optax.Updates) -> jax.Array:
     """Whether the sum of all squares in a tree is finite, in float32 at least."""
     # By itself: XLA would sum again in each kernel that reads the result.
-    check = apart(_sum_of_squares_is_finite)
+    check = outlined(_sum_of_squares_is_finite)
     return check([jnp.asarray(x) for x in jax.tree.leaves(tree)])
 
 

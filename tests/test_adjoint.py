@@ -21,17 +21,17 @@ from support.oracles import assert_close, quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.engines import (
-    adjoint,
+from partnewton.engines import compat
+from partnewton.engines.adjoint import inner, registry, sums
+from partnewton.engines.adjoint.build import program_of
+from partnewton.engines.adjoint.lowerings import (
     convolutions,
-    operations,
+    memory,
     products,
     reductions,
-    rows,
-    rules,
-    versions,
 )
-from partnewton.engines.program import Program, program_of
+from partnewton.engines.adjoint.primitives.bilinear import bilinear, is_product
+from partnewton.engines.adjoint.program import Program
 
 PyTree = Any
 
@@ -43,9 +43,9 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
-def steps_of(loss: Callable, *args: Any) -> Program:
+def program_for(loss: Callable, *args: Any) -> Program:
     """The program that the engine makes of a loss."""
-    return program_of(versions.traced(loss, *args)[1])[0]
+    return program_of(compat.traced(loss, *args)[1])[0]
 
 
 # --- One operation at a time ---------------------------------------------------------
@@ -54,7 +54,7 @@ def steps_of(loss: Callable, *args: Any) -> Program:
 class Case(NamedTuple):
     """An operation of one or two arrays, each of which moves."""
 
-    kind: str
+    rule: str
     function: Callable
     shapes: tuple[tuple[int, ...], ...]
 
@@ -103,7 +103,7 @@ OPERATIONS = {
     ),
     "device_put": Case("linear", jax.device_put, (V,)),
     "fft": Case("linear", lambda x: jnp.abs(jnp.fft.rfft(x)), (V,)),
-    "gather": Case("affine", lambda x: x[jnp.array([[0, 5], [5, 2]])], (V,)),
+    "gather": Case("piecewise_linear", lambda x: x[jnp.array([[0, 5], [5, 2]])], (V,)),
     "imag": Case("linear", lambda x, y: lax.imag(complex_of(x, y)), (V, V)),
     "name": Case("linear", lambda x: checkpoint_name(x, "x"), (V,)),
     "neg": Case("linear", lambda x: -x, (V,)),
@@ -134,11 +134,11 @@ OPERATIONS = {
         (M,),
     ),
     "conv_general_dilated": Case(
-        "product",
+        "bilinear",
         lambda x, y: lax.conv_general_dilated(x, y, (1,), "SAME"),
         ((2, 2, 5), (3, 2, 3)),
     ),
-    "dot_general": Case("product", lambda x, y: x @ y, (M, (4, 2))),
+    "dot_general": Case("bilinear", lambda x, y: x @ y, (M, (4, 2))),
     "mul": Case("elementwise", lambda x, y: x * y, (M, M)),
     "abs": Case("piecewise_linear", jnp.abs, (V,)),
     "clamp": Case(
@@ -260,13 +260,13 @@ def test_an_operation_against_the_reference(name):
     with jax.enable_x64(True):
         loss, params, direction = loss_around(case)
         found = {
-            (step.equations[0].primitive.name, step.kind)
-            for step in steps_of(loss, params).steps
-            if len(step.equations) == 1 and step.active_outputs
+            (op.equations[0].primitive.name, op.rule.name)
+            for op in program_for(loss, params).ops
+            if len(op.equations) == 1 and op.rule
         }
-        if name == "stack" and (name, case.kind) not in found:
+        if name == "stack" and (name, case.rule) not in found:
             pytest.skip("up to jax 0.10.0, this is a concatenate")
-        assert (name, case.kind) in found
+        assert (name, case.rule) in found
         per_element = pn.partitions.per_element
         found = assert_summaries_agree(
             loss, params, direction, param_labels=per_element, rtol=1e-11
@@ -289,7 +289,8 @@ def test_tensors_of_an_operation_against_the_reference(name):
 
 
 def test_each_operation_in_the_tables_has_its_test():
-    known = {*operations.LINEAR, *operations.PRODUCTS, *operations.PIECEWISE_LINEAR}
+    known = {*registry._LINEAR, *registry._PIECEWISE_LINEAR}
+    known |= {"conv_general_dilated", "dot_general", "mul"}
     assert known - OPERATIONS.keys() - OF_DEVICES == {"copy_p"}
     assert OPERATIONS.keys() <= known
 
@@ -322,7 +323,7 @@ ELEMENTWISE = {
     "power": Case("elementwise", lambda x, y: (2 + jnp.sin(x)) ** y, (M, ROW)),
     "three_inputs": Case("elementwise", gate, (M, M, M)),
     "three_shapes": Case("elementwise", gate, (M, COLUMN, ROW)),
-    "four_inputs": Case("local", gate, (M, M, M, M)),
+    "four_inputs": Case("generic", gate, (M, M, M, M)),
     "two_results": Case(
         "elementwise", lambda x: jnp.stack([jnp.sin(x), x * jnp.exp(-x)]), (V,)
     ),
@@ -341,8 +342,8 @@ def test_elementwise_functions_against_the_reference(name):
     case = ELEMENTWISE[name]
     with jax.enable_x64(True):
         loss, params, direction = loss_around(case)
-        found = {step.kind for step in steps_of(loss, params).steps}
-        assert ("local" in found) == (case.kind == "local")
+        found = {op.rule.name for op in program_for(loss, params).ops if op.rule}
+        assert ("generic" in found) == (case.rule == "generic")
         per_element = pn.partitions.per_element
         found = assert_engines_agree(
             loss, params, direction, param_labels=per_element, rtol=1e-11
@@ -399,12 +400,12 @@ def test_convolutions(name):
             x, k = jnp.sin(p["x"] * p["b"]), jnp.sin(p["k"]) * jnp.sum(p["b"] ** 2)
             return jnp.sum(jnp.tanh(case.apply(x, k)) ** 2)
 
-        (step,) = (
-            step
-            for step in steps_of(loss, params).steps
-            if step.equations[0].primitive.name == "conv_general_dilated"
+        (op,) = (
+            op
+            for op in program_for(loss, params).ops
+            if op.equations[0].primitive.name == "conv_general_dilated"
         )
-        faster = convolutions.of_rows(step.equations[0])
+        faster = convolutions.of_rows(op.equations[0])
         assert (faster is not None) == case.is_swapped
         found = assert_engines_agree(loss, params, direction)
         assert np.all(found.hessian != 0)
@@ -412,24 +413,25 @@ def test_convolutions(name):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_inner_products_of_rows_that_are_longer_than_a_block(weighted):
-    length = 2 * rules._BLOCK + 3
+def test_inner_products_of_rows_that_are_longer_than_a_block(weighted, monkeypatch):
+    monkeypatch.setattr(memory, "_BEYOND_CACHE", 0)
+    length = 2 * memory._BLOCK + 3
     a, b = normal(9, length), normal(8, length)
     weight = normal(length) if weighted else np.ones(length)
     with jax.enable_x64(True):
         arguments = [jnp.array(x) for x in (a, b)]
-        arguments += [jnp.array(weight)[None]] if weighted else []
-        blocks = quick_jit(rules._weighted_in_blocks)(*arguments)
+        arguments += [jnp.array(weight)] if weighted else []
+        blocks = quick_jit(inner.gram)(*arguments)
     np.testing.assert_allclose(blocks, (a * weight) @ b.T, rtol=1e-12, atol=1e-12)
 
 
 def test_many_long_rows_take_the_way_by_blocks(monkeypatch):
-    monkeypatch.setattr(rules, "_BEYOND_CACHE", 2**12)
+    monkeypatch.setattr(memory, "_BEYOND_CACHE", 2**12)
     a, weight = normal(9, 40, 60), normal(40, 60)
     with jax.enable_x64(True):
         a, weight = jnp.array(a), jnp.array(weight)
-        text = jax.jit(rules.gram).lower(a, a, weight).as_text()
-        found = quick_jit(rules.gram)(a, a, weight)
+        text = jax.jit(inner.gram).lower(a, a, weight).as_text()
+        found = quick_jit(inner.gram)(a, a, weight)
     assert ("stablehlo.while" in text) == (jax.default_backend() == "cpu")
     np.testing.assert_allclose(found, np.einsum("imn,jmn,mn->ij", a, a, weight))
 
@@ -438,10 +440,9 @@ def test_many_long_rows_take_the_way_by_blocks(monkeypatch):
 
 
 def kinds(loss: Callable, *shapes: tuple[int, ...]) -> list[str]:
-    """The kinds of the steps that are not linear, in order."""
-    straight = ("affine", "inert", "linear")
-    steps = steps_of(loss, *[jnp.ones(shape) for shape in shapes]).steps
-    return [step.kind for step in steps if step.kind not in straight]
+    """The rules of the operations that are curved, in order."""
+    ops = program_for(loss, *[jnp.ones(shape) for shape in shapes]).ops
+    return [op.rule.name for op in ops if op.is_curved]
 
 
 W1, W2 = (5, 5), (5, 5)
@@ -484,13 +485,13 @@ def dropout(w1, w2):
 @pytest.mark.parametrize(
     ("loss", "shapes", "expected"),
     [
-        (residual, (W1, W2), ["elementwise", "product", *["elementwise"] * 2]),
+        (residual, (W1, W2), ["elementwise", "bilinear", *["elementwise"] * 2]),
         (gated, (W1,), ["elementwise", "elementwise"]),
         (layer_norm, (W1,), ["elementwise"] * 3),
-        (gelu, (W1, W2), ["elementwise", "product"]),
-        (elu, (W1, W2), ["elementwise", "product", "elementwise"]),
+        (gelu, (W1, W2), ["elementwise", "bilinear"]),
+        (elu, (W1, W2), ["elementwise", "bilinear", "elementwise"]),
         (softmax, (W1,), ["elementwise"] * 2),
-        (dropout, (W1, W2), ["elementwise", "product"]),
+        (dropout, (W1, W2), ["elementwise", "bilinear"]),
     ],
 )
 def test_runs_of_elementwise_operations_are_one_step(loss, shapes, expected):
@@ -540,7 +541,7 @@ def dense_loss(params: PyTree) -> jax.Array:
 def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
     """The shapes of all values of a jaxpr and of those inside of it."""
     found = set()
-    for equation in versions.open_jaxpr(jaxpr).eqns:
+    for equation in compat.open_jaxpr(jaxpr).eqns:
         found.update(v.aval.shape for v in equation.outvars)
         for inner in core.jaxprs_in_params(equation.params):
             found |= shapes_in(inner)
@@ -564,18 +565,21 @@ def test_no_stack_of_weights_is_ever_built():
 def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
     met = []
 
-    def watched(step, inputs, adjoints, tangents, sums):
-        met.append([x.subsets for x in tangents.first])
-        return rules.product(step, inputs, adjoints, tangents, sums)
+    def watched(op, primals, cotangents, jets, request):
+        met.append([(x.first.start, x.first.span.stop) for x in jets])
+        return bilinear(op, primals, cotangents, jets, request)
 
-    monkeypatch.setitem(rules.RULES, "product", watched)
+    custom = {**registry._CUSTOM}
+    monkeypatch.setattr(registry, "_CUSTOM", custom)
+    custom["dot_general"] = []
+    registry.rule("dot_general", when=is_product)(watched)
     compute = functools.partial(pn.summarize, dense_loss, engine="adjoint")
     jax.eval_shape(compute, layers(), layers())
     # Weight and bias of one layer after the other; the first weight meets data alone.
     assert met == [
-        [(0, 1), (2,)],
-        [(0, 1, 2, 3), (4,)],
-        [(0, 1, 2, 3, 4, 5), (6,)],
+        [(0, 2), (2, 3)],
+        [(0, 4), (4, 5)],
+        [(0, 6), (6, 7)],
     ]
 
 
@@ -604,8 +608,8 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
             return quick_jit(compute)(problem.params, problem.direction), calls
 
         expected, fused = summary_and_calls()
-        monkeypatch.setattr(adjoint, "_CACHED_BYTES", 0)
-        monkeypatch.setattr(rows, "_LARGE", 0)
+        monkeypatch.setattr(sums, "_CACHED_BYTES", 0)
+        monkeypatch.setattr(memory, "_LARGE", 0)
         found, apart = summary_and_calls()
     assert (apart > fused + 5) == (jax.default_backend() == "cpu")
     for field in expected._fields:
@@ -615,7 +619,7 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[0]))
 def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
-    monkeypatch.setattr(adjoint, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
@@ -630,7 +634,7 @@ def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[2**23]))
 def test_where_the_loss_is_not_finite_all_is_nan(cached, monkeypatch):
-    monkeypatch.setattr(adjoint, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         return dense_loss(params) / 0.0
@@ -704,19 +708,19 @@ def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):
     operands = [jnp.ones(shape) for shape in shapes]
     (equation,) = [
         e
-        for e in versions.open_jaxpr(versions.traced(product, *operands)[1]).eqns
+        for e in compat.open_jaxpr(compat.traced(product, *operands)[1]).eqns
         if e.primitive.name in ("dot_general", "jit")
     ]
     if equation.primitive.name == "jit":
-        inner = versions.open_jaxpr(versions.inlined(equation)).eqns
+        inner = compat.open_jaxpr(compat.inlined(equation)).eqns
         (equation,) = [e for e in inner if e.primitive.name == "dot_general"]
     assert (products.in_order(equation) is None) == in_order
 
     with jax.enable_x64(True):
         params = [jnp.array(normal(*s, seed=i)) for i, s in enumerate(shapes)]
         assert_engines_agree(loss, params, params)
-        steps = steps_of(loss, params).steps
-    for equation in (e for step in steps for e in step.equations):
+        ops = program_for(loss, params).ops
+    for equation in (e for op in ops for e in op.equations):
         if products.is_batched(equation):
             assert products.in_order(equation) is None
 
@@ -807,7 +811,7 @@ def test_tensors_of_third_order_are_those_of_the_reference(name):
 def products_in(jaxpr: Any) -> float:
     """The multiplications of all products of matrices, those in loops repeated."""
     total = 0.0
-    for equation in versions.open_jaxpr(jaxpr).eqns:
+    for equation in compat.open_jaxpr(jaxpr).eqns:
         inner = sum(map(products_in, core.jaxprs_in_params(equation.params)))
         total += inner * equation.params.get("length", 1)
         if equation.primitive.name == "dot_general":

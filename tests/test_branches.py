@@ -9,7 +9,7 @@ import pytest
 from support.oracles import quick_jit
 
 import partnewton as pn
-from partnewton.engines import adjoint
+from partnewton.engines.adjoint.graph import branch_point_of
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(5, 3)), jnp.float32)
@@ -117,7 +117,7 @@ def test_what_a_loss_returns_beside_its_value_comes_from_its_branch():
 
 def points(loss):
     jaxpr = jax.make_jaxpr(lambda p: loss(p, jnp.array(True)))(PARAMS)
-    return adjoint.branch_point_of(jaxpr)
+    return branch_point_of(jaxpr)
 
 
 def test_programs_do_not_multiply():

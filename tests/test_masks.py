@@ -12,8 +12,9 @@ from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.engines import ENGINES, versions
-from partnewton.engines.program import program_of
+from partnewton.engines import ENGINES, compat
+from partnewton.engines.adjoint.build import program_of
+from partnewton.engines.adjoint.primitives import ELEMENTWISE
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
@@ -194,8 +195,8 @@ def attention(p):
 
 def test_common_networks_need_no_guards():
     """Which would cost them time."""
-    program, _ = program_of(versions.traced(attention, params())[1])
-    guarded = [s for s in program.steps if s.is_guarded and s.kind == "elementwise"]
+    program, _ = program_of(compat.traced(attention, params())[1])
+    guarded = [op for op in program.ops if op.is_guarded and op.rule is ELEMENTWISE]
     assert not guarded
     summary = quick_jit(functools.partial(pn.summarize, attention))
     p = params()

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 __all__ = ["refuse_named_axes"]
 
@@ -24,7 +24,7 @@ def refuse_named_axes(jaxpr: Any) -> None:
       ValueError: there is one.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    axes = [axis for axis in versions.named_axes(jaxpr) if axis not in manual]
+    axes = [axis for axis in compat.named_axes(jaxpr) if axis not in manual]
     if axes:
         name = repr(axes[0])
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 __all__ = ["DifferentiationError", "Linearized", "inner", "linearize", "third"]
 
@@ -132,8 +132,8 @@ def third(
 
 def _traced(function: Callable, *args: jax.Array) -> Callable[..., list[jax.Array]]:
     """The function, if jax can differentiate forwards what is in it."""
-    traced, jaxpr = versions.traced(function, *args)
-    if versions.mentions(jaxpr, "custom_lin"):  # jax complains only when it lowers this
+    traced, jaxpr = compat.traced(function, *args)
+    if compat.mentions(jaxpr, "custom_lin"):  # jax complains only when it lowers this
         raise TypeError("a custom_vjp cannot be differentiated forwards")
     return traced
 
@@ -148,7 +148,7 @@ def inner(xs: Arrays, ys: Arrays, dtype: Any) -> jax.Array:
     total = jnp.zeros((), dtype)
     for x, y in zip(xs, ys, strict=True):
         term = jnp.sum(x.astype(dtype) * y.astype(dtype))
-        axes = versions.varying_axes(term)
+        axes = compat.varying_axes(term)
         total = total + (jax.lax.psum(term, axes) if axes else term)
     return total
 
@@ -162,7 +162,7 @@ def _first_that_works(ways: Sequence[Callable], function: Function, x: Arrays) -
             errors.append(error)
     x = list(x)
     jax.eval_shape(function, x)  # an error of the function's own is raised as it is
-    kernels = versions.kernels_in(jax.make_jaxpr(function)(x))
+    kernels = compat.kernels_in(jax.make_jaxpr(function)(x))
     where = f" It contains the Pallas kernel {', '.join(kernels)}." if kernels else ""
     raise DifferentiationError(
         "value_fn cannot be differentiated as often as a summary asks for, neither "

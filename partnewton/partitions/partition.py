@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton._strictness import permissive
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 FROZEN = -1
 """The label of entries that stay as they are: their update is zero, at no cost."""
@@ -92,7 +92,7 @@ class Partition:
 
         # By itself: kernels that read scalars, and no place in a vector, are equal for
         # leaves of equal shapes, and equal kernels are compiled once.
-        return versions.apart(spread)(values)
+        return compat.outlined(spread)(values)
 
     def take(self, tree: Any) -> Any:
         """A tree like the parameters with None in the place of frozen leaves.

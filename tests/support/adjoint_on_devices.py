@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import partnewton as pn
-from partnewton.engines import versions
+from partnewton.engines import compat
 
 DATA = np.random.default_rng(0).normal(size=(8, 3))
 SHAPES = {"b": (4,), "v": (4, 2), "w": (3, 4)}
@@ -91,7 +91,7 @@ def collectives():
     def middle(operation, p, x):
         h = operation(jnp.tanh(x @ p["w"]))
         y = jnp.mean(jnp.sin(h) ** 2 + h**3)
-        return lax.pmean(y, "i") if versions.varying_axes(y) else y
+        return lax.pmean(y, "i") if compat.varying_axes(y) else y
 
     for name, operation in operations.items():
 

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from partnewton.engines import dataflow, operations
-from partnewton.engines.dataflow import is_variable
-from partnewton.engines.versions import Equation, Variable
+from partnewton.engines.adjoint import dataflow, registry
+from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.compat import Equation, Variable
 
 __all__ = ["Singularities", "singularities_of"]
 
@@ -59,21 +59,24 @@ class Singularities:
 
     def is_singular(self, equation: Equation) -> bool:
         """Whether an elementwise function may have an infinite derivative."""
-        return operations.is_singular(equation, self.positive)
+        return registry.is_singular(equation, self.positive)
 
     def is_guarded(
-        self, kind: str, equations: Sequence[Equation], read: Collection[Variable]
+        self,
+        is_elementwise: bool,
+        equations: Sequence[Equation],
+        read: Collection[Variable],
     ) -> bool:
-        """Whether a step must keep zeros from what may be infinite.
+        """Whether an operation must keep zeros from what may be infinite.
 
         Args:
-          kind: of the step.
-          equations: of the step.
-          read: what it reads that moves.
+          is_elementwise: whether it has the rule of elementwise functions.
+          equations: of the operation.
+          read: its active inputs.
         """
-        is_singular = kind == "elementwise" and any(map(self.is_singular, equations))
+        is_singular = is_elementwise and any(map(self.is_singular, equations))
         if is_singular and any(
-            operations.may_mask(e) or operations.has_power(e) for e in equations
+            registry.may_mask(e) or registry.has_power(e) for e in equations
         ):
             return True  # a power may be infinite in its second derivative only
         is_infinite = is_singular or self._is_endangered(equations)
@@ -81,7 +84,7 @@ class Singularities:
 
     def has_mask(self, equations: Sequence[Equation]) -> bool:
         """Whether a step has a mask and an adjoint which may be infinite there."""
-        has_mask = any(map(operations.may_mask, equations))
+        has_mask = any(map(registry.may_mask, equations))
         return has_mask and self._is_endangered(equations)
 
     def _is_endangered(self, equations: Sequence[Equation]) -> bool:
@@ -108,8 +111,8 @@ def singularities_of(
     endangered = masked.intersection(filter(is_variable, to_outside))
     for equation in reversed(equations):
         if (
-            operations.is_singular(equation, positive)
-            or not operations.is_known(equation)
+            registry.is_singular(equation, positive)
+            or not registry.is_known(equation)
             or not endangered.isdisjoint(equation.outvars)
         ):
             endangered |= masked.intersection(dataflow.operands(equation))
@@ -130,7 +133,7 @@ def _masked(
     masked = set(from_outside)
     for equation in equations:
         read = [v for v in dataflow.operands(equation) if v in active]
-        if read and (operations.may_mask(equation) or masked.issuperset(read)):
+        if read and (registry.may_mask(equation) or masked.issuperset(read)):
             masked.update(v for v in equation.outvars if v in active)
     return masked
 

@@ -19,7 +19,7 @@ __all__ = [
     "Equation",
     "Jaxpr",
     "Variable",
-    "apart",
+    "arity",
     "constants_of",
     "function_of",
     "inlined",
@@ -32,6 +32,7 @@ __all__ = [
     "num_equations",
     "on_a_mesh",
     "open_jaxpr",
+    "outlined",
     "traced",
     "varying_axes",
     "zeros",
@@ -85,6 +86,23 @@ def inlined(equation: Equation) -> Any | None:
     return None
 
 
+def arity(equation: Equation) -> tuple[int, int]:
+    """How many constants and how many carried values a `scan` has.
+
+    What is scanned over has one axis more outside of the body than inside.
+    """
+    body = open_jaxpr(equation.params["jaxpr"])
+    num_xs = sum(
+        outer.aval.ndim > inner.aval.ndim
+        for outer, inner in zip(equation.invars, body.invars, strict=True)
+    )
+    num_carry = sum(
+        outer.aval.ndim == inner.aval.ndim
+        for outer, inner in zip(equation.outvars, body.outvars, strict=True)
+    )
+    return len(body.invars) - num_xs - num_carry, num_carry
+
+
 def mentions(jaxpr: Any, name: str) -> bool:
     """Whether an operation of this name is in a jaxpr or in one inside of it."""
     return any(equation.primitive.name == name for equation in _all_equations(jaxpr))
@@ -127,7 +145,7 @@ def named_axes(jaxpr: Any) -> tuple[str, ...]:
     return tuple(sorted(map(str, axes)))
 
 
-def apart(function: Callable) -> Callable:
+def outlined(function: Callable) -> Callable:
     """The function, compiled by itself on a CPU.
 
     XLA puts the body of a call in its place as a rule, and its CPU backend then

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from partnewton.engines import versions
-from partnewton.engines.versions import Equation
+from partnewton.engines.adjoint.lowerings import switch
+from partnewton.engines.compat import Equation
 
 __all__ = ["of_rows", "total"]
 
@@ -37,10 +37,9 @@ def total(x: jax.Array, axes: Sequence[int]) -> jax.Array:
         x = x.reshape(*kept, math.prod(x.shape[len(kept) :]))
         return x @ jnp.ones(x.shape[-1:], x.dtype)
 
-    sharded = versions.may_be_sharded(x)
-    if sharded or not _are_last(axes, x.ndim) or x.dtype.itemsize < 4:
+    if not _are_last(axes, x.ndim) or x.dtype.itemsize < 4:
         return plain(x)
-    return jax.lax.platform_dependent(x, cpu=by_product, default=plain)
+    return switch.on_cpu(by_product, plain, x)
 
 
 def _are_last(axes: Sequence[int], ndim: int) -> bool:

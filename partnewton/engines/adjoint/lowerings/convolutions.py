@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton.engines.versions import Equation
+from partnewton.engines.adjoint.lowerings import switch
+from partnewton.engines.compat import Equation
 
 __all__ = ["of_rows", "to_be_transposed"]
 
@@ -46,7 +47,7 @@ def of_rows(equation: Equation) -> Convolution | None:
         def plain(image: jax.Array, kernel: jax.Array) -> jax.Array:
             return _convolve(equation, image, kernel)
 
-        return jax.lax.platform_dependent(image, kernel, cpu=padded, default=plain)
+        return switch.on_cpu(padded, plain, image, kernel)
 
     return either
 

@@ -2,8 +2,8 @@
 
 In a batched product, such as those of attention, the rows of tangents of one operand
 would become part of the matrices of each batch: behind the batch axes in memory, so
-that all that follows has to bring them to the front again. If what stands still is
-repeated for each row, the rows are one more batch axis, in front of all others.
+that all that follows has to bring them to the front again. If the operand without
+tangents is broadcast over the rows, these are one more batch axis, the first one.
 """
 
 import math
@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partnewton.engines import versions
-from partnewton.engines.versions import Equation
+from partnewton.engines import compat
+from partnewton.engines.adjoint.lowerings import switch
+from partnewton.engines.compat import Equation
 
 __all__ = ["in_order", "is_batched", "of_rows", "repeating"]
 
@@ -36,10 +37,10 @@ def in_order(equation: Equation) -> Any | None:
     right. What has to be copied to get there is copied once, and not in each product
     that has to do with it.
     """
-    if not is_batched(equation):
+    if not is_batched(equation) or not switch.are_enabled():
         return None
     contracted, batch = equation.params["dimension_numbers"]
-    if any(map(versions.is_explicit, equation.invars)):
+    if any(map(compat.is_explicit, equation.invars)):
         return None
     left, right = (atom.aval for atom in equation.invars)
     free = [
@@ -67,7 +68,7 @@ def in_order(equation: Equation) -> Any | None:
         result = jax.lax.dot_general(*matrices, numbers, **_options(equation))
         return result.reshape(equation.outvars[0].aval.shape)
 
-    return versions.traced(product, left, right)[1]
+    return compat.traced(product, left, right)[1]
 
 
 def of_rows(equation: Equation) -> Product | None:
@@ -110,8 +111,8 @@ def repeating(function: Product, ndims: Sequence[int]) -> Product:
             ]
             return jax.vmap(function)(*pair)
 
-        if all(has_rows) or versions.may_be_sharded(a, b):
-            return plain(a, b)
-        return jax.lax.platform_dependent(a, b, cpu=by_repetition, default=plain)
+        return (
+            plain(a, b) if all(has_rows) else switch.on_cpu(by_repetition, plain, a, b)
+        )
 
     return product

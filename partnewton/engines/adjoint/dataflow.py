@@ -11,8 +11,8 @@ from typing import Any
 from jax.extend import core
 from jax.extend.core import Literal, primitives
 
-from partnewton.engines import versions
-from partnewton.engines.versions import Equation, Variable
+from partnewton.engines import compat
+from partnewton.engines.compat import Equation, Variable
 
 __all__ = [
     "awaited",
@@ -25,6 +25,7 @@ __all__ = [
     "operands",
     "provided",
     "references",
+    "values_of",
     "written",
 ]
 
@@ -42,6 +43,11 @@ def is_variable(atom: Any) -> bool:
     return not isinstance(atom, Literal)
 
 
+def values_of(atoms: Sequence[Any], values: dict[Variable, Any]) -> list[Any]:
+    """The values of some variables and literals."""
+    return [values[atom] if is_variable(atom) else atom.val for atom in atoms]
+
+
 def operands(equation: Equation) -> list[Variable]:
     """The variables among the operands."""
     return [atom for atom in equation.invars if is_variable(atom)]
@@ -50,7 +56,7 @@ def operands(equation: Equation) -> list[Variable]:
 def references(equation: Equation) -> list[Variable]:
     """The mutable arrays among the operands and the results."""
     everything = (*operands(equation), *equation.outvars)
-    return [v for v in everything if versions.is_reference(v)]
+    return [v for v in everything if compat.is_reference(v)]
 
 
 def has_other_effects(equation: Equation) -> bool:
@@ -104,7 +110,7 @@ def has_own_rule(equation: Equation) -> bool:
         return False
     insides = core.jaxprs_in_params(equation.params)
     return any(
-        has_own_rule(e) for inside in insides for e in versions.open_jaxpr(inside).eqns
+        has_own_rule(e) for inside in insides for e in compat.open_jaxpr(inside).eqns
     )
 
 
@@ -113,9 +119,7 @@ def _has_reference(equation: Equation) -> bool:
         return True
     insides = core.jaxprs_in_params(equation.params)
     return any(
-        _has_reference(e)
-        for inside in insides
-        for e in versions.open_jaxpr(inside).eqns
+        _has_reference(e) for inside in insides for e in compat.open_jaxpr(inside).eqns
     )
 
 

@@ -1,0 +1,127 @@
+"""The fast engine: local second derivatives against one adjoint.
+
+Write the loss as a sequence of operations z_k = f_k(inputs of k). With lambda_k =
+dL/dz_k, the cotangents of an ordinary gradient, and xdot_s the tangents of the inputs
+of operation k when subset s moves,
+
+    D2 L[u_s, u_t] = sum_k lambda_k . D2 f_k [xdot_s, xdot_t],
+
+because the cotangent takes up every second-order term but those that an operation
+creates by itself. So there is no Hessian-vector product, and nothing of the shape of a
+weight: values go forwards, cotangents backwards, tangents forwards, and the sums are
+taken on the way. Tangents of second order give the diagonal of the third order
+likewise; see :class:`partnewton.engines.adjoint.op.Apply`.
+
+All of the third order needs only first derivatives of values and of cotangents, by the
+"2n + 1 rule": with lambdadot_s the derivative of the cotangents along s,
+
+    D3 L[u_s, u_t, u_r] = sum_k   lambda_k . D3 f_k [xdot_s, xdot_t, xdot_r]
+                                + lambdadot_k,s . D2 f_k [xdot_t, xdot_r]
+                                + lambdadot_k,t . D2 f_k [xdot_s, xdot_r]
+                                + lambdadot_k,r . D2 f_k [xdot_s, xdot_t].
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from partnewton.engines import jvp_of_grad
+from partnewton.engines.adjoint.problem import Problem, ReverseModeError
+from partnewton.engines.adjoint.sums import sums, third_order_tensor
+from partnewton.partitions import Partition
+
+__all__ = ["derivative_tensors", "summarize"]
+
+Leaves = Sequence[jax.Array]
+Loss = Callable[[Leaves], tuple[jax.Array, Any]]
+
+
+def summarize(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    *,
+    third_order: bool,
+    batch_size: int | None,
+) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
+    """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+    problem = Problem(loss, leaves, partition)
+    try:
+        outputs, *found = _summarize(
+            problem, leaves, direction, third_order, batch_size
+        )
+        return problem.value_and_aux(outputs), *found
+    except ReverseModeError:
+        return jvp_of_grad.summarize(
+            loss,
+            leaves,
+            direction,
+            partition,
+            third_order=third_order,
+            batch_size=batch_size,
+        )
+
+
+def _summarize(
+    problem: Problem, leaves: Leaves, direction: Leaves, *options: Any
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array | None]:
+    """The outputs of the loss, gradient, hessian and third.
+
+    A `cond` around most of a loss would be one operation, which takes several times as
+    long to compile. So each of its branches has a program of its own.
+    """
+    branch_point = problem.branch_point
+    if branch_point is not None:
+        branches = [
+            functools.partial(
+                _summarize, problem.in_branch(n), leaves, direction, *options
+            )
+            for n in branch_point.branches
+        ]
+        return jax.lax.switch(branch_point.index(*leaves), branches)
+
+    def compute() -> tuple:
+        point = problem.linearize(leaves)
+        return point.outputs, *sums(problem, direction, point, *options)
+
+    return problem.attempted(compute)
+
+
+def derivative_tensors(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    *,
+    order: int,
+    batch_size: int | None,
+) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+    """Value and aux, and the tensors of order 1 to `order`.
+
+    The third order takes one pass for each subset. Beyond it, and where a part of the
+    loss is left to jax, the reference engine does the work.
+    """
+    if order <= 3:
+        problem = Problem(loss, leaves, partition)
+
+        def compute() -> tuple | None:
+            if order == 3 and problem.program.final:
+                return None
+            point = problem.linearize(leaves)
+            *tensors, _ = sums(problem, direction, point, False, batch_size)
+            if order == 3:
+                third = third_order_tensor(problem, direction, leaves, batch_size)
+                tensors.append(third)
+            return problem.value_and_aux(point.outputs), tuple(tensors[:order])
+
+        with contextlib.suppress(ReverseModeError):
+            found = problem.attempted(compute)
+            if found is not None:
+                return found
+    return jvp_of_grad.derivative_tensors(
+        loss, leaves, direction, partition, order=order, batch_size=batch_size
+    )

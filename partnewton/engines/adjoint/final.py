@@ -1,0 +1,97 @@
+"""The final step: all from the first operation on that jax has to differentiate.
+
+Write the loss as F(x), with x what the final step reads, and g for the gradient of F
+as `jax.grad` has it. The gradient of the loss is x'(theta)^T g(x(theta)). Its
+derivatives along the direction are those of the steps before, with g as the adjoint of
+x, and besides
+
+    hessian_st += <xdot_s, Dg[xdot_t]>
+    third_s    += <xdot_s, D2g[xdot_s, xdot_s] + Dg[xddot_s]> + 2 <xddot_s, Dg[xdot_s]>.
+
+Nothing is assumed about g, which need not be the gradient of anything.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from partnewton.engines import nesting
+from partnewton.engines.adjoint.inner import dots, where_moved
+from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.sweep import Jets
+from partnewton.engines.adjoint.tangent import Tangent, add, apply, densify, hull
+from partnewton.engines.adjoint.terms import Terms, over_all_devices
+
+__all__ = ["Final", "sweep_final"]
+
+_MOST_BYTES = 2**30  # of what the products with several vectors write at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """The final step of a program at a point, and its linearised gradient.
+
+    Attributes:
+      op: everything in it, as one operation.
+      function: from the active inputs to the loss and what else the step computes.
+      point: the values of the active inputs.
+      linear: value, gradient and products with the derivative of the gradient.
+    """
+
+    op: Op
+    function: Callable[[list[jax.Array]], tuple[jax.Array, Any]]
+    point: list[jax.Array]
+    linear: nesting.Linearized
+
+    @property
+    def bytes_of_a_row(self) -> int:
+        """What the products with one vector take, at least 1."""
+        written = [v for e in self.op.equations for v in e.outvars]
+        return max(1, sum(v.aval.size * v.aval.dtype.itemsize for v in written))
+
+
+def sweep_final(
+    final: Final, jets: Jets, request: Request
+) -> tuple[Tangent | None, Terms]:
+    """The derivatives of the loss along the subsets, and what the final step adds."""
+    moved = [(n, v) for n, v in enumerate(final.op.read) if v in jets]
+    if not moved:
+        return None, Terms()
+    places = [n for n, _ in moved]
+    first, second = ([jets[v][n] for _, v in moved] for n in (0, 1))
+    span = hull([x.span for x in first])
+    columns = [densify(x, span) for x in first]
+
+    def filled(some: Sequence[jax.Array]) -> list[jax.Array]:
+        everything = list(map(jnp.zeros_like, final.point))
+        for n, x in zip(places, some, strict=True):
+            everything[n] = x
+        return everything
+
+    def hvp(*xdot: jax.Array) -> list[jax.Array]:
+        product = final.linear.product(*filled(xdot))
+        return [product[n] for n in places]
+
+    def third(*moved: jax.Array) -> list[jax.Array]:
+        xdot, xddot = filled(moved[: len(places)]), None
+        if len(moved) > len(places):
+            xddot = filled(moved[len(places) :])
+        along = nesting.third(final.function, final.point, xdot, xddot, request.dtype)
+        return [along]
+
+    batch_size = max(1, _MOST_BYTES // final.bytes_of_a_row)
+    products = apply(hvp, *columns, batch_size=batch_size)
+    terms, slopes = Terms(), []
+    for n, x, product in zip(places, first, products, strict=True):
+        terms += Terms.of_hessian(Tangent(where_moved(product, x), span.start), x)
+        slope = dots(x.values, final.linear.gradient[n][None], is_guarded=True)
+        slopes.append(Tangent(over_all_devices(slope), x.start))
+    if request.third_order:
+        if any(x is not None for x in second):
+            pairs = zip(places, second, strict=True)
+            columns += [densify(x, span, like=final.point[n]) for n, x in pairs]
+        terms += Terms.of_third(span, apply(third, *columns, batch_size=batch_size)[0])
+    return add(*slopes), terms

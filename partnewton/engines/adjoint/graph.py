@@ -1,0 +1,199 @@
+"""The jaxpr of a loss, flattened, and what in it depends on the parameters."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import gensym, primitives
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint import dataflow, lowerings, registry
+from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.compat import Equation, Jaxpr, Variable
+
+__all__ = [
+    "BranchPoint",
+    "Graph",
+    "active_in_loop",
+    "active_variables",
+    "branch_point_of",
+    "depends_on",
+    "flattened",
+    "is_inexact",
+    "is_scan",
+]
+
+_LARGE_BRANCH = 10  # equations: with fewer, a `cond` is one operation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A jaxpr with all calls of other jaxprs written out.
+
+    Attributes:
+      constants: the variables that stand for constants, and their values.
+      inputs: the variables of the inputs.
+      equations: what is between them and the outputs.
+      outputs: variables or literals.
+      bodies: the flat bodies of the equations that are a `scan`, by place.
+    """
+
+    constants: dict[Variable, Any]
+    inputs: list[Variable]
+    equations: list[Equation]
+    outputs: list[Any]
+    bodies: dict[int, "Graph"]
+
+
+def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
+    branches = branches or {}
+    fresh = gensym()
+    jaxpr = compat.open_jaxpr(closed)
+    flat = Graph({}, list(jaxpr.invars), [], [], {})
+
+    def write_out(jaxpr: Jaxpr, constants: Sequence[Any], names: dict) -> list[Any]:
+        for v, value in zip(jaxpr.constvars, constants, strict=True):
+            names[v] = fresh(v.aval)
+            flat.constants[names[v]] = value
+
+        def renamed(atom: Any) -> Any:
+            return names[atom] if is_variable(atom) else atom
+
+        def named(atom: Any) -> Variable:
+            """A variable for a literal, too: a carry that starts from it may move."""
+            if not is_variable(atom):
+                literal, atom = atom, fresh(atom.aval)
+                flat.constants[atom] = np.asarray(literal.val, atom.aval.dtype)
+            return atom
+
+        for equation in jaxpr.eqns:
+            inputs = [renamed(atom) for atom in equation.invars]
+            called = compat.inlined(equation) or lowerings.in_order(equation)
+            if equation.primitive is primitives.cond_p:
+                taken = branches.get(len(flat.equations))
+                if taken is not None:
+                    called, inputs = equation.params["branches"][taken], inputs[1:]
+            if called is None:
+                outputs = [fresh(v.aval) for v in equation.outvars]
+                if is_scan(equation):
+                    inputs = [named(atom) for atom in inputs]
+                    body = flattened(equation.params["jaxpr"])
+                    flat.bodies[len(flat.equations)] = body
+                flat.equations.append(equation.replace(invars=inputs, outvars=outputs))
+            else:
+                inner = compat.open_jaxpr(called)
+                inner_names = dict(zip(inner.invars, inputs, strict=True))
+                outputs = write_out(inner, compat.constants_of(called), inner_names)
+            names.update(zip(equation.outvars, outputs, strict=True))
+        return [renamed(atom) for atom in jaxpr.outvars]
+
+    names = {v: v for v in jaxpr.invars}
+    flat.outputs.extend(write_out(jaxpr, compat.constants_of(closed), names))
+    return flat
+
+
+def active_variables(flat: Graph, moving: Iterable[Variable]) -> set[Variable]:
+    """The variables whose derivative along the parameters may differ from zero."""
+    active = {v for v in moving if is_inexact(v)}
+    for i, equation in enumerate(flat.equations):
+        read = [v for v in dataflow.operands(equation) if v in active]
+        if not read or not registry.is_differentiable(equation):
+            continue
+        active.update(dataflow.references(equation))
+        if i in flat.bodies:
+            flags = [is_variable(v) and v in active for v in equation.invars]
+            _, flags = active_in_loop(equation, flat.bodies[i], flags)
+        else:
+            flags = [True] * len(equation.outvars)
+        pairs = zip(equation.outvars, flags, strict=True)
+        active.update(v for v, flag in pairs if flag and is_inexact(v))
+    return active
+
+
+def active_in_loop(
+    equation: Equation, body: Graph, flags: Sequence[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs of the body of a `scan` are active, in any iteration."""
+    num_constants, num_carry = compat.arity(equation)
+    flags = list(flags)
+    while True:
+        pairs = zip(body.inputs, flags, strict=True)
+        active = active_variables(body, [v for v, flag in pairs if flag])
+        outputs = [is_variable(v) and v in active for v in body.outputs]
+        carried = flags[num_constants : num_constants + num_carry]
+        grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
+        if grown == carried:
+            return flags, outputs
+        flags[num_constants : num_constants + num_carry] = grown
+
+
+class BranchPoint(NamedTuple):
+    """A `cond` that most of a loss may be inside of.
+
+    Attributes:
+      place: of its equation.
+      branches: the numbers of the branches that may be taken.
+      index: from the inputs of the jaxpr to the place in `branches` of what is taken.
+    """
+
+    place: int
+    branches: tuple[int, ...]
+    index: Callable[..., jax.Array]
+
+
+def branch_point_of(
+    jaxpr: Any, branches: dict[int, int] | None = None
+) -> BranchPoint | None:
+    """The only large `cond` that a loss depends on, if there is just one.
+
+    With several, the programs of all combinations would be too many.
+    """
+    flat = flattened(jaxpr, branches)
+    if any(equation.effects for equation in flat.equations):
+        return None
+    active = active_variables(flat, flat.inputs)
+    found = [
+        place
+        for place, equation in enumerate(flat.equations)
+        if equation.primitive is primitives.cond_p
+        and any(v in active for v in equation.outvars)
+        and compat.num_equations(equation) >= _LARGE_BRANCH
+    ]
+    if len(found) != 1:
+        return None
+    (place,) = found
+    equation = flat.equations[place]
+    chosen, count = equation.invars[0], len(equation.params["branches"])
+    if not is_variable(chosen):
+        number = min(max(int(chosen.val), 0), count - 1)
+        return BranchPoint(place, (number,), lambda *leaves: 0)
+    needed = dataflow.needed(flat.equations[:place], [chosen], None)
+    before = [e for e in flat.equations[:place] if not needed.isdisjoint(e.outvars)]
+    inputs = [*flat.constants, *flat.inputs]
+    function = compat.function_of(before, inputs, [chosen])
+    constants = list(flat.constants.values())
+
+    def index(*leaves: jax.Array) -> jax.Array:
+        return function(*constants, *leaves)[0]
+
+    return BranchPoint(place, tuple(range(count)), index)
+
+
+def depends_on(jaxpr: Any, place: int = 0) -> bool:
+    """Whether the results of a closed jaxpr depend on an input, almost everywhere."""
+    flat = flattened(jaxpr)
+    active = active_variables(flat, [flat.inputs[place]])
+    return not active.isdisjoint(filter(is_variable, flat.outputs))
+
+
+def is_inexact(atom: Any) -> bool:
+    """Whether it is of real or complex numbers."""
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
+
+
+def is_scan(equation: Equation) -> bool:
+    """Whether an equation is a `scan`."""
+    return equation.primitive is primitives.scan_p

@@ -1,0 +1,96 @@
+"""Inner products of rows, in which zero times anything is zero where it has to be."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton._strictness import at_least_float32
+from partnewton.engines import compat
+from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.tangent import Tangent
+
+__all__ = ["dots", "gram", "guarded_product", "where_moved", "wide_dtype", "widened"]
+
+
+def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """The inner products of rows, (r, *shape) x (c, *shape) -> (r, c), in real numbers.
+
+    Tangents pair with adjoints without conjugation, as in jax's transposition.
+
+    Args:
+      a, b: the rows.
+      weight: what the terms of each inner product are multiplied by, (*shape).
+    """
+    dtype = wide_dtype(a, b)
+    a, b = a.astype(dtype), b.astype(dtype)
+    if compat.may_be_sharded(a, b):
+        # To join axes that are sharded would be to gather them.
+        a = a if weight is None else weight * a
+        explicit = compat.is_explicit(a) or compat.is_explicit(b)
+        kwargs = {"out_sharding": jax.P(None, None)} if explicit else {}
+        return _inner(a, b, **kwargs).real
+    # One contracted axis: with more, some backends take a much slower way.
+    operands = [a.reshape(len(a), -1), b.reshape(len(b), -1)]
+    if weight is not None:
+        operands.append(weight.astype(dtype).reshape(1, -1))
+    return lowerings.in_blocks(_weighted, operands).real
+
+
+def _weighted(a: jax.Array, b: jax.Array, *weight: jax.Array) -> jax.Array:
+    for w in weight:
+        a = w * a
+    return _inner(a, b)
+
+
+def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
+    axes = tuple(range(1, a.ndim))
+    return jax.lax.dot_general(
+        a,
+        b,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=a.dtype,
+        **kwargs,
+    )
+
+
+def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
+    """The inner products of rows with rows of the same place, (r, *shape) -> (r,).
+
+    Args:
+      a, b: the rows.
+      is_guarded: whether zero times infinity is zero.
+    """
+    dtype = wide_dtype(a, b)
+    product = guarded_product(a.astype(dtype), b.astype(dtype), is_guarded).real
+    return lowerings.total(product, tuple(range(1, product.ndim)))
+
+
+def guarded_product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
+    """The product; if guarded, zero times anything is zero, even infinity."""
+    product = a * b
+    if not is_guarded:
+        return product
+    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(product), product)
+
+
+def where_moved(x: jax.Array, *tangents: Tangent | None) -> jax.Array:
+    """x, but zero at the entries that some of the tangents leave where they are."""
+    for tangent in tangents:
+        if tangent is not None:
+            moved = jnp.any(tangent.values != 0, axis=0)
+            x = jnp.where(moved, x, jnp.zeros_like(x))
+    return x
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return x.astype(wide_dtype(x))
+
+
+def wide_dtype(*arrays: jax.Array) -> np.dtype:
+    """The common dtype of some arrays, float32 at least; float8 has no other."""
+    wide = [jnp.float32 if x.dtype.itemsize == 1 else x.dtype for x in arrays]
+    return at_least_float32(*wide)

@@ -1,0 +1,67 @@
+"""Long rows: written once, and read once, from memory."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint.lowerings import switch
+
+__all__ = ["concatenate", "in_blocks", "outlined"]
+
+_LARGE = 2**20  # bytes
+_BEYOND_CACHE = 2**23  # numbers
+_BLOCK = 2**10  # numbers of each row
+_MANY_ROWS = 8  # with fewer, each is read but a few times
+
+
+def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
+    """The rows of all parts.
+
+    XLA would compute them again for each reader that can be fused with them.
+    """
+
+    def join(*parts: jax.Array) -> jax.Array:
+        return jnp.concatenate(parts)
+
+    is_large = sum(x.nbytes for x in parts) > _LARGE
+    return outlined(join)(*parts) if is_large else join(*parts)
+
+
+def outlined(function: Callable) -> Callable:
+    """The function compiled by itself: what it returns is written once."""
+    return compat.outlined(function) if switch.are_enabled() else function
+
+
+def in_blocks(
+    product: Callable[..., jax.Array], operands: Sequence[jax.Array]
+) -> jax.Array:
+    """A sum of products along the last axis of some matrices, block by block.
+
+    The matrix product of a CPU reads rows that are far apart again and again.
+
+    Args:
+      product: from matrices to a matrix, linear in the entries along the last axis.
+      operands: the matrices, with equal last axes; the first two are the large ones.
+    """
+    a, b, *_ = operands
+    if min(len(a), len(b)) < _MANY_ROWS or a.size + b.size < _BEYOND_CACHE:
+        return product(*operands)
+    count, rest = divmod(a.shape[1], _BLOCK)
+
+    def blockwise(*operands: jax.Array) -> jax.Array:
+        def block(n: jax.typing.ArrayLike, size: int) -> jax.Array:
+            start = n * _BLOCK
+            return product(
+                *(
+                    jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+                    for x in operands
+                )
+            )
+
+        total = block(0, _BLOCK)
+        total = jax.lax.fori_loop(1, count, lambda n, x: x + block(n, _BLOCK), total)
+        return total + block(count, rest) if rest else total
+
+    return switch.on_cpu(blockwise, product, *operands)

@@ -1,0 +1,194 @@
+"""One operation of a loss: an equation, a run of elementwise equations, or a scan."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from partnewton.engines import compat
+from partnewton.engines.compat import Equation, Variable
+
+if TYPE_CHECKING:
+    from partnewton.engines.adjoint.program import Program
+    from partnewton.engines.adjoint.tangent import Jet
+    from partnewton.engines.adjoint.terms import Terms
+
+__all__ = ["Apply", "Loop", "Op", "Request", "Rule"]
+
+
+class Request(NamedTuple):
+    """What is asked of the rules.
+
+    Attributes:
+      third_order: whether second derivatives of values, and terms of third order, are.
+      dtype: of the sums over all operations.
+      tangents_are_fixed: whether derivatives of the terms are to leave out those of the
+        tangents.
+    """
+
+    third_order: bool
+    dtype: np.dtype
+    tangents_are_fixed: bool = False
+
+
+class Apply(Protocol):
+    """How values move behind an operation z = f(x), and what it adds to the loss.
+
+    With xdot_s and xddot_s the first and second derivatives of its inputs along subset
+    s, and lambda = dL/dz, a rule returns the jets of the outputs,
+
+        zdot_s  = Df[xdot_s]
+        zddot_s = D2f[xdot_s, xdot_s] + Df[xddot_s],
+
+    and the terms
+
+        hessian_st = lambda . D2f[xdot_s, xdot_t]
+        third_s    = lambda . (D3f[xdot_s, xdot_s, xdot_s] + 3 D2f[xdot_s, xddot_s]).
+
+    Args:
+      op: the operation.
+      primals: the values of all of its inputs.
+      cotangents: lambda of each active output; of no use for a linear operation.
+      jets: of each active input.
+      request: whether the third order is asked for.
+    """
+
+    def __call__(
+        self,
+        op: "Op",
+        primals: Sequence[Any],
+        cotangents: Any,
+        jets: "Sequence[Jet]",
+        request: Request,
+    ) -> "tuple[list[Jet], Terms]": ...
+
+
+class Rule(NamedTuple):
+    """A rule and what the engine prepares for it.
+
+    Attributes:
+      name: what it is called.
+      apply: the function.
+      is_curved: whether it adds terms, for which it needs the cotangents.
+    """
+
+    name: str
+    apply: Apply
+    is_curved: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+    """A function between some variables.
+
+    Attributes:
+      rule: how tangents pass it; None if it does not depend on the parameters, or the
+        loss not on it.
+      equations: what it consists of.
+      inputs: the variables that it reads, each once; those of a scan as the equation
+        has them.
+      outputs: the variables that it writes and others read.
+      active_inputs: the places of the inputs that depend on the parameters.
+      active_outputs: the places of the outputs that do, and that the loss depends on.
+      loop: what is inside of a scan.
+      is_guarded: whether a derivative or a cotangent may be infinite at an entry which
+        no subset moves, so that it must not count there.
+      has_mask: whether a cotangent may be infinite where the derivatives are zero.
+      places: where the equations are in the flattened jaxpr.
+    """
+
+    rule: Rule | None
+    equations: tuple[Equation, ...]
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
+    active_inputs: tuple[int, ...] = ()
+    active_outputs: tuple[int, ...] = ()
+    loop: "Loop | None" = None
+    is_guarded: bool = False
+    has_mask: bool = False
+    places: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def function(self) -> Callable[..., list[jax.Array]]:
+        """From the values of all inputs to those of all outputs."""
+        return compat.function_of(self.equations, self.inputs, self.outputs)
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether it adds terms to the derivatives of the loss by itself."""
+        return self.rule is not None and self.rule.is_curved and self.loop is None
+
+    @property
+    def read(self) -> list[Variable]:
+        """The active inputs."""
+        return [self.inputs[i] for i in self.active_inputs]
+
+    @property
+    def written(self) -> list[Variable]:
+        """The active outputs."""
+        return [self.outputs[i] for i in self.active_outputs]
+
+    def active(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+        """The values of the active inputs, from those of all inputs."""
+        return [values[i] for i in self.active_inputs]
+
+    def restricted(
+        self,
+        primals: Sequence[jax.Array],
+        members: Sequence[int] | None = None,
+        function: Callable[..., list[jax.Array]] | None = None,
+    ) -> Callable[..., list[jax.Array]]:
+        """The operation as a function of active inputs to the active outputs.
+
+        Args:
+          primals: the values of all inputs.
+          members: which of the active inputs it is a function of; by default all.
+          function: the operation computed in another way.
+        """
+        function = self.function if function is None else function
+        places = self.active_inputs
+        if members is not None:
+            places = [places[n] for n in members]
+
+        def restricted(*active: jax.Array) -> list[jax.Array]:
+            everything = list(primals)
+            for place, x in zip(places, active, strict=True):
+                everything[place] = x
+            outputs = function(*everything)
+            return [outputs[place] for place in self.active_outputs]
+
+        return restricted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """A `scan`: its body as a program from (closed, constants, carry, x) to (carry, y).
+
+    Attributes:
+      body: the program of one iteration.
+      closed: the values of constants that the body has closed over.
+      length, reverse, unroll: as for :func:`jax.lax.scan`.
+      num_constants: how many inputs are the same in each iteration.
+      num_carry: how many are carried from one to the next.
+    """
+
+    body: "Program"
+    closed: tuple[Any, ...]
+    length: int
+    reverse: bool
+    unroll: int
+    num_constants: int
+    num_carry: int
+
+    @property
+    def inputs(self) -> tuple[Variable, ...]:
+        """The variables of the body that the inputs of the scan stand for."""
+        return self.body.inputs[len(self.closed) :]
+
+    def split(self, inputs: Sequence[Any]) -> tuple[list, list, list]:
+        """The constants, the carry and the xs among some inputs."""
+        c, n = self.num_constants, self.num_constants + self.num_carry
+        return list(inputs[:c]), list(inputs[c:n]), list(inputs[n:])

@@ -1,0 +1,142 @@
+"""Products z = B(a, b) of two operands that both depend on the parameters."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.inner import dots, where_moved
+from partnewton.engines.adjoint.lowerings.products import repeating
+from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.registry import rule
+from partnewton.engines.adjoint.tangent import (
+    Jet,
+    Tangent,
+    add,
+    apply,
+    overlap,
+    push,
+    restrict,
+)
+from partnewton.engines.adjoint.terms import Terms
+from partnewton.engines.compat import Equation
+
+__all__ = ["bilinear", "is_product"]
+
+
+def is_product(equation: Equation, active: Collection[int]) -> bool:
+    """Whether both operands are active, and no square is taken."""
+    left, right = equation.invars
+    return len(active) == 2 and left is not right
+
+
+def _is_complex_product(equation: Equation, active: Collection[int]) -> bool:
+    """The same, of complex numbers; one of real numbers is an elementwise function."""
+    dtype = equation.outvars[0].aval.dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return is_complex and is_product(equation, active)
+
+
+@rule("mul", when=_is_complex_product)
+@rule("dot_general", "conv_general_dilated", when=is_product)
+def bilinear(
+    op: Op,
+    primals: Sequence[jax.Array],
+    cotangents: Sequence[jax.Array],
+    jets: Sequence[Jet],
+    request: Request,
+) -> tuple[list[Jet], Terms]:
+    """z = B(a, b), bilinear: all that is not linear is the cross term.
+
+    zdot = B(adot, b) + B(a, bdot);  zddot = B(addot, b) + 2 B(adot, bdot) + B(a, bddot)
+    hessian_st = lambda . (B(adot_s, bdot_t) + B(adot_t, bdot_s))
+    third_s    = 3 lambda . (B(addot_s, bdot_s) + B(adot_s, bddot_s))
+    """
+    product = _Product(op, primals, *cotangents)
+    (a, aa), (b, bb) = jets
+    first, second = product.push(a, b), product.push(aa, bb)
+    terms = product.hessian(a, b)
+    if request.third_order:
+        cross = product.crossed(a, b)
+        if cross is not None:
+            second = add(second, Tangent(2 * cross.values, cross.start))
+        terms += product.third(aa, b) + product.third(a, bb)
+    return [Jet(first, second)], terms
+
+
+class _Product:
+    """A product at a point."""
+
+    def __init__(self, op: Op, primals: Sequence[jax.Array], cotangent: jax.Array):
+        by_rows, self.takes_rows = lowerings.of_rows(op)
+        self.function = op.restricted(primals, function=by_rows)
+        self.transposable = op.restricted(primals, function=lowerings.transposable(op))
+        self.at = op.active(primals)
+        self.cotangent = cotangent
+        self.is_guarded = op.is_guarded
+
+    def push(self, a: Tangent | None, b: Tangent | None) -> Tangent | None:
+        """B(adot, b) + B(a, bdot)."""
+
+        def of_members(members: tuple[int, ...]) -> Callable:
+            def of(*tangents: jax.Array) -> list[jax.Array]:
+                terms = []
+                for n, x in zip(members, tangents, strict=True):
+                    operands = [x, self.at[1]] if n == 0 else [self.at[0], x]
+                    terms.append(self.function(*operands)[0])
+                return [sum(terms[1:], start=terms[0])]
+
+            return of
+
+        found = push(of_members, [a, b], takes_rows=self.takes_rows)
+        return found[0] if found else None
+
+    def hessian(self, a: Tangent | None, b: Tangent | None) -> Terms:
+        """2 lambda . B(adot_s, bdot_t), of which the symmetric part counts.
+
+        The operand with fewer rows, a weight as a rule, meets the cotangent.
+        """
+        if a is None or b is None:
+            return Terms()
+        if b.span.count <= a.span.count:
+            return Terms.of_hessian(self.vjp(b, 1, a), a, factor=2.0)
+        return Terms.of_hessian(self.vjp(a, 0, b), b, factor=2.0)
+
+    def vjp(self, tangent: Tangent, n: int, other: Tangent) -> Tangent:
+        """B(., bdot)' lambda for n = 1, and B(adot, .)' lambda for n = 0."""
+
+        def pull(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+            def of_other(y: jax.Array) -> jax.Array:
+                return self.transposable(*([x, y] if n == 0 else [y, x]))[0]
+
+            return jax.linear_transpose(of_other, self.at[1 - n])(cotangent)[0]
+
+        if self.takes_rows:
+            pull = repeating(pull, (self.at[n].ndim, self.cotangent.ndim))
+
+        def of_rows(x: jax.Array) -> list[jax.Array]:
+            return [pull(x, self.cotangent)]
+
+        (values,) = apply(of_rows, tangent.values, takes_rows=self.takes_rows)
+        if self.is_guarded:
+            values = where_moved(values, other)
+        return Tangent(values, tangent.start)
+
+    def crossed(self, x: Tangent | None, y: Tangent | None) -> Tangent | None:
+        """B(x_s, y_s) on the subsets of both."""
+        common = overlap(x.span, y.span) if x is not None and y is not None else None
+        if common is None:
+            return None
+        columns = restrict(x, common), restrict(y, common)
+        (values,) = apply(self.function, *columns, takes_rows=self.takes_rows)
+        return Tangent(values, common.start)
+
+    def third(self, x: Tangent | None, y: Tangent | None) -> Terms:
+        """3 lambda . B(x_s, y_s)."""
+        cross = self.crossed(x, y)
+        if cross is None:
+            return Terms()
+        weights = jnp.broadcast_to(self.cotangent, cross.values.shape)
+        values = dots(cross.values, weights, is_guarded=self.is_guarded)
+        return Terms.of_third(cross.span, values, factor=3.0)

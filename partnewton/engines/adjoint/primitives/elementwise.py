@@ -1,0 +1,301 @@
+"""Functions entry by entry, of up to three inputs: all derivatives are weights."""
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.graph import depends_on
+from partnewton.engines.adjoint.inner import guarded_product, where_moved, widened
+from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.primitives.linear import jets_of
+from partnewton.engines.adjoint.registry import is_elementwise, register_elementwise
+from partnewton.engines.adjoint.tangent import (
+    Jet,
+    Span,
+    Tangent,
+    add,
+    apply,
+    overlap,
+    restrict,
+)
+from partnewton.engines.adjoint.terms import Terms
+from partnewton.engines.compat import Equation, Variable
+
+__all__ = ["ELEMENTWISE", "is_real_function"]
+
+# The partial derivatives are as many as there are pairs and triples of inputs.
+_MOST_INPUTS = 3
+
+register_elementwise(
+    "abs",
+    "add",
+    "add_any",
+    "and",
+    "asinh",
+    "atan",
+    "bessel_i0e",
+    "bessel_i1e",
+    "ceil",
+    "clamp",
+    "conj",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cos",
+    "cosh",
+    "eq",
+    "erf",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "is_finite",
+    "le",
+    "logistic",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "nextafter",
+    "not",
+    "one_minus_square",
+    "or",
+    "polynomial",
+    "reduce_precision",
+    "rem",
+    "round",
+    "select_n",
+    "sign",
+    "sin",
+    "sinh",
+    "square",
+    "stop_gradient",
+    "sub",
+    "tanh",
+    "xor",
+)
+register_elementwise(
+    "atan2",
+    "cbrt",
+    "digamma",
+    "div",
+    "integer_pow",
+    "lgamma",
+    "log",
+    "log1p",
+    "log2",
+    "pow",
+    "rsqrt",
+    "sqrt",
+    singular="zero",
+)
+register_elementwise(
+    "acos", "acosh", "asin", "atanh", "erf_inv", "tan", singular="elsewhere"
+)
+
+# Arrays by the places of the inputs that they are derivatives by, ascending; what is
+# missing is zero.
+Partials = dict[tuple[int, ...], jax.Array]
+
+
+def is_real_function(
+    equations: Sequence[Equation],
+    active_inputs: Sequence[Variable],
+    active: Collection[Variable],
+) -> bool:
+    """Whether equations are one elementwise function of a few real inputs."""
+    written = [v.aval for e in equations for v in e.outvars if v in active]
+    read = [v.aval for v in active_inputs]
+    ndim = written[0].ndim
+    return (
+        all(is_elementwise(e) for e in equations)
+        and all(jnp.issubdtype(x.dtype, jnp.floating) for x in (*read, *written))
+        and len({x.shape for x in written}) == 1
+        and all(x.ndim in (0, ndim) for x in read)
+        and len(read) <= _MOST_INPUTS
+    )
+
+
+def elementwise(
+    op: Op,
+    primals: Sequence[jax.Array],
+    cotangents: Sequence[jax.Array],
+    jets: Sequence[Jet],
+    request: Request,
+) -> tuple[list[Jet], Terms]:
+    """z = f(x_1, x_2, ...) entry by entry.
+
+    With partial derivatives f_i, f_ij, f_ijk, and summed over all i, j and k,
+
+    zdot = f_i xdot_i;  zddot = f_ij xdot_i xdot_j + f_i xddot_i
+    hessian_st = sum(lambda f_ij xdot_i,s xdot_j,t)
+    third_s    = sum(lambda f_ijk xdot_i xdot_j xdot_k + 3 lambda f_ij xdot_i xddot_j)
+    """
+    order = 3 if request.third_order else 2
+    partials = _partials(op.restricted(primals), op.active(primals), order)
+    weights = _weighted_by(cotangents, partials, op.is_guarded or op.has_mask)
+    first, second = ([x[n] for x in jets] for n in (0, 1))
+    products = functools.partial(_products, is_guarded=op.is_guarded)
+
+    zdot, zddot = [], []
+    for f, cotangent in zip(partials, cotangents, strict=True):
+        dtype = cotangent.dtype
+        zdot.append(_joined(products(f, first), dtype=dtype))
+        bent = products(f, first, first) if request.third_order else {}
+        zddot.append(_joined(bent, products(f, second), dtype=dtype))
+
+    terms = _hessian(op, weights, first)
+    if request.third_order:
+        terms += _third(products(weights, first, first, first), factor=1.0)
+        terms += _third(products(weights, first, second), factor=3.0)
+    return jets_of(op, zdot, zddot), terms
+
+
+def _partials(
+    function: Callable, at: Sequence[jax.Array], order: int
+) -> list[Partials]:
+    """The partial derivatives of each output, in float32 at least."""
+    found: list[Partials] = []
+    front = {(): (function, None)}
+    for _ in range(order):
+        derivatives = {}
+        for places, (f, jaxpr) in front.items():
+            for i in range(places[-1] if places else 0, len(at)):
+                if jaxpr is None or depends_on(jaxpr, i):
+                    derivative = compat.traced(_derivative(f, i), *at)
+                    derivatives[*places, i] = derivative
+        front = derivatives
+        for places, (f, _) in front.items():
+            columns = f(*at)
+            found = found or [{} for _ in columns]
+            for partials, x in zip(found, columns, strict=True):
+                partials[places] = widened(x)
+    return found
+
+
+def _derivative(function: Callable, place: int) -> Callable:
+    def derivative(*x: jax.Array) -> list[jax.Array]:
+        def of_one(y: jax.Array) -> list[jax.Array]:
+            return function(*x[:place], y, *x[place + 1 :])
+
+        return jax.jvp(of_one, (x[place],), (jnp.ones_like(x[place]),))[1]
+
+    return derivative
+
+
+def _weighted_by(
+    cotangents: Sequence[jax.Array], partials: Sequence[Partials], is_guarded: bool
+) -> Partials:
+    """lambda . f_ij and lambda . f_ijk, the sums over all outputs."""
+    weights: Partials = {}
+    for f, cotangent in zip(partials, cotangents, strict=True):
+        for places, x in f.items():
+            if len(places) > 1:
+                term = guarded_product(widened(cotangent), x, is_guarded)
+                weights[places] = weights[places] + term if places in weights else term
+    return weights
+
+
+def _products(
+    partials: Partials, *columns: Sequence[Tangent | None], is_guarded: bool
+) -> dict[Span, jax.Array]:
+    """The sum of f_ij.. v_i w_j .. for columns v, w, .., by the subsets of its rows."""
+    sums: dict[Span, jax.Array] = {}
+    for places in itertools.product(range(len(columns[0])), repeat=len(columns)):
+        term = partials.get(tuple(sorted(places)))
+        tangents = [column[i] for column, i in zip(columns, places, strict=True)]
+        if term is None or any(x is None for x in tangents):
+            continue
+        span, ndim = _common(tangents), term.ndim
+        if span is not None:
+            for x in tangents:
+                rows = _with_axes(widened(restrict(x, span)), ndim)
+                term = guarded_product(term, rows, is_guarded)
+            sums[span] = sums[span] + term if span in sums else term
+    return sums
+
+
+def _common(tangents: Sequence[Tangent]) -> Span | None:
+    """The subsets along which all tangents have rows."""
+    span = tangents[0].span
+    for x in tangents[1:]:
+        span = overlap(span, x.span) if span is not None else None
+    return span
+
+
+def _with_axes(rows: jax.Array, ndim: int) -> jax.Array:
+    """Rows of a scalar become rows of arrays with `ndim` axes of length 1."""
+    missing = tuple(range(1, 1 + ndim - (rows.ndim - 1)))
+    return jnp.expand_dims(rows, missing) if missing else rows
+
+
+def _joined(*sums: dict[Span, jax.Array], dtype: np.dtype) -> Tangent | None:
+    """All sums, as one tangent."""
+    terms = [Tangent(x, span.start) for some in sums for span, x in some.items()]
+    total = add(*terms)
+    return None if total is None else Tangent(total.values.astype(dtype), total.start)
+
+
+def _third(sums: dict[Span, jax.Array], factor: float) -> Terms:
+    """The totals of each row."""
+    terms = Terms()
+    for span, x in sums.items():
+        total = lowerings.total(x, tuple(range(1, x.ndim)))
+        terms += Terms.of_third(span, total, factor=factor)
+    return terms
+
+
+def _hessian(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Terms:
+    terms = Terms()
+    for places, weight in weights.items():
+        if len(places) > 2 or any(first[i] is None for i in places):
+            continue
+        x, y = (first[i] for i in places)
+        if op.is_guarded:
+            weight = where_moved(weight, x, y)
+        factor = 1.0 if places[0] == places[1] else 2.0
+        terms += _gram(x, y, weight, factor)
+    return terms
+
+
+def _gram(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
+    """The inner products of x and y, each of which may be of fewer entries.
+
+    One that has axes of length 1 where `weight` is longer, as the mean has in
+    ``x - mean``, meets the sum over these axes.
+    """
+    of_x, of_y = x.values.shape[1:], y.values.shape[1:]
+    if of_x == of_y:
+        weight = _summed_to(of_x, weight)
+        return Terms.of_hessian(x, y, weight=weight, factor=factor)
+    if np.prod(of_x) < np.prod(of_y):
+        x, y, of_y = y, x, of_x
+
+    def summed(v: jax.Array) -> list[jax.Array]:
+        return [_summed_to(of_y, weight * widened(v))]
+
+    (values,) = apply(summed, x.values)
+    return Terms.of_hessian(Tangent(values, x.start), y, factor=factor)
+
+
+def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The sum over the axes that an array of this shape would be broadcast over."""
+    if not shape:
+        return jnp.sum(x)
+    pairs = enumerate(zip(shape, x.shape, strict=True))
+    axes = tuple(n for n, (length, longer) in pairs if length != longer)
+    return lowerings.total(x, axes).reshape(shape) if axes else x
+
+
+ELEMENTWISE = Rule("elementwise", elementwise)

@@ -1,0 +1,158 @@
+"""Operations that add nothing: linear ones, and those that are so almost everywhere."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.registry import (
+    register_linear,
+    register_piecewise_constant,
+    register_piecewise_linear,
+)
+from partnewton.engines.adjoint.tangent import Jet, Tangent, push
+from partnewton.engines.adjoint.terms import Terms
+
+__all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of"]
+
+register_linear(
+    "add",
+    "add_any",
+    "all_gather",
+    "all_gather_invariant",
+    "all_to_all",
+    "broadcast_in_dim",
+    "complex",
+    "concatenate",
+    "conj",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cumsum",
+    "device_put",
+    "fft",
+    "imag",
+    "mesh_cast",
+    "name",
+    "neg",
+    "optimization_barrier",
+    "pad",
+    "pbroadcast",
+    "pcast",
+    "ppermute",
+    "psum",
+    "psum_invariant",
+    "psum_scatter",
+    "pvary",
+    "real",
+    "reduce_precision",
+    "reduce_scatter",
+    "reduce_sum",
+    "reduce_window_sum",
+    "reshape",
+    "reshard",
+    "rev",
+    "select_n",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "squeeze",
+    "stack",
+    "sub",
+    "tile",
+    "transpose",
+)
+register_linear("div", "dynamic_slice", "gather", operands=(0,))
+register_linear("dynamic_update_slice", operands=(0, 1))
+register_linear("scatter-add", operands=(0, 2))
+register_linear("triangular_solve", operands=(1,))
+
+register_piecewise_linear(
+    "abs",
+    "clamp",
+    "cummax",
+    "cummin",
+    "max",
+    "min",
+    "reduce_max",
+    "reduce_min",
+    "reduce_window_max",
+    "reduce_window_min",
+    "rem",
+    "scatter",
+    "select_and_gather_add",
+    "select_and_scatter_add",
+    "sort",
+    "top_k",
+)
+register_piecewise_constant("ceil", "floor", "round", "sign")
+
+
+def linear(
+    op: Op,
+    primals: Sequence[jax.Array],
+    cotangents: Any,
+    jets: Sequence[Jet],
+    request: Request,
+) -> tuple[list[Jet], Terms]:
+    """z = A x: zdot = A xdot, zddot = A xddot."""
+    del cotangents, request
+    by_rows, takes_rows = lowerings.of_rows(op)
+    function = op.restricted(primals, function=by_rows)
+    active = op.active(primals)
+
+    def of_members(members: tuple[int, ...]) -> Callable:
+        def of(*tangents: jax.Array) -> list[jax.Array]:
+            everything = [jnp.zeros_like(x) for x in active]
+            for n, x in zip(members, tangents, strict=True):
+                everything[n] = x
+            return function(*everything)
+
+        return of
+
+    first, second = (
+        push(of_members, column, takes_rows=takes_rows)
+        for column in zip(*jets, strict=True)
+    )
+    return jets_of(op, first, second), Terms()
+
+
+def piecewise_linear(
+    op: Op,
+    primals: Sequence[jax.Array],
+    cotangents: Any,
+    jets: Sequence[Jet],
+    request: Request,
+) -> tuple[list[Jet], Terms]:
+    """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
+    del cotangents, request
+    first, second = (_pushed(op, primals, column) for column in zip(*jets, strict=True))
+    return jets_of(op, first, second), Terms()
+
+
+def _pushed(
+    op: Op, primals: Sequence[jax.Array], tangents: Sequence[Tangent | None]
+) -> list[Tangent] | None:
+    """Df applied to all rows."""
+    active = op.active(primals)
+
+    def of_members(members: tuple[int, ...]) -> Callable:
+        function = op.restricted(primals, members)
+        return jax.linearize(function, *(active[n] for n in members))[1]
+
+    return push(of_members, tangents)
+
+
+def jets_of(
+    op: Op, first: list[Tangent] | None, second: list[Tangent] | None = None
+) -> list[Jet]:
+    """The jets of the active outputs, from columns that may be missing."""
+    nothing = [None] * len(op.active_outputs)
+    return [Jet(*x) for x in zip(first or nothing, second or nothing, strict=True)]
+
+
+LINEAR = Rule("linear", linear, is_curved=False)
+PIECEWISE_LINEAR = Rule("piecewise_linear", piecewise_linear, is_curved=False)

@@ -1,0 +1,289 @@
+"""What the engine knows of primitives, by name, and how it is taught more.
+
+An operation of which nothing is known is a local function that jax differentiates: all
+that is registered here makes the engine faster, and changes no result.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.adjoint.op import Apply, Rule
+from partnewton.engines.compat import Equation, Variable
+
+__all__ = [
+    "custom_rule",
+    "has_power",
+    "is_affine",
+    "is_differentiable",
+    "is_elementwise",
+    "is_known",
+    "is_linear",
+    "is_piecewise_linear",
+    "is_singular",
+    "may_mask",
+    "register_elementwise",
+    "register_linear",
+    "register_piecewise_constant",
+    "register_piecewise_linear",
+    "rule",
+]
+
+_LINEAR: dict[str, Collection[int] | None] = {}  # in which operands; None for all
+_PIECEWISE_LINEAR: set[str] = set()
+_PIECEWISE_CONSTANT: set[str] = set()
+_ELEMENTWISE: dict[str, str | None] = {}  # where a derivative is infinite
+
+
+class _Custom(NamedTuple):
+    rule: Rule
+    when: Callable[[Equation, Collection[int]], bool]
+
+
+_CUSTOM: dict[str, list[_Custom]] = {}
+
+
+def register_linear(*names: str, operands: Collection[int] | None = None) -> None:
+    """Declares primitives to be linear in some of their operands together.
+
+    Tangents pass a linear operation as values do, and it adds nothing.
+
+    Args:
+      names: of the primitives.
+      operands: the places of the operands in which it is linear while the others are
+        constant; by default all.
+
+    Example:
+      >>> register_linear("fft")
+      >>> register_linear("div", operands=(0,))  # x / 2, but not 2 / x
+    """
+    _LINEAR.update(dict.fromkeys(names, operands))
+
+
+def register_piecewise_linear(*names: str) -> None:
+    """Declares primitives to be linear in real operands, almost everywhere."""
+    _PIECEWISE_LINEAR.update(names)
+
+
+def register_piecewise_constant(*names: str) -> None:
+    """Declares primitives to be constant in real operands, almost everywhere."""
+    _PIECEWISE_CONSTANT.update(names)
+
+
+def register_elementwise(*names: str, singular: str | None = None) -> None:
+    """Declares that an entry of the result depends on the same entry of the operands.
+
+    Derivatives of an elementwise operation are arrays of the shape of its result, and
+    consecutive ones on one variable are treated as a single operation.
+
+    Args:
+      names: of the primitives.
+      singular: where some derivative, of any order, is infinite: None for nowhere,
+        "zero" for where the operand, or a divisor, is zero, "elsewhere" for other
+        numbers.
+
+    Example:
+      >>> register_elementwise("tanh", "exp")
+      >>> register_elementwise("sqrt", singular="zero")
+    """
+    _ELEMENTWISE.update(dict.fromkeys(names, singular))
+
+
+def rule(
+    *names: str,
+    when: Callable[[Equation, Collection[int]], bool] | None = None,
+    is_curved: bool = True,
+) -> Callable[[Apply], Apply]:
+    """Registers a function as the rule of some primitives.
+
+    It is called as :class:`~partnewton.engines.adjoint.op.Apply` says, while the
+    summary is traced. The last one that was registered goes first.
+
+    Args:
+      names: of the primitives.
+      when: from an equation and the places of its active operands to whether the rule
+        is for it; by default it always is.
+      is_curved: whether the rule needs the cotangents.
+
+    Returns:
+      A decorator that returns the function as it is.
+    """
+
+    def register(apply: Apply) -> Apply:
+        new = Rule(names[0], apply, is_curved)
+        for name in names:
+            applies = when or (lambda equation, active: True)
+            _CUSTOM.setdefault(name, []).insert(0, _Custom(new, applies))
+        return apply
+
+    return register
+
+
+# --- What is known of an equation ----------------------------------------------------
+
+
+def custom_rule(equation: Equation, active: Collection[int]) -> Rule | None:
+    """The rule that was registered for an equation with some active operands."""
+    for entry in _CUSTOM.get(equation.primitive.name, []):
+        if entry.when(equation, active):
+            return entry.rule
+    return None
+
+
+def is_differentiable(equation: Equation) -> bool:
+    """Whether results differ at all when operands move a little."""
+    name = equation.primitive.name
+    is_constant = name in _PIECEWISE_CONSTANT and _is_real(equation)
+    return name != "stop_gradient" and not is_constant
+
+
+def is_linear(equation: Equation, active: Collection[int]) -> bool:
+    """Whether an operation is linear in the operands at the places `active`."""
+    name = equation.primitive.name
+    if is_bilinear(equation):
+        return len(active) <= 1
+    if name not in _LINEAR:
+        return not active
+    operands = _LINEAR[name]
+    return operands is None or set(active) <= set(operands)
+
+
+def is_bilinear(equation: Equation) -> bool:
+    """Whether an operation is linear in either operand while the other is constant."""
+    return equation.primitive.name in ("conv_general_dilated", "dot_general", "mul")
+
+
+def is_affine(equation: Equation, active: Sequence[int]) -> bool:
+    """Whether an operation that is linear may have a constant term besides: ``x + 1``.
+
+    It has one where such operands are constant, or where a gather fills in.
+    """
+    name = equation.primitive.name
+    if name == "gather":
+        return True
+    if is_bilinear(equation):
+        return False
+    operands = _LINEAR[name]
+    return any(
+        (operands is None or n in operands) and n not in active
+        for n, atom in enumerate(equation.invars)
+        if _is_inexact(atom)
+    )
+
+
+def is_piecewise_linear(equation: Equation) -> bool:
+    """Whether an operation is linear in all operands, almost everywhere."""
+    return equation.primitive.name in _PIECEWISE_LINEAR and _is_real(equation)
+
+
+def is_elementwise(equation: Equation) -> bool:
+    """Whether each entry of the result depends on the same entry of the operands."""
+    if equation.effects:
+        return False
+    if equation.primitive is primitives.custom_jvp_call_p:
+        inside = equation.params["call_jaxpr"]
+    else:
+        inside = compat.inlined(equation)
+    if inside is None:
+        return equation.primitive.name in _ELEMENTWISE
+    return all(map(is_elementwise, compat.open_jaxpr(inside).eqns))
+
+
+def is_known(equation: Equation) -> bool:
+    """Whether an operation was registered, or consists of such ones."""
+    name = equation.primitive.name
+    return (
+        is_elementwise(equation)
+        or is_bilinear(equation)
+        or name in _LINEAR
+        or name in _PIECEWISE_LINEAR
+    )
+
+
+# --- Masks, and derivatives that are infinite ----------------------------------------
+
+# What keeps the derivatives of some entries away from others, beside all that is
+# piecewise linear or unknown: a cotangent that is not finite may end here.
+_MASKING = frozenset(
+    [
+        "concatenate",
+        "dynamic_update_slice",
+        "gather",
+        "pad",
+        "scatter-add",
+        "select_n",
+        "stack",
+    ]
+)
+
+
+def may_mask(equation: Equation) -> bool:
+    """Whether the result may be constant at some entries where the operands move."""
+    name = equation.primitive.name
+    if name in ("concatenate", "pad", "stack"):
+        return not all(
+            _is_inexact(atom) and is_variable(atom) for atom in equation.invars
+        )
+    is_plain = name in _LINEAR or is_bilinear(equation) or name in _ELEMENTWISE
+    return name in _MASKING or name in _PIECEWISE_LINEAR or not is_plain
+
+
+def is_singular(equation: Equation, positive: Collection[Variable] = ()) -> bool:
+    """Whether an elementwise function has an infinite derivative at some number.
+
+    Args:
+      equation: the function.
+      positive: the variables that are greater than zero.
+    """
+    return any(
+        _ELEMENTWISE.get(e.primitive.name) and not _is_kept_away(e, positive)
+        for e in _elementary(equation)
+    )
+
+
+def has_power(equation: Equation) -> bool:
+    """Whether an elementwise function has to do with powers that are not whole."""
+    return any(e.primitive.name == "pow" for e in _elementary(equation))
+
+
+def _elementary(equation: Equation) -> list[Equation]:
+    """The equations that an equation consists of, if it is a function with a rule."""
+    if equation.primitive is not primitives.custom_jvp_call_p:
+        return [equation]
+    inside = compat.open_jaxpr(equation.params["call_jaxpr"])
+    return [e for inner in inside.eqns for e in _elementary_or_inlined(inner)]
+
+
+def _elementary_or_inlined(equation: Equation) -> list[Equation]:
+    inside = compat.inlined(equation)
+    if inside is None:
+        return _elementary(equation)
+    inner = compat.open_jaxpr(inside).eqns
+    return [e for x in inner for e in _elementary_or_inlined(x)]
+
+
+def _is_kept_away(equation: Equation, positive: Collection[Variable]) -> bool:
+    """Whether the number with the infinite derivative is out of reach."""
+    name, read = equation.primitive.name, equation.invars
+    if name == "integer_pow" and equation.params["y"] >= 0:
+        return True
+    if _ELEMENTWISE[name] != "zero":
+        return False
+    atom = read[1] if name == "div" else read[0]
+    return atom in positive if is_variable(atom) else name == "div"
+
+
+def _is_inexact(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
+
+
+def _is_real(equation: Equation) -> bool:
+    return not any(
+        jnp.issubdtype(atom.aval.dtype, np.complexfloating)
+        for atom in (*equation.invars, *equation.outvars)
+    )

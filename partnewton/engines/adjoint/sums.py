@@ -1,0 +1,198 @@
+"""Gradient, Hessian and third order of a problem, by one or several sweeps."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.adjoint.final import sweep_final
+from partnewton.engines.adjoint.op import Request
+from partnewton.engines.adjoint.problem import Leaves, Linearized, Problem
+from partnewton.engines.adjoint.program import Perturbations, Residuals
+from partnewton.engines.adjoint.support import bytes_of_a_row
+from partnewton.engines.adjoint.sweep import Jets, sweep
+from partnewton.engines.adjoint.tangent import Jet, Span, Tangent
+from partnewton.engines.adjoint.terms import placed
+
+__all__ = ["sums", "third_order_tensor"]
+
+_MOST_BYTES = 2**30  # of the tangents that one operation writes
+_CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
+
+
+def sums(
+    problem: Problem,
+    direction: Leaves,
+    point: Linearized,
+    third_order: bool,
+    batch_size: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Gradient (S,), hessian (S, S) and third (S,) or None.
+
+    Two subsets meet only if their tangents are there at the same time. So, where the
+    memory does not suffice for all at once, subsets come in blocks, each block with
+    each other one.
+
+    Args:
+      problem: the loss.
+      direction: of the leaves.
+      point: where the loss is linearised.
+      third_order: whether third is asked for.
+      batch_size: how many subsets move at once; by default as many as 1 GiB holds.
+    """
+    S, dtype = problem.partition.size, problem.partition.dtype
+    row = _bytes_of_a_row(problem)
+    request = Request(third_order, dtype)
+    shapes = [(S,), (S, S), (S,)]
+    found = [jnp.zeros(shape, dtype) for shape in shapes]
+    known = [np.zeros(shape, bool) for shape in shapes]
+    for subsets in _blocks(problem.order, batch_size or _MOST_BYTES // row):
+        moving = np.zeros(S, bool)
+        moving[subsets] = True
+        now = [moving, np.outer(moving, moving), moving]
+        new = [x & ~y for x, y in zip(now, known, strict=True)]
+        is_large = len(subsets) * row > _CACHED_BYTES
+        more = _sweep(problem, direction, point, subsets, request, is_large)
+        # Where the loss is not finite there is nothing to be measured.
+        value = point.outputs[0]
+        if not compat.varying_axes(value):
+            more = [jnp.where(jnp.isfinite(value), x, jnp.nan) for x in more]
+        columns = zip(new, more, found, strict=True)
+        found = [jnp.where(*column) for column in columns]
+        known = [x | y for x, y in zip(known, now, strict=True)]
+    gradient, hessian, third = found
+    return gradient, hessian, third if third_order else None
+
+
+def third_order_tensor(
+    problem: Problem, direction: Leaves, leaves: Leaves, batch_size: int | None
+) -> jax.Array:
+    """All of the third order, (S, S, S).
+
+    With M_s the derivative of the sum of all local products along
+    (xdot_s / 3, lambdadot_s), the tangents in these products being held fixed,
+
+        D3 L[u_s, u_t, u_r] = M_s[t, r] + M_t[s, r] + M_r[s, t].
+    """
+    partition = problem.partition
+    request = Request(False, partition.dtype, tangents_are_fixed=True)
+
+    def linearize(leaves: Leaves) -> tuple[Residuals, Perturbations]:
+        point = problem.linearize(leaves)
+        return point.residuals, point.cotangents
+
+    parts, treedef = jax.tree.flatten(linearize(leaves))
+    is_active = jax.tree.leaves(problem.program.is_active())
+    num_values = sum(is_active)
+    is_active += [True] * (len(parts) - len(is_active))  # the cotangents
+
+    def active_parts(leaves: Leaves) -> list[jax.Array]:
+        pairs = zip(jax.tree.leaves(linearize(leaves)), is_active, strict=True)
+        return [x for x, flag in pairs if flag]
+
+    def products(some: Sequence[jax.Array]) -> jax.Array:
+        rest = iter(some)
+        pairs = zip(parts, is_active, strict=True)
+        filled = [next(rest) if flag else x for x, flag in pairs]
+        residuals, cotangents = jax.tree.unflatten(treedef, filled)
+        point = Linearized([], residuals, cotangents, None)
+        return _sweep(problem, direction, point, problem.order, request)[1]
+
+    start, jvp = jax.linearize(active_parts, list(leaves))
+    _, along = jax.linearize(products, start)
+
+    def pass_of(s: jax.Array) -> jax.Array:
+        moved = jvp(partition.part(direction, s))
+        thirds = [x / 3 for x in moved[:num_values]]
+        return along([*thirds, *moved[num_values:]])
+
+    m = jax.lax.map(pass_of, jnp.arange(partition.size), batch_size=batch_size)
+    s, t, r = np.sort(np.indices(m.shape).reshape(3, -1), axis=0)
+    tensor = m[s, t, r] + m[t, s, r] + m[r, s, t]
+    return tensor.reshape(m.shape)  # read in sorted order: exactly symmetric
+
+
+def _sweep(
+    problem: Problem,
+    direction: Leaves,
+    point: Linearized,
+    subsets: Sequence[int],
+    request: Request,
+    one_by_one: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradient, hessian and third, zero wherever a subset that does not move is met."""
+    everyone = Span(0, len(subsets))
+    jets = _jets_of_leaves(problem, direction, subsets)
+    ops = enumerate(problem.program.ops)
+    terms = sweep(
+        ops, point.residuals, point.cotangents, jets, request, one_by_one=one_by_one
+    )
+    value = problem.program.outputs[0]
+    slope = jets.get(value, Jet()).first if is_variable(value) else None
+    if point.final:
+        slope, more = sweep_final(point.final, jets, request)
+        terms += more
+    gradient = placed(slope, everyone, request.dtype)
+    hessian, third = terms.total(everyone, request.dtype)
+    hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
+    return _spread(problem.partition.size, subsets, gradient, hessian, third)
+
+
+def _spread(
+    size: int, subsets: Sequence[int], *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Numbers by place among some subsets become numbers by subset."""
+    if len(subsets) == size:
+        back = np.argsort(subsets)
+        return tuple(x[np.ix_(*[back] * x.ndim)] for x in arrays)
+    places = np.array(subsets)
+    return tuple(
+        jnp.zeros((size,) * x.ndim, x.dtype).at[np.ix_(*[places] * x.ndim)].set(x)
+        for x in arrays
+    )
+
+
+def _jets_of_leaves(
+    problem: Problem, direction: Leaves, subsets: Sequence[int]
+) -> Jets:
+    """The direction at each leaf, a row for each subset that has a part in it."""
+    places = {s: n for n, s in enumerate(subsets)}
+    jets = {}
+    for v, u, label in zip(
+        problem.inputs, direction, problem.partition.labels, strict=True
+    ):
+        found = [places[s] for s in np.unique(label).tolist() if s in places]
+        if not found:
+            continue
+        start, stop = min(found), max(found) + 1
+        rows = u[None]
+        if isinstance(label, np.ndarray):
+            some = np.array(subsets[start:stop]).reshape(-1, *[1] * label.ndim)
+            rows = jnp.where(label == some, u, jnp.zeros_like(u))
+        jets[v] = Jet(Tangent(rows, start))
+    return jets
+
+
+def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The subsets of each sweep, in the order in which the loss meets them."""
+    S = len(order)
+    if batch_size >= S:
+        return [list(order)]
+    size = max(1, batch_size // 2)
+    blocks = [list(order[n : n + size]) for n in range(0, S, size)]
+    return [x + y for x, y in itertools.combinations(blocks, 2)]
+
+
+def _bytes_of_a_row(problem: Problem) -> int:
+    """What one subset takes where most tangents are alive; at least 1."""
+    place = {s: n for n, s in enumerate(problem.order)}
+    spans = {}
+    for v, label in zip(problem.inputs, problem.partition.labels, strict=True):
+        found = [place[s] for s in np.unique(label).tolist() if s in place]
+        if found:
+            spans[v] = Span(min(found), max(found) - min(found) + 1)
+    return bytes_of_a_row(problem.program, spans)

@@ -1,0 +1,87 @@
+"""Tangents forwards: jets from operation to operation, and the terms that these add."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.dataflow import values_of
+from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.program import Perturbations, Residuals
+from partnewton.engines.adjoint.tangent import Jet
+from partnewton.engines.adjoint.terms import Terms
+from partnewton.engines.compat import Variable
+
+__all__ = ["Jets", "OperationError", "passed", "sweep"]
+
+Jets = dict[Variable, Jet]  # of the variables that move
+
+
+class OperationError(Exception):
+    """jax cannot do with an operation by itself what its rule asks for."""
+
+    def __init__(self, op: Op):
+        self.op = op
+
+
+def sweep(
+    ops: Iterable[tuple[int, Op]],
+    residuals: Residuals,
+    cotangents: Perturbations,
+    jets: Jets,
+    request: Request,
+    *,
+    one_by_one: bool = False,
+) -> Terms:
+    """Passes jets through some operations.
+
+    Args:
+      ops: the operations with their numbers in the program.
+      residuals: the values at their inputs.
+      cotangents: at the outputs of the curved ones, by number.
+      jets: of what the operations read; those of what they write are entered.
+      request: what is asked for.
+      one_by_one: whether each curved operation is compiled by itself.
+
+    Returns:
+      The terms of all operations.
+
+    Raises:
+      OperationError: jax refuses what a rule asks for.
+    """
+    terms = Terms()
+    for n, op in ops:
+        if op.rule is None or not any(v in jets for v in op.read):
+            continue
+        primals = values_of(op.inputs, residuals.values)
+        if op.loop:
+            primals = [*primals, residuals.loops[n]]
+        some = [jets.get(v, Jet()) for v in op.read]
+        by_itself = one_by_one and op.is_curved
+        found, more = passed(op, primals, cotangents.get(n), some, request, by_itself)
+        terms += more
+        jets.update((v, x) for v, x in zip(op.written, found, strict=True) if x.first)
+    return terms
+
+
+def passed(
+    op: Op,
+    primals: Sequence[Any],
+    cotangents: Any,
+    jets: Sequence[Jet],
+    request: Request,
+    by_itself: bool = False,
+) -> tuple[list[Jet], Terms]:
+    """The jets of the active outputs of one operation, and its terms."""
+
+    def run() -> tuple[list[Jet], Terms]:
+        return op.rule.apply(op, primals, cotangents, jets, request)
+
+    try:
+        found, terms = (lowerings.outlined(run) if by_itself else run)()
+    except Exception as error:  # jax has no common class for what it refuses
+        raise OperationError(op) from error
+    if request.tangents_are_fixed:
+        found = jax.lax.stop_gradient(found)
+    return found, terms

@@ -1,0 +1,135 @@
+"""What operations add to the derivatives of the loss, kept until all is placed at once.
+
+A rule returns terms and changes nothing: terms of several operations are joined by `+`,
+and :meth:`Terms.total` makes the S x S matrix and the S numbers of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton.engines import compat
+from partnewton.engines.adjoint.inner import gram
+from partnewton.engines.adjoint.tangent import Span, Tangent
+
+__all__ = ["Terms", "over_all_devices", "placed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Numbers, by subsets.
+
+    Attributes:
+      values: an array with an axis for each span.
+      spans: the subsets of each axis.
+      factor: what the numbers are multiplied by.
+    """
+
+    values: jax.Array
+    spans: tuple[Span, ...]
+    factor: float = 1.0
+
+    @property
+    def is_static(self) -> bool:
+        return all(span.is_static for span in self.spans)
+
+    def places(self, within: Span) -> np.ndarray:
+        """Where the numbers are in an array of the subsets of a span, raveled."""
+        index = [np.arange(x.start, x.stop) - within.start for x in self.spans]
+        shape = (within.count,) * len(self.spans)
+        return np.ravel_multi_index(np.ix_(*index), shape).astype(np.int32).ravel()
+
+
+jax.tree_util.register_dataclass(
+    _Block, data_fields=["values"], meta_fields=["spans", "factor"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """Terms of the Hessian and of the diagonal of the third order.
+
+    Attributes:
+      hessian: blocks with two axes; the symmetric part of their sum counts.
+      third: blocks with one axis.
+    """
+
+    hessian: tuple[_Block, ...] = ()
+    third: tuple[_Block, ...] = ()
+
+    @classmethod
+    def of_hessian(
+        cls,
+        left: Tangent,
+        right: Tangent,
+        *,
+        weight: jax.Array | None = None,
+        factor: float = 1.0,
+    ) -> "Terms":
+        """The products sum_i weight_i left_si right_ti, of which the symmetric part
+        counts."""
+        values = over_all_devices(gram(left.values, right.values, weight))
+        return cls(hessian=(_Block(values, (left.span, right.span), factor),))
+
+    @classmethod
+    def of_third(cls, span: Span, values: jax.Array, *, factor: float = 1.0) -> "Terms":
+        """A number for each of some subsets."""
+        return cls(third=(_Block(over_all_devices(values), (span,), factor),))
+
+    @classmethod
+    def of_totals(cls, span: Span, hessian: jax.Array, third: jax.Array) -> "Terms":
+        """Sums over the subsets of a span, from :meth:`total`."""
+        return cls((_Block(hessian, (span, span)),), (_Block(third, (span,)),))
+
+    def __add__(self, other: "Terms") -> "Terms":
+        return Terms(self.hessian + other.hessian, self.third + other.third)
+
+    def total(self, span: Span, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+        """The sums of all terms over the subsets of a span: S x S, and S."""
+        return _total(self.hessian, 2, span, dtype), _total(self.third, 1, span, dtype)
+
+
+jax.tree_util.register_dataclass(
+    Terms, data_fields=["hessian", "third"], meta_fields=[]
+)
+
+
+def placed(tangent: Tangent | None, span: Span, dtype: np.dtype) -> jax.Array:
+    """The rows of a scalar as numbers, one for each subset of a span."""
+    if tangent is None:
+        return jnp.zeros(span.count, dtype)
+    return _total([_Block(tangent.values.real, (tangent.span,))], 1, span, dtype)
+
+
+def _total(
+    blocks: Sequence[_Block], ndim: int, span: Span, dtype: np.dtype
+) -> jax.Array:
+    shape = (span.count,) * ndim
+    total = jnp.zeros(math.prod(shape), dtype)
+    known = [block for block in blocks if block.is_static]
+    for factor in sorted({block.factor for block in known}):
+        some = [block for block in known if block.factor == factor]
+        places = np.concatenate([block.places(span) for block in some])
+        values = jnp.concatenate([block.values.ravel().astype(dtype) for block in some])
+        total = total.at[places].add(factor * values, mode="promise_in_bounds")
+    total = total.reshape(shape)
+    for block in blocks:
+        if not block.is_static:
+            start = [
+                x.start - span.start if x.is_static else x.start.index
+                for x in block.spans
+            ]
+            old = jax.lax.dynamic_slice(total, start, block.values.shape)
+            new = old + block.factor * block.values.astype(dtype)
+            total = jax.lax.dynamic_update_slice(total, new, start)
+    return total
+
+
+def over_all_devices(x: jax.Array) -> jax.Array:
+    """The sum over the devices of a `shard_map`, as far as they have their own."""
+    axes = compat.varying_axes(x)
+    return jax.lax.psum(x, axes) if axes else x
