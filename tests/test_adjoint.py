@@ -22,7 +22,7 @@ from support.selection import some
 
 import partnewton as pn
 from partnewton.engines import compat
-from partnewton.engines.adjoint import inner, registry, sums
+from partnewton.engines.adjoint import inner, registry, sweeps
 from partnewton.engines.adjoint.build import program_of
 from partnewton.engines.adjoint.lowerings import (
     convolutions,
@@ -543,8 +543,8 @@ def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
     found = set()
     for equation in compat.open_jaxpr(jaxpr).eqns:
         found.update(v.aval.shape for v in equation.outvars)
-        for inner in core.jaxprs_in_params(equation.params):
-            found |= shapes_in(inner)
+        for inside in core.jaxprs_in_params(equation.params):
+            found |= shapes_in(inside)
     return found
 
 
@@ -608,7 +608,7 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
             return quick_jit(compute)(problem.params, problem.direction), calls
 
         expected, fused = summary_and_calls()
-        monkeypatch.setattr(sums, "_CACHED_BYTES", 0)
+        monkeypatch.setattr(sweeps, "_CACHED_BYTES", 0)
         monkeypatch.setattr(memory, "_LARGE", 0)
         found, apart = summary_and_calls()
     assert (apart > fused + 5) == (jax.default_backend() == "cpu")
@@ -619,7 +619,7 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[0]))
 def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
-    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sweeps, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
@@ -634,7 +634,7 @@ def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[2**23]))
 def test_where_the_loss_is_not_finite_all_is_nan(cached, monkeypatch):
-    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sweeps, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         return dense_loss(params) / 0.0

@@ -30,7 +30,7 @@ import jax
 
 from partnewton.engines import jvp_of_grad
 from partnewton.engines.adjoint.problem import Problem, ReverseModeError
-from partnewton.engines.adjoint.sums import sums, third_order_tensor
+from partnewton.engines.adjoint.sweeps import sums_along, third_order_tensor
 from partnewton.partitions import Partition
 
 __all__ = ["derivative_tensors", "summarize"]
@@ -86,7 +86,7 @@ def _summarize(
 
     def compute() -> tuple:
         point = problem.linearize(leaves)
-        return point.outputs, *sums(problem, direction, point, *options)
+        return point.outputs, *sums_along(problem, direction, point, *options)
 
     return problem.attempted(compute)
 
@@ -112,7 +112,7 @@ def derivative_tensors(
             if order == 3 and problem.program.final:
                 return None
             point = problem.linearize(leaves)
-            *tensors, _ = sums(problem, direction, point, False, batch_size)
+            *tensors, _ = sums_along(problem, direction, point, False, batch_size)
             if order == 3:
                 third = third_order_tensor(problem, direction, leaves, batch_size)
                 tensors.append(third)

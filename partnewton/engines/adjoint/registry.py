@@ -115,7 +115,7 @@ def rule(
     """
 
     def register(apply: Apply) -> Apply:
-        new = Rule(names[0], apply, is_curved)
+        new = Rule(apply.__name__, apply, is_curved)
         for name in names:
             applies = when or (lambda equation, active: True)
             _CUSTOM.setdefault(name, []).insert(0, _Custom(new, applies))

@@ -18,13 +18,13 @@ from partnewton.engines.adjoint.sweep import Jets, sweep
 from partnewton.engines.adjoint.tangent import Jet, Span, Tangent
 from partnewton.engines.adjoint.terms import placed
 
-__all__ = ["sums", "third_order_tensor"]
+__all__ = ["sums_along", "third_order_tensor"]
 
 _MOST_BYTES = 2**30  # of the tangents that one operation writes
 _CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
 
 
-def sums(
+def sums_along(
     problem: Problem,
     direction: Leaves,
     point: Linearized,
