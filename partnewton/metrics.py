@@ -1,10 +1,11 @@
 """What to read from a state: learning rates and metrics under names."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
 
-from partnewton._extra_args import states_of
 from partnewton.lookback import ScaleByLookbackState
 from partnewton.transform import ScaleByPartitionNewtonState
 
@@ -82,7 +83,7 @@ def metrics(
       9.0 0.5 72.0
     """
     ours = _only_state(state)
-    factors = [x.factor for x in states_of(ScaleByLookbackState, state)]
+    factors = [x.factor for x in _states_of(ScaleByLookbackState, state)]
     leading = np.ndim(ours.learning_rates) - 1  # axes of an ensemble
     numbers = {
         name: x
@@ -101,8 +102,27 @@ def metrics(
     )
 
 
+def _states_of(kind: type, state: optax.OptState) -> list[Any]:
+    """All states of a NamedTuple type, wherever in `state` they are.
+
+    The optimizer of nnx stores each array of its state in a variable; these are
+    replaced by the arrays.
+    """
+    found = optax.tree.get_all_with_path(state, kind.__name__)
+    return [jax.tree.map(_unwrap, x, is_leaf=_is_variable) for _, x in found]
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether this is an nnx variable, without an import of flax."""
+    return hasattr(node, "get_value") and hasattr(node, "get_metadata")
+
+
+def _unwrap(leaf: Any) -> Any:
+    return leaf.get_value() if _is_variable(leaf) else leaf
+
+
 def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
-    found = states_of(ScaleByPartitionNewtonState, state)
+    found = _states_of(ScaleByPartitionNewtonState, state)
     if len(found) != 1:
         raise ValueError(
             "state must contain exactly one ScaleByPartitionNewtonState, found "

@@ -29,11 +29,11 @@ from partnewton.summary import Summary
 __all__ = [
     "Proposal",
     "Rule",
-    "above_rounding",
     "cubic",
     "diagonal",
     "newton",
     "robust",
+    "with_noise_floor",
 ]
 
 
@@ -189,8 +189,8 @@ def robust(
     damping: jax.typing.ArrayLike = 1.0,
     *,
     floor: jax.typing.ArrayLike = 1.0,
-    alike: jax.typing.ArrayLike = 0.0,
-    spread: jax.typing.ArrayLike = 5.0,
+    shrinkage: jax.typing.ArrayLike = 0.0,
+    max_ratio: jax.typing.ArrayLike = 5.0,
     nonnegative: bool = True,
 ) -> Rule:
     """The cubic model with a curvature that is nowhere negative and a D nowhere small.
@@ -221,7 +221,7 @@ def robust(
     the minimum of the same model at eta = t (1, ..., 1), in the units of the direction
     (see `normalize` of :func:`partnewton.scale_by_partition_newton`):
 
-        eta_s <- min((1 - alike) eta_s + alike t, spread t).
+        eta_s <- min((1 - shrinkage) eta_s + shrinkage t, max_ratio t).
 
     The model is convex: the mean of two points promises no less than the mean of what
     they promise. Where there is no curvature along it at all, t = 1, for backtracking
@@ -230,8 +230,9 @@ def robust(
     Args:
       damping: the factor of the third-order term, not negative.
       floor: how large D is at least, not negative; 0 for the third order alone.
-      alike: the weight of the step in which all rates are alike, from 0 to 1.
-      spread: how many times that a rate is at most; counts where `alike` is not 0.
+      shrinkage: the weight t of the common rate, from 0 to 1.
+      max_ratio: upper bound on each rate, as a multiple of the common rate; ignored if
+        `shrinkage` is 0.
       nonnegative: whether negative learning rates are set to zero.
 
     Returns:
@@ -240,7 +241,7 @@ def robust(
       or those that are alike.
 
     Raises:
-      ValueError: a negative damping, floor, `alike` or `spread`.
+      ValueError: a negative damping, floor, `shrinkage` or `max_ratio`.
 
     Example:
       >>> hessian = jnp.diag(jnp.array([2.0, -2.0]))
@@ -250,10 +251,10 @@ def robust(
     """
     _check_not_negative("damping", damping)
     _check_not_negative("floor", floor)
-    _check_not_negative("alike", alike)
-    _check_not_negative("spread", spread)
+    _check_not_negative("shrinkage", shrinkage)
+    _check_not_negative("max_ratio", max_ratio)
 
-    draws = not (isinstance(alike, int | float) and alike == 0)
+    shrinks = not (isinstance(shrinkage, int | float) and shrinkage == 0)
     always_damped = isinstance(damping, int | float) and damping > 0
 
     def rule(summary: Summary) -> Proposal:
@@ -291,15 +292,15 @@ def robust(
             slope, curvature, square = reduce_together(sums=(slopes, z * image, z * z))
             return slope, curvature, strength * square * _sqrt(square)
 
-        if draws:
+        if shrinks:
             slope, curvature, cubic = model(g / of_b / of_D, D / of_D)
             t, is_bounded = _positive_root(jnp.maximum(slope, 0), curvature, cubic)
             # Without anything that bounds the step with all rates alike, it is 1.
             t = jnp.where(is_bounded, (unit / of_D) * t, 1)
             t = jnp.where(slope > 0, t, 0)
-            drawn = (1 - alike) * eta + jnp.where(is_live, alike * t, 0)
-            drawn = jnp.where(t > 0, jnp.minimum(drawn, spread * t), drawn)
-            eta = jnp.where(alike > 0, drawn, eta)
+            shrunk = (1 - shrinkage) * eta + jnp.where(is_live, shrinkage * t, 0)
+            shrunk = jnp.where(t > 0, jnp.minimum(shrunk, max_ratio * t), shrunk)
+            eta = jnp.where(shrinkage > 0, shrunk, eta)
         eta = jnp.where(valid, eta, 0)
         slopes, z = (jnp.where(valid, x, 0) * eta / unit for x in (g / of_b, D))
         slope, curvature, cubic = model(slopes, z)
@@ -312,43 +313,43 @@ def robust(
     return rule
 
 
-def above_rounding(rule: Rule, units: jax.typing.ArrayLike = 64.0) -> Rule:
+def with_noise_floor(rule: Rule, eps_multiple: jax.typing.ArrayLike = 64.0) -> Rule:
     """A rule that does not see subsets whose slope is lost in rounding.
 
     The bias of a layer that a batch normalisation follows changes nothing: its
     gradient is rounding, its curvature too, and the quotient of the two is a rate that
     may have any size. Where
 
-        |gradient_s| <= units * epsilon * max_t |gradient_t|,
+        |gradient_s| <= eps_multiple * eps * max_t |gradient_t|,
 
-    with epsilon that of the dtype of the summary, the subset counts as one without
+    with eps that of the dtype of the summary, the subset counts as one without
     gradient, curvature and third order. It compares slopes of different subsets, so
     directions should have unit norms, see
     `normalize` of :func:`partnewton.scale_by_partition_newton`.
 
     Args:
       rule: what is given the summary.
-      units: how many units of rounding make a slope.
+      eps_multiple: the threshold, as a multiple of eps.
 
     Returns:
       A rule.
 
     Raises:
-      ValueError: a negative number of units.
+      ValueError: a negative `eps_multiple`.
 
     Example:
       >>> gradient, hessian = jnp.array([1.0, 1e-8]), jnp.array([1.0, 1e-20])
       >>> summary = Summary(jnp.array(1.0), gradient, jnp.diag(hessian), None)
       >>> print(bool(newton()(summary).learning_rates[1] > 1e11))
       True
-      >>> print(above_rounding(newton())(summary).learning_rates)
+      >>> print(with_noise_floor(newton())(summary).learning_rates)
       [1. 0.]
     """
-    _check_not_negative("units", units)
+    _check_not_negative("eps_multiple", eps_multiple)
 
     def seen_by(summary: Summary) -> Proposal:
         slope = jnp.abs(summary.gradient)
-        least = units * jnp.finfo(slope.dtype).eps * jnp.max(slope)
+        least = eps_multiple * jnp.finfo(slope.dtype).eps * jnp.max(slope)
         seen = ~(slope <= least) | (jnp.max(slope) == 0)
         third = summary.third
         return rule(

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from partnewton import engines, partitions
-from partnewton._extra_args import explained
+from partnewton._error_hints import with_error_hints
 
 __all__ = ["Summary", "derivative_tensors", "summarize"]
 
@@ -201,7 +200,9 @@ class _Problem:
         partition = param_labels
         if not isinstance(partition, partitions.Partition):
             partition = partitions.partition_of(params, param_labels)
-        directions = checked_direction(direction, params, partition=partition)
+        directions = partitions.checked_direction(
+            direction, params, partition=partition
+        )
         everything, treedef = jax.tree.flatten(params)
         active = partition.active
         _check_equal_on_all_devices("params", [everything[i] for i in active])
@@ -211,7 +212,9 @@ class _Problem:
             filled = list(everything)
             for i, leaf in zip(active, leaves, strict=True):
                 filled[i] = leaf
-            result = explained(value_fn, params)(jax.tree.unflatten(treedef, filled))
+            result = with_error_hints(value_fn, params)(
+                jax.tree.unflatten(treedef, filled)
+            )
             return _checked_loss(result, has_aux)
 
         self.loss = loss
@@ -226,35 +229,6 @@ class _Problem:
                 )
             self.direction.append(u.astype(leaf.dtype))
         self.partition = partition.of_active()
-
-
-def checked_direction(
-    direction: PyTree,
-    params: PyTree,
-    name: str = "direction",
-    partition: partitions.Partition | None = None,
-) -> list[Any]:
-    """The leaves of `direction`, if they have the paths and shapes of `params`.
-
-    What stands in the place of a leaf that `partition` freezes may have any shape and
-    type, such as the `float0` that jax makes gradients of integers.
-    """
-    leaves, treedef = jax.tree.flatten(direction)
-    likes, params_treedef = jax.tree.flatten(params)
-    if treedef != params_treedef:
-        theirs, ours = partitions.leaf_names(direction), partitions.leaf_names(params)
-        for missing in [path for path in ours if path not in theirs]:
-            raise ValueError(f"{name} has no leaf {missing!r}, but params has one.")
-        for extra in [path for path in theirs if path not in ours]:
-            raise ValueError(f"{name} has a leaf {extra!r}, but params has none.")
-    frozen = set() if partition is None else {*range(len(leaves))} - {*partition.active}
-    for i, (u, leaf) in enumerate(zip(leaves, likes, strict=True)):
-        if i not in frozen and np.shape(u) != np.shape(leaf):
-            raise ValueError(
-                f"{name}: the leaf {partitions.leaf_names(params)[i]!r} has shape "
-                f"{np.shape(u)}, but in params it has shape {np.shape(leaf)}."
-            )
-    return leaves
 
 
 def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:

@@ -1,4 +1,4 @@
-"""How far a step may go: a share of the size of what it moves."""
+"""How far a step may go: a fraction of the size of the parameters."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ import optax
 
 from partnewton import partitions
 from partnewton._checks import check_number
-from partnewton.summary import checked_direction
 
 __all__ = ["ClipByParameterRmsState", "clip_by_parameter_rms"]
 
@@ -18,26 +17,26 @@ class ClipByParameterRmsState(NamedTuple):
     """The state of :func:`clip_by_parameter_rms`.
 
     Attributes:
-      size: what each subset is compared with, its largest root mean square so far;
-        shape (S,).
+      reference_rms: the largest root mean square so far that each subset is compared
+        with, shape (S,).
     """
 
-    size: jax.Array
+    reference_rms: jax.Array
 
 
 def clip_by_parameter_rms(
-    share: jax.typing.ArrayLike = 0.01,
+    max_ratio: jax.typing.ArrayLike = 0.01,
     *,
     param_labels: partitions.ParamLabels | None = None,
 ) -> optax.GradientTransformation:
-    """Clip the step of each subset to a share of the size of its parameters.
+    """Clip the step of each subset to a fraction of the size of its parameters.
 
     A model of second or third order is true nearby. How near is not for it to say: it
     does not see what is piecewise, a relu or a hinge, nor what the next batches will
     want. With rms(x) the root mean square of the entries of a subset, and size_s the
     largest so far of rms(theta_s) and of the root mean square of all that move,
 
-        u_s <- u_s * min(1, share * size_s / rms(u_s)).
+        u_s <- u_s * min(1, max_ratio * size_s / rms(u_s)).
 
     Behind :func:`partnewton.partition_newton` it keeps weights from growing where steps
     that lower the loss of a batch make them large, as networks of relus do on labels
@@ -45,11 +44,12 @@ def clip_by_parameter_rms(
 
     So a tensor that starts from zero, a bias, is compared with the others, and a number
     on its way through zero with what it was. Where all parameters are zero there is
-    nothing to compare with: then the longest of the first steps is taken to be the
-    share.
+    nothing to compare with: then the longest of the first steps defines the
+    size.
 
     Args:
-      share: how long a step is at most, relative to the parameters; positive.
+      max_ratio: upper bound on the RMS of a step, relative to that of the parameters;
+        positive.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
 
@@ -58,8 +58,8 @@ def clip_by_parameter_rms(
       :class:`ClipByParameterRmsState`; its update function needs `params`.
 
     Raises:
-      ValueError: a `share` that is not positive; from `update`, at trace time, if an
-        argument does not fit.
+      ValueError: `max_ratio` is not positive; from `update`, at trace time: an argument
+        does not fit.
 
     Example:
       >>> tx = clip_by_parameter_rms(0.1)
@@ -75,7 +75,7 @@ def clip_by_parameter_rms(
       and Simonyan, arXiv 2102.06171, as in :func:`optax.adaptive_grad_clip`.
     """
     param_labels = partitions.per_tensor if param_labels is None else param_labels
-    check_number("share", share, strict=True)
+    check_number("max_ratio", max_ratio, strict=True)
 
     def init_fn(params: optax.Params) -> ClipByParameterRmsState:
         if partitions.is_placeholder(params):
@@ -91,7 +91,7 @@ def clip_by_parameter_rms(
         if params is None:
             raise ValueError("params: clip_by_parameter_rms needs the parameters.")
         partition = partitions.partition_of(params, param_labels)
-        leaves = checked_direction(updates, params, "updates", partition)
+        leaves = partitions.checked_direction(updates, params, "updates", partition)
         counts = np.asarray(partition.counts(leaves), partition.dtype)
 
         def squares(leaves: list) -> jax.Array:
@@ -100,15 +100,17 @@ def clip_by_parameter_rms(
 
         own = squares(jax.tree.leaves(params))
         lengths = jnp.sqrt(squares(leaves) / counts)
-        moves = lengths > 0
-        number = jnp.sum(jnp.where(moves, counts, 0))
-        pooled = jnp.sum(jnp.where(moves, own, 0)) / jnp.maximum(number, 1)
+        is_active = lengths > 0
+        number = jnp.sum(jnp.where(is_active, counts, 0))
+        pooled = jnp.sum(jnp.where(is_active, own, 0)) / jnp.maximum(number, 1)
         now = jnp.sqrt(jnp.maximum(own / counts, pooled))
-        size = jnp.maximum(state.size, jnp.where(jnp.isfinite(now), now, 0))
-        size = jnp.where(jnp.any(size > 0), size, jnp.max(lengths, initial=0) / share)
-        size = size.astype(state.size.dtype)
+        size = jnp.maximum(state.reference_rms, jnp.where(jnp.isfinite(now), now, 0))
+        size = jnp.where(
+            jnp.any(size > 0), size, jnp.max(lengths, initial=0) / max_ratio
+        )
+        size = size.astype(state.reference_rms.dtype)
 
-        longest = share * size
+        longest = max_ratio * size
         is_longer = lengths > longest
         factors = jnp.where(is_longer, longest / jnp.where(is_longer, lengths, 1), 1)
         clipped = partition.scaled(leaves, factors)

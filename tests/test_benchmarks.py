@@ -458,8 +458,8 @@ def test_variants_are_compared_with_adam_and_with_the_defaults():
         "a": {"adam_c": entry(0.1), "partition_newton": entry(0.01)},
         "b": {"adam_c": entry(0.1), "partition_newton": entry(0.2)},
     }
-    results["a"]["alike=0"] = entry(0.4)
-    results["b"]["alike=0"] = entry(0.1)
+    results["a"]["shrinkage=0"] = entry(0.4)
+    results["b"]["shrinkage=0"] = entry(0.1)
     text = training_report.markdown(results)
     assert "| partition_newton | 0.447 | 1 of 2 | 1 (a) | 1 (a) |" in text
-    assert "| alike=0 | 2 | 1 of 2 | 40 (a) | 0.5 (b) |" in text
+    assert "| shrinkage=0 | 2 | 1 of 2 | 40 (a) | 0.5 (b) |" in text

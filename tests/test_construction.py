@@ -26,8 +26,8 @@ WRONG_CALLS = {
     "scale_by_partition_newton('cubic')": (TypeError, "rule must be a function"),
     "scale_by_partition_newton(average='ema')": (TypeError, "average must be an av"),
     "scale_by_lookback('0.2')": (TypeError, "rate must be a number"),
-    "clip_by_parameter_rms('0.1')": (TypeError, "share must be a number"),
-    "clip_by_parameter_rms(0)": (ValueError, "share must be positive"),
+    "clip_by_parameter_rms('0.1')": (TypeError, "max_ratio must be a number"),
+    "clip_by_parameter_rms(0)": (ValueError, "max_ratio must be positive"),
     "directions.skip_nonfinite(optax.adam)": (TypeError, "direction must be an optax"),
     "directions.equilibrated('adam')": (TypeError, "direction must be an optax"),
 }

@@ -9,8 +9,7 @@ from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.partitions import FROZEN, partition_of
-from partnewton.summary import checked_direction
+from partnewton.partitions import FROZEN, checked_direction, partition_of
 
 ENGINES = ["adjoint", "jvp_of_grad"]
 

@@ -14,7 +14,7 @@ from flax.training import train_state
 
 import partnewton as pn
 from partnewton import _checks, averaging, partitions, rules
-from partnewton._extra_args import explained
+from partnewton._error_hints import with_error_hints
 
 PARAMS = {"body": jnp.array([1.0, 2.0]), "head": {"bias": jnp.array([0.5, 0.5])}}
 
@@ -51,7 +51,7 @@ BODY = {"body": True, "head": False}
 @pytest.mark.parametrize("labels", [None, {"body": "body", "head": "head"}])
 def test_masks_that_hide_leaves_from_the_loss_are_explained(wrapped, labels):
     tx = wrapped(pn.scale_by_partition_newton(param_labels=labels))
-    told = r"lack the leaf 'head.*MaskedNode.*FROZEN"
+    told = r"without the leaf 'head.*MaskedNode.*FROZEN"
     with pytest.raises(ValueError, match=told) as raised:
         update(tx)
     assert len(str(raised.value)) < 400
@@ -127,9 +127,9 @@ def test_other_errors_of_a_loss_are_left_as_they_are():
         raise KeyError("x")
 
     with pytest.raises(KeyError) as raised:
-        explained(broken, PARAMS)(PARAMS)
+        with_error_hints(broken, PARAMS)(PARAMS)
     assert not hasattr(raised.value, "__notes__")
-    assert explained(loss, PARAMS)(PARAMS) == loss(PARAMS)
+    assert with_error_hints(loss, PARAMS)(PARAMS) == loss(PARAMS)
 
 
 def test_an_error_is_explained_once():
@@ -137,7 +137,7 @@ def test_an_error_is_explained_once():
         raise TypeError("'State' object is not callable")
 
     state = nnx.state(_Network(nnx.Rngs(0)), nnx.Param)
-    twice = explained(explained(broken, state), state)
+    twice = with_error_hints(with_error_hints(broken, state), state)
     with pytest.raises(TypeError) as raised:
         twice(state)
     assert len(raised.value.__notes__) == 1
@@ -207,7 +207,7 @@ def test_a_rule_is_a_function_of_a_summary(value, told):
 
 
 def test_rules_of_every_kind_are_taken():
-    for rule in (rules.cubic(), rules.above_rounding(rules.robust()), lambda s: s):
+    for rule in (rules.cubic(), rules.with_noise_floor(rules.robust()), lambda s: s):
         _checks.check_rule(rule)
 
 

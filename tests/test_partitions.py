@@ -499,7 +499,7 @@ def test_inner_products_are_taken_on_each_subset():
 def test_parts_are_the_leaves_on_one_subset_and_zero_elsewhere():
     _, partition = mixed_partition()
     xs = random_leaves(0)
-    parts = jax.vmap(lambda s: partition.part(xs, s))(jnp.arange(3))
+    parts = jax.vmap(lambda s: partition.restrict(xs, s))(jnp.arange(3))
     for x, part, n in zip(xs, parts, MIXED_NUMBERS, strict=True):
         for s in range(3):
             np.testing.assert_array_equal(part[s], np.where(np.array(n) == s, x, 0))
@@ -507,9 +507,9 @@ def test_parts_are_the_leaves_on_one_subset_and_zero_elsewhere():
 
 def test_values_are_spread_to_the_entries_of_their_subset():
     _, partition = mixed_partition()
-    spread = partition.spread(jnp.array([10.0, 20.0, 30.0]))
+    values = partition.broadcast_to_leaves(jnp.array([10.0, 20.0, 30.0]))
     table = np.array([10.0, 20.0, 30.0, 0.0])
-    for x, n in zip(spread, MIXED_NUMBERS, strict=True):
+    for x, n in zip(values, MIXED_NUMBERS, strict=True):
         np.testing.assert_array_equal(np.broadcast_to(x, np.shape(n)), table[n])
 
 

@@ -89,7 +89,7 @@ def test_partition_newton_is_a_chain_of_four():
         optax.scale(-1.0),
         pn.scale_by_partition_newton(
             normalize="rms",
-            rule=rules.above_rounding(rules.robust(alike=0.5)),
+            rule=rules.with_noise_floor(rules.robust(shrinkage=0.5)),
             update_interval=3,
             average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
             backtracking=30,

@@ -20,6 +20,7 @@ nested dict of labels serves a dict, a Flax linen params dict and an `nnx.State`
 Everything here is computed at trace time, from structure and shapes alone.
 """
 
+from partnewton.partitions.direction import checked_direction as checked_direction
 from partnewton.partitions.labels import ParamLabels as ParamLabels
 from partnewton.partitions.labels import partition_of as partition_of
 from partnewton.partitions.labels import subset_names

@@ -47,12 +47,14 @@ class Partition:
         labels = tuple(self.labels[i] for i in self.active)
         return dataclasses.replace(self, labels=labels)
 
-    def part(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
+    def restrict(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
         """The leaves on subset `s`, zero elsewhere; `s` may be traced."""
         return [
             jnp.where(sharded_like(x, label == s), x, jnp.zeros_like(x))
             for x, label in zip(leaves, self.labels, strict=True)
         ]
+
+    part = restrict  # the engines' name for it
 
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
         """The inner products <x, y> on each subset, (S,)."""
@@ -83,16 +85,16 @@ class Partition:
                 result[label] += np.size(x)
         return result[:-1]
 
-    def spread(self, values: jax.Array) -> list[jax.Array]:
+    def broadcast_to_leaves(self, values: jax.Array) -> list[jax.Array]:
         """`values` (S,) at the entries of each leaf: () or the leaf's shape."""
 
-        def spread(values: jax.Array) -> list[jax.Array]:
+        def broadcast(values: jax.Array) -> list[jax.Array]:
             padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1
             return [padded[label] for label in self.labels]
 
         # By itself: kernels that read scalars, and no place in a vector, are equal for
         # leaves of equal shapes, and equal kernels are compiled once.
-        return versions.apart(spread)(values)
+        return versions.apart(broadcast)(values)
 
     def take(self, tree: Any) -> Any:
         """A tree like the parameters with None in the place of frozen leaves.
@@ -136,7 +138,7 @@ class Partition:
         """
         scaled = []
         likes = updates if params is None else params
-        columns = updates, likes, self.spread(values), self.labels
+        columns = updates, likes, self.broadcast_to_leaves(values), self.labels
         for u, like, value, label in zip(*columns, strict=True):
             if is_frozen(label):
                 scaled.append(zeros_of_frozen(like))
