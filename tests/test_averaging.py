@@ -120,14 +120,14 @@ def test_the_size_of_the_third_order_is_averaged_on_request():
 @pytest.mark.parametrize("period", [1, 2, 3])
 def test_the_uniform_average_is_the_mean_over_the_older_of_two_windows(period, third):
     seen = summaries(8, third)
-    begin_used = begin_filling = 0  # the windows as lists of what they have seen
+    begin_current = begin_following = 0  # the windows as lists of what they have seen
     for n, mean in enumerate(
         averages(averaging.uniform(period, warm_up=0), seen), start=1
     ):
         if n % period == 0:
-            begin_used, begin_filling = begin_filling, n
+            begin_current, begin_following = begin_following, n
         expected = jax.tree.map(
-            lambda *xs: np.mean(np.stack(xs), 0), *seen[begin_used:n]
+            lambda *xs: np.mean(np.stack(xs), 0), *seen[begin_current:n]
         )
         assert_close(mean, expected)
 

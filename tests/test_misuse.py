@@ -198,6 +198,7 @@ def test_a_number_is_no_string_and_not_too_small():
         ("cubic", "the string 'cubic'"),
         (3, "3, a int"),
         (rules.cubic, r"rule=rules.cubic\(\.\.\.\)"),
+        (rules.Rule, r"rule=rules.Rule\(\.\.\.\)"),
         (rules.robust, r"rule=rules.robust\(\.\.\.\)"),
     ],
 )

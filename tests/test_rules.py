@@ -308,6 +308,7 @@ def test_only_newton_does_without_the_third_order():
     assert rules.needs_third_order(rules.diagonal())
     assert not rules.needs_third_order(rules.newton())
     assert rules.needs_third_order(lambda summary: None)
+    assert not rules.needs_third_order(rules.Rule(lambda summary: None, False))
 
 
 # --- robust ----------------------------------------------------------------------

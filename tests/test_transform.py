@@ -274,8 +274,7 @@ def test_a_rule_of_ones_own_takes_ten_lines():
         rates = jnp.full_like(summary.gradient, eta)
         return rules.Proposal(rates, 0.5 * eta * jnp.sum(summary.gradient))
 
-    cauchy.third_order = False
-    ours = pn.scale_by_partition_newton(cauchy)
+    ours = pn.scale_by_partition_newton(rules.Rule(cauchy, third_order=False))
     theirs = scale_by_newton(param_labels=partitions.whole)
     assert_close(
         step(ours, PARAMS, ours.init(PARAMS))[0],

@@ -1,4 +1,4 @@
-"""Steps clipped to a fraction of the size of the parameters."""
+"""Updates clipped relative to the size of the parameters."""
 
 import itertools
 
