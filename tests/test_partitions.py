@@ -709,7 +709,7 @@ def test_leaves_that_cannot_be_trained_must_be_frozen(dtype):
 
 def test_leaves_of_one_name_are_refused_unless_labels_tell_them_apart():
     params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
-    with pytest.raises(ValueError, match="params: two leaves are both called 'a/b'"):
+    with pytest.raises(ValueError, match="params: two leaves have the name 'a/b'"):
         pn.subset_names(params)
     labels = {"a": {"b": "nested"}, "a/b": "flat"}
     assert pn.subset_names(params, labels) == ("nested", "flat")
@@ -734,5 +734,5 @@ def test_groupings_into_too_many_or_too_few_are_refused(grouping):
         grouping(0)
     with pytest.raises(ValueError, match=f"{name}: n = 7, .* only 6 subsets"):
         pn.subset_names(network(), grouping(7))
-    with pytest.raises(TypeError, match=f"{name}: of= must give one label a leaf"):
+    with pytest.raises(TypeError, match=f"{name}: of= must return one label per leaf"):
         pn.subset_names(network(), grouping(2, of=partitions.per_element))
