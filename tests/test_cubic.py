@@ -10,8 +10,7 @@ from support import cubic_reference
 from support.cubic_reference import FAMILIES, Problem
 from support.selection import some
 
-from partnewton import cubic
-from partnewton.cubic import CubicStatus, solve_cubic
+from partnewton.cubic import CubicStatus, _solver, solve_cubic
 
 GAP = {np.float64: 1e-6, np.float32: 1e-3}  # of the model, relative to its minimum
 SIZES = ((1, 3), (2, 4), (5, 4), (12, 2), (30, 1))  # S, how many of each family
@@ -31,7 +30,7 @@ def solve(problem, dtype=np.float64):
 def solve_in_float32_arithmetic(problem):
     """What runs on TPU."""
     arguments = (jnp.asarray(a, jnp.float32) for a in problem.arguments)
-    solution = jax.jit(cubic._minimise_in_own_dtype)(*arguments)
+    solution = jax.jit(_solver._minimise_in_own_dtype)(*arguments)
     return jax.tree.map(np.asarray, solution)
 
 
@@ -439,10 +438,10 @@ def test_float64_problems_are_solved_under_transformations_too():
 def test_new_numbers_do_not_compile_anew():
     g, H, d = jnp.ones(3), jnp.eye(3), jnp.ones(3)
     solve_cubic(g, H, d, 1.0)
-    compiled = cubic._solve._cache_size()
+    compiled = _solver._solve._cache_size()
     solve_cubic(2 * g, -H, 0 * d, 3)
     solve_cubic(2 * g, -H, 0 * d, jnp.float32(2))
-    assert cubic._solve._cache_size() == compiled
+    assert _solver._solve._cache_size() == compiled
 
 
 def test_a_long_scan_of_solutions_stays_finite():

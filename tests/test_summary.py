@@ -752,12 +752,12 @@ def good():
         (
             {"value_fn": lambda p: (_loss(p), 1.0)},
             TypeError,
-            r"value_fn must return a scalar loss, got a tuple; say has_aux=True",
+            r"value_fn must return a scalar loss, got a tuple; pass has_aux=True",
         ),
         (
             {"has_aux": True},
             TypeError,
-            r"value_fn must return a pair \(loss, aux\), since has_aux=True, got",
+            r"value_fn must return a pair \(loss, aux\) because has_aux=True, got",
         ),
         (
             {"has_aux": True, "value_fn": lambda p: (_loss(p), 1.0, 2.0)},
