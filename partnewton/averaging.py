@@ -16,7 +16,6 @@ import optax
 from partnewton.summary import Summary
 
 __all__ = [
-    "Average",
     "exponential",
     "none",
     "nonnegative",
