@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 # XLA's CPU backend compiles four times as fast with these. They are about the machine
@@ -18,9 +19,12 @@ LARGEST_CACHE = 2**30  # bytes
 def compile_quickly() -> None:
     """Sets the options for this process and for those that it starts.
 
-    It does nothing where XLA_FLAGS is set. ``XLA_FLAGS= pytest`` tests programs as XLA
-    compiles them for users. Call it before jax is imported.
+    It does nothing where XLA_FLAGS is set: ``XLA_FLAGS= pytest`` tests programs as XLA
+    compiles them for users. Nor does it where jax has a plugin for an accelerator, as
+    compilers for accelerators read these options too. Call it before jax is imported.
     """
+    if find_spec("jax_plugins"):
+        return
     flags = [f"--{name}={str(value).lower()}" for name, value in OPTIONS.items()]
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
