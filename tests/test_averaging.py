@@ -58,7 +58,7 @@ def test_equal_summaries_average_to_themselves():
         assert_close(mean, summary)
 
 
-def test_no_average_hands_on_the_newest_summary():
+def test_without_an_average_the_newest_summary_is_used():
     seen = summaries(3)
     for mean, summary in zip(averages(averaging.none(), seen), seen, strict=True):
         assert mean is summary
@@ -215,7 +215,7 @@ def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
     ],
     ids=["exponential", "uniform", "relative"],
 )
-def test_a_third_order_that_is_not_finite_poisons_no_average(average, value):
+def test_a_third_order_that_is_not_finite_leaves_averages_finite(average, value):
     seen = [jax.tree.map(jnp.ones_like, summaries(1)[0])] * 6
     broken = [
         s._replace(third=s.third.at[1].set(value)) if i in (0, 3) else s

@@ -281,7 +281,7 @@ def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("S", [1, 20, 26, 99, 268])
-def test_a_turn_has_two_refreshes_of_the_default(S):
+def test_the_shortest_timing_has_two_refreshes(S):
     steps = cost_training.LEAST_STEPS
     for name in ("partition_newton", "direction+rates"):
         refreshes = cost_cases.optimizer(name).refreshes(steps, S)
@@ -297,7 +297,7 @@ def test_the_average_step_is_that_of_a_thousand():
     assert row.average == pytest.approx(1.5)
 
 
-def test_the_links_together_are_the_preset():
+def test_the_transformations_together_are_the_preset():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     links = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
     found, expected = links.init(params), pn.partition_newton().init(params)

@@ -76,7 +76,7 @@ def test_parameters_that_are_all_zero_are_compared_with_the_first_step():
         np.testing.assert_allclose(rms(again[name]), length, rtol=1e-6)
 
 
-def test_before_the_first_step_zeros_are_compared_with_nothing():
+def test_before_the_first_step_zeros_are_not_bounded():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     found, state = clipped(zeros, zeros)
     assert not np.any(flat(found))
@@ -103,7 +103,7 @@ def test_subsets_inside_a_leaf_and_frozen_entries():
     assert found["c"] == 0
 
 
-def test_what_does_not_move_is_compared_with_nothing():
+def test_subsets_without_updates_are_not_bounded():
     still = PARAMS | {"a": jnp.array([100.0, 100.0])}
     updates = PARAMS | {"a": jnp.zeros(2), "b": jnp.ones(3)}
     found, _ = clipped(updates, still)

@@ -48,6 +48,6 @@ def test_the_warning_of_a_learning_rate_points_to_the_call(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", [pn.partition_newton, pn.paper_newton])
-def test_hyperparameters_that_are_injected_are_not_warned_of(optimizer):
+def test_injected_hyperparameters_do_not_warn(optimizer):
     tx = optax.inject_hyperparams(optimizer)(learning_rate=1e-3)
     assert tx.init(PARAMS).hyperparams["learning_rate"] == np.float32(1e-3)

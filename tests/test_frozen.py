@@ -39,7 +39,7 @@ def labels():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_frozen_leaves_of_any_kind_change_nothing(engine):
+def test_frozen_leaves_do_not_change_a_summary(engine):
     def summary(params, direction):
         return pn.summarize(
             loss, params, direction, param_labels=labels(), engine=engine

@@ -181,7 +181,7 @@ def test_learning_rates_are_drawn_on_a_logarithmic_axis():
 
 
 @pytest.mark.parametrize("other", [0.0, -2.0])
-def test_learning_rates_that_are_not_positive_have_a_place_too(other):
+def test_learning_rates_that_are_not_positive_are_drawn(other):
     ax = plot.learning_rates((range(3), {"kernel": [0.3, other, 1e-20]}))
     ax.figure.draw_without_rendering()
     assert ax.get_yscale() == "symlog"
@@ -244,7 +244,7 @@ def test_decreases_are_points_with_the_line_that_they_should_be_on():
     assert ax.get_xscale() == ax.get_yscale() == "log"
 
 
-def test_steps_that_went_uphill_have_a_place_too_and_the_diagonal_stays_straight():
+def test_steps_that_went_uphill_are_drawn_and_the_diagonal_stays_straight():
     ax = plot.predicted_vs_actual((range(3), [0.1, 0.2, 0.4], [-0.3, 0.1, 0.2]))
     ax.figure.draw_without_rendering()
     assert ax.get_xscale() == ax.get_yscale() == "symlog"

@@ -380,7 +380,7 @@ def test_robust_shrinks_rates_towards_the_best_common_rate(seed, shrinkage, max_
     assert np.all(expected > 0), "no subset stays behind"
 
 
-def test_robust_where_all_together_ascend_shrinks_rates_to_zero():
+def test_robust_shrinks_rates_to_zero_where_the_direction_ascends():
     gradient = jnp.array([1.0, -3.0])
     summary = Summary(jnp.ones(()), gradient, jnp.eye(2), jnp.zeros(2))
     alone = rules.robust()(summary).learning_rates
@@ -388,7 +388,7 @@ def test_robust_where_all_together_ascend_shrinks_rates_to_zero():
     np.testing.assert_allclose(half, alone / 2, rtol=1e-6)
 
 
-def test_robust_with_shrinkage_leaves_a_dead_subset_at_zero():
+def test_robust_shrinkage_leaves_a_dead_subset_at_zero():
     gradient = jnp.array([1.0, 0.0])
     hessian = jnp.diag(gradient)
     summary = Summary(jnp.ones(()), gradient, hessian, jnp.zeros(2))
@@ -476,7 +476,7 @@ def test_robust_bounds_a_subset_without_curvature_by_the_others():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_robust_measures_by_the_rows_where_the_diagonal_is_zero(dtype):
+def test_robust_scales_by_the_rows_where_the_diagonal_is_zero(dtype):
     """As of a piecewise linear network with a piecewise linear loss."""
     summary = indefinite(3, dtype=dtype)
     hessian = summary.hessian - jnp.diag(jnp.diagonal(summary.hessian))
@@ -490,7 +490,7 @@ def test_robust_measures_by_the_rows_where_the_diagonal_is_zero(dtype):
     )
 
 
-def test_robust_without_any_curvature_stays_where_it_is():
+def test_robust_without_any_curvature_gives_zero_rates():
     summary = Summary(jnp.ones(()), jnp.ones(2), jnp.zeros((2, 2)), jnp.zeros(2))
     np.testing.assert_array_equal(rules.robust()(summary).learning_rates, [0, 0])
     # With one common rate there is a step to shorten, for those who evaluate the loss.
@@ -508,7 +508,7 @@ def test_a_negative_number_is_an_error(name):
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, default=[jnp.float32]))
-def test_a_subset_whose_slope_is_rounding_does_not_exist_for_the_rule(dtype):
+def test_subsets_whose_slope_is_rounding_are_ignored(dtype):
     summary = drawn(1, dtype=dtype)
     slope = 60 * np.finfo(dtype).eps * float(jnp.max(summary.gradient))
     lost = summary._replace(gradient=summary.gradient.at[2].set(-slope))
@@ -552,7 +552,7 @@ def test_a_slope_that_is_not_finite_is_not_hidden():
 
 
 def test_a_negative_noise_floor_is_an_error():
-    with pytest.raises(ValueError, match="eps_multiple must not be negative"):
+    with pytest.raises(ValueError, match="units must not be negative"):
         rules.with_noise_floor(rules.robust(), -1.0)
 
 
