@@ -552,7 +552,7 @@ def test_a_slope_that_is_not_finite_is_not_hidden():
 
 
 def test_a_negative_noise_floor_is_an_error():
-    with pytest.raises(ValueError, match="units must not be negative"):
+    with pytest.raises(ValueError, match="eps_multiple must not be negative"):
         rules.with_noise_floor(rules.robust(), -1.0)
 
 
