@@ -45,7 +45,7 @@ LINKS: dict[str, Optimizer] = {
     ),
     "rates": Optimizer(
         lambda: pn.scale_by_partition_newton(
-            rules.above_rounding(rules.robust(alike=0.5)),
+            rules.with_noise_floor(rules.robust(shrinkage=0.5)),
             normalize="rms",
             update_interval=None,
             average=_average(),

@@ -149,7 +149,9 @@ def _variant(
     return optax.chain(
         pn.directions.skip_nonfinite(direction),
         pn.scale_by_partition_newton(
-            rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
+            rules.with_noise_floor(rules.robust(shrinkage=0.5))
+            if rule is None
+            else rule,
             normalize=normalize,
             update_interval=None,
             average=average,
@@ -161,16 +163,16 @@ def _variant(
 
 
 def _rule(**options: Any) -> Any:
-    return rules.above_rounding(rules.robust(**options))
+    return rules.with_noise_floor(rules.robust(**options))
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "alike=0": {"rule": _rule()},
-    "alike=1": {"rule": _rule(alike=1.0)},
-    "spread=2": {"rule": _rule(alike=0.5, spread=2.0)},
-    "spread=50": {"rule": _rule(alike=0.5, spread=50.0)},
-    "floor=0": {"rule": _rule(alike=0.5, floor=0.0)},
-    "not above_rounding": {"rule": rules.robust(alike=0.5)},
+    "shrinkage=0": {"rule": _rule()},
+    "shrinkage=1": {"rule": _rule(shrinkage=1.0)},
+    "max_ratio=2": {"rule": _rule(shrinkage=0.5, max_ratio=2.0)},
+    "max_ratio=50": {"rule": _rule(shrinkage=0.5, max_ratio=50.0)},
+    "floor=0": {"rule": _rule(shrinkage=0.5, floor=0.0)},
+    "not with_noise_floor": {"rule": rules.robust(shrinkage=0.5)},
     "no average": {"average": averaging.relative(averaging.none())},
     "not relative": {"average": averaging.exponential(0.9, absolute_third=True)},
     "not equilibrated": {"direction": presets.orthogonal_momentum()},

@@ -1,6 +1,7 @@
-"""Second-order learning rates: one for each part of the parameters, solved for."""
+"""Learning rates for subsets of the parameters, from exact second derivatives."""
 
 from partnewton import averaging, directions, partitions, rules
+from partnewton.clipping import ClipByParameterRmsState, clip_by_parameter_rms
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
 from partnewton.metrics import learning_rates, metrics
@@ -11,7 +12,6 @@ from partnewton.transform import (
     ScaleByPartitionNewtonState,
     scale_by_partition_newton,
 )
-from partnewton.trust import ClipByParameterRmsState, clip_by_parameter_rms
 
 __version__ = "0.1.0"
 

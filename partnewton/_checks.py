@@ -1,5 +1,6 @@
-"""Arguments of constructors, checked where a wrong one is still seen in the call."""
+"""Checks of the arguments of constructors, so that errors are raised in that call."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -7,24 +8,32 @@ import jax
 import numpy as np
 import optax
 
+__all__ = [
+    "check_average",
+    "check_learning_rate",
+    "check_number",
+    "check_rule",
+    "check_transformation",
+]
+
 
 def check_number(
     name: str, value: Any, *, minimum: float = 0, strict: bool = False
 ) -> None:
-    """Raises if `value` is no number, or a plain number that is too small or NaN.
+    """Check that `value` is a number, and a Python or NumPy number is large enough.
 
-    Numbers that are arrays may be traced, as :func:`optax.inject_hyperparams` makes
-    them, and may have any value.
+    A number may also be an array, which may be traced, as by
+    :func:`optax.inject_hyperparams`. The value of an array is not checked.
 
     Args:
       name: the argument, for the message.
       value: what was given.
-      minimum: the least that is allowed.
-      strict: whether `minimum` itself is not allowed.
+      minimum: the lower bound.
+      strict: whether `value` must be greater than `minimum`.
 
     Raises:
       TypeError: `value` is neither a number nor an array of shape ().
-      ValueError: a plain number is below `minimum`.
+      ValueError: a number is NaN or below `minimum`.
     """
     if isinstance(value, int | float | np.integer | np.floating):
         if not (value > minimum if strict else value >= minimum):
@@ -36,18 +45,18 @@ def check_number(
 
 
 def check_learning_rate(value: Any, stacklevel: int = 3) -> None:
-    """Raises if the factor on what is solved for is none, warns if it is tiny.
+    """Check `learning_rate`, and warn about a value that would suit Adam.
 
     Args:
       value: a number, an array of shape () or a schedule.
-      stacklevel: whose call a warning points to: 3 for the caller of the caller.
+      stacklevel: the frame that a warning refers to; 3 is the caller of the caller.
 
     Raises:
       TypeError: neither a number nor a function.
-      ValueError: a plain number is negative or NaN.
+      ValueError: a number is negative or NaN.
 
     Warns:
-      UserWarning: a plain number is that small out of habit.
+      UserWarning: a number is positive and less than 0.01.
     """
     if callable(value):
         return
@@ -56,27 +65,26 @@ def check_learning_rate(value: Any, stacklevel: int = 3) -> None:
             f"learning_rate must be a number or a schedule, got {_described(value)}."
         )
     check_number("learning_rate", value)
-    if isinstance(value, int | float | np.number) and 0 < value < TINY:
+    if isinstance(value, int | float | np.number) and 0 < value < _SMALL:
         warnings.warn(
-            f"learning_rate={value} is a factor on steps whose lengths are solved for, "
-            "not a learning rate like Adam's: 1 takes them in full, 0.2 is the default."
-            " Training will be slower by orders of magnitude. Leave it out; if steps "
-            "are meant to be so short, pass a schedule, such as "
-            f"optax.constant_schedule({value}).",
+            f"learning_rate={value} multiplies step lengths that are already solved "
+            "for; it is not a learning rate like Adam's. 1 applies them in full, 0.2 "
+            "is the default. With this value, training will be slower by orders of "
+            "magnitude. Leave the argument out; if such short steps are intended, pass "
+            f"a schedule, such as optax.constant_schedule({value}).",
             UserWarning,
             stacklevel=stacklevel,
         )
 
 
-TINY = 0.01
-"""Below this a factor on the solution of the model is taken for Adam's."""
+_SMALL = 0.01  # a smaller factor is probably a learning rate tuned for Adam
 
 
 def check_transformation(name: str, value: Any) -> None:
-    """Raises if `value` is no transformation of optax.
+    """Check that `value` is a transformation of optax.
 
     Raises:
-      TypeError: something else, such as a function that makes one.
+      TypeError: it is something else, such as a function that returns one.
     """
     if isinstance(value, optax.GradientTransformation):
         return
@@ -88,30 +96,30 @@ def check_transformation(name: str, value: Any) -> None:
 
 
 def check_rule(value: Any) -> None:
-    """Raises if `value` cannot be a rule.
+    """Check that `value` can be a rule.
 
     Raises:
-      TypeError: no function, or one of :mod:`partnewton.rules` that makes rules.
+      TypeError: it is not a function, or a function that returns rules.
     """
     if not callable(value):
         raise TypeError(
             "rule must be a function from a Summary to a Proposal, such as "
             f"rules.cubic(), got {_described(value)}."
         )
-    name = getattr(value, "__qualname__", "")
-    module = getattr(value, "__module__", None) or ""
-    if module.startswith("partnewton.rules") and "." not in name:
+    is_constructor = inspect.isfunction(value) or inspect.isclass(value)
+    if is_constructor and value.__module__.startswith("partnewton.rules"):
         raise TypeError(
-            f"rule must be a function from a Summary to a Proposal; rules.{name} makes "
-            f"such functions. Call it: rule=rules.{name}(...)."
+            "rule must be a function from a Summary to a Proposal; "
+            f"rules.{value.__name__} returns such a function. Call it: "
+            f"rule=rules.{value.__name__}(...)."
         )
 
 
 def check_average(name: str, value: Any) -> None:
-    """Raises if `value` is no running average.
+    """Check that `value` is a running average.
 
     Raises:
-      TypeError: something else, such as a function that makes one.
+      TypeError: it is something else, such as a function that returns one.
     """
     if hasattr(value, "init") and hasattr(value, "update"):
         return

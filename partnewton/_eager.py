@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from partnewton._extra_args import picked
+from partnewton._extra_args import extract_fn_kwargs
 from partnewton._program_keys import key_of_program
 from partnewton.engines import compat
 
@@ -116,7 +116,7 @@ def _program(
     has_aux: bool,
 ) -> tuple[_Loss, list[Any]] | None:
     """The loss and the arrays it closes over; None if that cannot be compiled once."""
-    loss_args = picked(value_fn, extra_args)
+    loss_args = extract_fn_kwargs(value_fn, extra_args)
 
     def loss(params: optax.Params) -> jax.Array:
         result = value_fn(params, **loss_args)

@@ -7,7 +7,6 @@ import optax
 
 from partnewton import partitions
 from partnewton.engines.compat import outlined
-from partnewton.summary import checked_direction
 
 __all__ = ["MeasuredDirection"]
 
@@ -30,7 +29,9 @@ class MeasuredDirection:
     ):
         self.partition = partitions.partition_of(params, param_labels)
         self._updates, self._params = updates, params
-        self._leaves = checked_direction(updates, params, "updates", self.partition)
+        self._leaves = partitions.checked_direction(
+            updates, params, "updates", self.partition
+        )
         self.treedef = jax.tree.structure(updates)
         self._params_leaves, self._params_treedef = jax.tree.flatten(params)
         active = [jnp.asarray(self._leaves[i]) for i in self.partition.active]

@@ -1,8 +1,8 @@
-"""Keys of jaxprs: two programs with equal keys compute the same.
+"""Keys of jaxprs: two programs with equal keys compute the same function.
 
-A key is a nested tuple of what a jaxpr consists of, with variables numbered in the
-order in which they are defined. It can be compared and hashed, unlike the jaxpr itself,
-which is equal to no other, not even to one traced from the same code.
+A key is a nested tuple of the contents of a jaxpr, with variables numbered in the order
+of their definition. Keys can be compared and hashed, unlike jaxprs, which are compared
+by identity, even if they were traced from the same code.
 """
 
 from collections.abc import Hashable
@@ -23,20 +23,20 @@ _ORDERS = 4  # of derivatives, one more than a summary takes
 
 
 class NoKeyError(Exception):
-    """There is something in a program that cannot be compared."""
+    """A program contains something that cannot be compared."""
 
 
 def key_of_program(jaxpr: Any) -> Hashable:
     """The key of a jaxpr as a function of its inputs and of its own constants.
 
-    Constants of jaxprs inside of it are part of the key: arrays of numpy by value,
-    those of jax, which may be large but never change, by identity. So are functions,
-    and jaxprs inside of it that have no key: a jitted function is traced once.
-    Rules of differentiation, which are traced anew with each program, are represented
-    by the jaxprs of the derivatives that they give.
+    The constants of inner jaxprs are part of the key: NumPy arrays by value, and jax
+    arrays, which can be large but are immutable, by identity. Functions, and inner
+    jaxprs without a key, are also compared by identity, since a jitted function is
+    traced once. Custom differentiation rules, which are traced anew with each program,
+    are represented by the jaxprs of the derivatives that they define.
 
     Args:
-      jaxpr: of the kind that :func:`jax.make_jaxpr` returns.
+      jaxpr: a closed jaxpr, as returned by :func:`jax.make_jaxpr`.
 
     Returns:
       The key.
@@ -48,7 +48,7 @@ def key_of_program(jaxpr: Any) -> Hashable:
 
 
 def _key_of_jaxpr(jaxpr: Any, orders: int) -> Hashable:
-    """The key of an open jaxpr, whose derivatives up to some order may be taken."""
+    """The key of an open jaxpr and of its derivatives up to order `orders`."""
     numbers: dict[Any, int] = {}
 
     def defined(variables: Any) -> Hashable:
@@ -86,11 +86,13 @@ def _key_of_params(equation: compat.Equation, orders: int) -> Hashable:
 
 
 def _key_of_derivative(equation: compat.Equation, orders: int) -> Hashable:
-    """The key of what the rule of a function with a derivative of its own computes."""
+    """The key of the derivative that a custom differentiation rule defines."""
     if orders == 0:
         return None
     if equation.params.get("symbolic_zeros"):
-        raise NoKeyError("A rule with symbolic zeros may depend on which are zero.")
+        raise NoKeyError(
+            "A rule with symbolic zeros can depend on which tangents are zero."
+        )
     inputs = [x for x in dict.fromkeys(equation.invars) if isinstance(x, core.Var)]
     if any(map(compat.is_explicit, inputs)):
         raise NoKeyError("The derivative is traced without a mesh.")
@@ -116,13 +118,15 @@ def _key_of_derivative(equation: compat.Equation, orders: int) -> Hashable:
     arguments = [x for x, i in pairs if i], [x for x, i in pairs if not i]
     try:
         traced = jax.make_jaxpr(derivative)(*arguments)
-    except Exception as error:  # of the user's rule, for those to see who need it
-        raise NoKeyError("A rule of differentiation fails.") from error
+    except (
+        Exception
+    ) as error:  # in a user's rule; it is raised again when the derivative is taken
+        raise NoKeyError("A differentiation rule fails.") from error
     return _key_of(traced, orders - 1)
 
 
 def _key_of(x: Any, orders: int) -> Hashable:
-    """The key of anything that may be a parameter of an equation."""
+    """The key of a value that is a parameter of an equation."""
     if isinstance(x, core.Jaxpr | core.ClosedJaxpr):
         constants = tuple(map(_key_of_array, compat.constants_of(x)))
         try:
@@ -130,7 +134,7 @@ def _key_of(x: Any, orders: int) -> Hashable:
         except NoKeyError:
             if compat.open_jaxpr(x).effects:
                 raise
-            return _Same(x)  # the same again where a jitted function is called
+            return _Same(x)  # a jitted function has the same jaxpr at each call
     if isinstance(x, tuple | list):
         return type(x), tuple(_key_of(y, orders) for y in x)
     if isinstance(x, dict):
@@ -152,7 +156,7 @@ def _key_of_array(x: Any) -> Hashable:
 
 
 class _Same:
-    """Equal to what stands for the same object, which it keeps alive."""
+    """Compares an object, which it keeps alive, by identity."""
 
     def __init__(self, value: Any):
         self._value = value

@@ -1,4 +1,4 @@
-"""What the strict modes of jax would refuse without need."""
+"""Dtype and rank promotion when the strict modes of jax are enabled."""
 
 import contextlib
 import functools
@@ -14,9 +14,9 @@ __all__ = ["at_least_float32", "permissive"]
 
 @contextlib.contextmanager
 def permissive() -> Iterator[None]:
-    """Promotes ranks and dtypes as usual, for transformations that rely on that.
+    """Enable the default promotion of ranks and dtypes.
 
-    Those of optax, which multiply integers by floats, fail otherwise under
+    Transformations of optax multiply integers by floats and fail under
     ``jax_numpy_dtype_promotion="strict"``.
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -24,6 +24,6 @@ def permissive() -> Iterator[None]:
 
 
 def at_least_float32(*dtypes: Any) -> np.dtype:
-    """The dtype in which numbers of these dtypes are accumulated."""
+    """The dtype in which arrays of these dtypes are summed: float32 or wider."""
     with permissive():
         return functools.reduce(jnp.promote_types, dtypes, np.dtype(np.float32))

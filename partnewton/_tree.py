@@ -1,4 +1,4 @@
-"""Small functions of pytrees that several modules use."""
+"""Functions of pytrees that several modules use."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ PyTree = Any
 
 
 def all_finite(tree: PyTree) -> jax.Array:
-    """Whether all numbers in a tree of small arrays are finite."""
+    """Whether all entries of a tree of small arrays are finite."""
 
     def check(leaves: list[jax.Array]) -> jax.Array:
         finite = [jnp.ravel(jnp.isfinite(x)) for x in leaves]
@@ -19,12 +19,13 @@ def all_finite(tree: PyTree) -> jax.Array:
 
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    # By itself: XLA would check again in each kernel that reads the result.
+    # In a computation of its own: otherwise XLA fuses it into each kernel that reads
+    # the result.
     return compat.outlined(check)(numbers)
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` or `old`, in the dtypes of `old`: a state never changes its types."""
+    """`new` where the condition holds, else `old`, in the dtypes of `old`."""
     return jax.tree.map(
         lambda x, y: jnp.where(condition, jnp.asarray(x).astype(y.dtype), y), new, old
     )

@@ -1,26 +1,21 @@
-"""Running summaries: what is known of the loss over several refreshes.
+"""Running averages of summaries over several refreshes.
 
-An average is a pair of functions on arrays, like an optax transformation,
-
-    init(summary) -> state
-    update(summary, state) -> (averaged summary, state)
-
-where `init` sees a summary of zeros, for its shapes and dtypes. It stands between the
-measurement of a summary and the rule that reads it. `none`, `exponential` and
-`nonnegative` average any tuple of arrays, so that they serve for learning rates too.
+An average is an :class:`optax.GradientTransformation` whose updates are summaries: its
+`update` maps the newest :class:`~partnewton.Summary` to an averaged one, which the rule
+then reads. Its `init` receives a summary of zeros. `none`, `exponential` and
+`nonnegative` accept any tuple of arrays and can average learning rates as well.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from partnewton.summary import Summary
 
 __all__ = [
-    "Average",
     "exponential",
     "none",
     "nonnegative",
@@ -28,21 +23,11 @@ __all__ = [
     "uniform",
 ]
 
-
-class Average(NamedTuple):
-    """A running average of summaries.
-
-    Attributes:
-      init: from a summary of zeros to the first state.
-      update: from the newest summary and the state to an average and the next state.
-    """
-
-    init: Callable[[Summary], Any]
-    update: Callable[[Summary, Any], tuple[Summary, Any]]
+Average = optax.GradientTransformation
 
 
 def none() -> Average:
-    """The newest summary alone.
+    """No average: the newest summary, unchanged.
 
     Returns:
       An average.
@@ -52,15 +37,15 @@ def none() -> Average:
       >>> none().update(summary, none().init(summary))[0] is summary
       True
     """
-    return Average(lambda summary: (), lambda summary, state: (summary, state))
+    return optax.identity()
 
 
 class ExponentialState(NamedTuple):
-    """The state of :func:`exponential`.
+    """State of :func:`exponential`.
 
     Attributes:
-      weight: for each array the sum of the weights given so far, shape ().
-      total: the weighted sum.
+      weight: for each array, the sum of the weights so far, shape ().
+      total: for each array, the weighted sum.
     """
 
     weight: Any
@@ -70,16 +55,20 @@ class ExponentialState(NamedTuple):
 def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
     """An exponential moving average with bias correction.
 
-    After the summaries x_1, ..., x_n the average is
-    sum_i decay^(n-i) x_i / sum_i decay^(n-i).
+    After the summaries x_1, ..., x_n, the average is
+
+        sum_i decay^(n-i) x_i / sum_i decay^(n-i).
+
+    Unlike :func:`optax.ema`, which divides by 1 - decay^n, it does not lose digits for
+    a decay close to 1, and each field can have a decay of its own.
 
     Args:
-      decay: how much of the past is kept at each refresh, in [0, 1); or a
-        :class:`~partnewton.Summary` of such numbers, one a field: the gradient and the
-        third order are far noisier than the Hessian.
-      absolute_third: whether |third| is averaged. The third order changes its sign from
-        batch to batch; as a measure of how far the quadratic model can be trusted, its
-        size is what counts.
+      decay: the decay per refresh, in [0, 1); or a :class:`~partnewton.Summary` with
+        one decay per field, since the gradient and the third order are much noisier
+        than the Hessian.
+      absolute_third: whether to average |third| in place of `third`. The third order
+        changes its sign from batch to batch, but rules only use its absolute value, as
+        a measure of the error of the quadratic model.
 
     Returns:
       An average.
@@ -100,15 +89,17 @@ def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
         if isinstance(number, int | float | np.number) and not 0 <= number < 1:
             raise ValueError(f"decay must be in [0, 1), got {number}.")
 
-    def init(summary: Summary) -> ExponentialState:
+    def init_fn(summary: Summary) -> ExponentialState:
+        # A plain tuple: optax searches states for a field called `value`.
         zeros = jax.tree.map(jnp.zeros_like, tuple(summary))
         weights = jax.tree.map(lambda x: jnp.zeros((), x.dtype), zeros)
         return ExponentialState(weights, zeros)
 
-    def update(
-        summary: Summary, state: ExponentialState
+    def update_fn(
+        summary: Summary, state: ExponentialState, params: Any = None
     ) -> tuple[Summary, ExponentialState]:
-        summary = _known(summary, state.total, state.weight)
+        del params
+        summary = _with_finite_third(summary, state.total, state.weight)
         new = tuple(summary)
         if absolute_third and isinstance(summary, Summary) and new[3] is not None:
             new = (*new[:3], jnp.abs(new[3]))
@@ -122,43 +113,44 @@ def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
         mean = Summary(*mean) if isinstance(summary, Summary) else mean
         return mean, ExponentialState(weight, total)
 
-    return Average(init, update)
+    return Average(init_fn, update_fn)
 
 
 class UniformState(NamedTuple):
-    """The state of :func:`uniform`.
+    """State of :func:`uniform`.
 
     Attributes:
-      count: how many summaries were seen, shape (), int32.
-      used: the sum over the window in use.
-      filling: the sum over the window that will be in use next.
+      count: the number of summaries so far, shape (), int32.
+      current: the sum over the current window.
+      following: the sum over the window that becomes the current one next.
     """
 
     count: jax.Array
-    used: tuple
-    filling: tuple
+    current: tuple
+    following: tuple
 
 
 def uniform(period: int = 3, warm_up: int = 3) -> Average:
-    """The plain mean over one of two windows that take turns.
+    """The arithmetic mean over a window of `period` to 2 * `period` - 1 summaries.
 
-    Both windows take in each new summary. At every `period` summaries the one in use is
-    emptied and starts to fill, and the other, which by then has seen `period` of them,
-    comes into use. So after n >= period summaries the average is the mean of the last
-    period + (n mod period); before that, of all n.
+    There are two windows, and each new summary is added to both. After every `period`
+    summaries, the current window is emptied and the other one, which then holds
+    `period` summaries, becomes the current one. So after n >= period summaries the
+    average is the mean of the last period + (n mod period) of them; before that, the
+    mean of all n.
 
     Args:
-      period: the summaries between two changes of windows.
-      warm_up: for so many summaries, the last of them included, the gradient of the
-        average is zero, so that every rule gives the rate zero and nothing is applied.
-        While nothing moves the transformation refreshes at each update, so a warm-up
-        lasts so many updates, whatever the interval.
+      period: the number of summaries after which the windows are exchanged.
+      warm_up: the number of initial summaries, the last of them included, for which the
+        averaged gradient is set to zero, so that every rule returns zero rates. While
+        all rates are zero, they are refreshed at each update, whatever the interval: a
+        warm-up takes `warm_up` updates.
 
     Returns:
       An average.
 
     Raises:
-      ValueError: a period below 1 or a negative warm-up.
+      ValueError: `period` is less than 1 or `warm_up` is negative.
 
     Example:
       >>> summary = lambda x: Summary(x, x[None], x[None, None], None)
@@ -174,54 +166,61 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
     if warm_up < 0:
         raise ValueError(f"warm_up must not be negative, got {warm_up}.")
 
-    def init(summary: Summary) -> UniformState:
-        # Two buffers, since both may be donated.
-        used, filling = (jax.tree.map(jnp.zeros_like, tuple(summary)) for _ in range(2))
-        return UniformState(jnp.zeros((), jnp.int32), used, filling)
+    def length(count: jax.Array) -> jax.Array:
+        """The number of summaries in the current window, before an exchange."""
+        return jnp.where(count < period, count, period + count % period)
 
-    def update(summary: Summary, state: UniformState) -> tuple[Summary, UniformState]:
-        before = jnp.where(
-            state.count < period, state.count, period + state.count % period
-        )
-        new = tuple(_known(summary, state.used, (before,) * len(summary)))
-        count = jnp.minimum(state.count, jnp.iinfo(jnp.int32).max - 1) + 1
-        used, filling = (jax.tree.map(jnp.add, x, new) for x in state[1:])
-        # The window in use was empty one period before the last change.
-        length = jnp.where(count < period, count, period + count % period)
-        turn = count % period == 0
-        zeros = jax.tree.map(jnp.zeros_like, new)
+    def init_fn(summary: Summary) -> UniformState:
+        # Two separate buffers, so that both can be donated.
+        sums = (jax.tree.map(jnp.zeros_like, tuple(summary)) for _ in range(2))
+        return UniformState(jnp.zeros((), jnp.int32), *sums)
+
+    def update_fn(
+        summary: Summary, state: UniformState, params: Any = None
+    ) -> tuple[Summary, UniformState]:
+        del params
+        weights = (length(state.count),) * len(summary)
+        new = tuple(_with_finite_third(summary, state.current, weights))
+        count = optax.safe_increment(state.count)
+        current, following = (jax.tree.map(jnp.add, x, new) for x in state[1:])
+        is_exchange = count % period == 0
 
         def choose(a: tuple, b: tuple) -> tuple:
-            return jax.tree.map(lambda x, y: jnp.where(turn, x, y), a, b)
+            return jax.tree.map(lambda x, y: jnp.where(is_exchange, x, y), a, b)
 
-        used, filling = choose(filling, used), choose(zeros, filling)
-        mean = Summary(*jax.tree.map(lambda x: x / length.astype(x.dtype), used))
-        waits = count <= warm_up
-        gradient = jnp.where(waits, jnp.zeros_like(mean.gradient), mean.gradient)
-        return mean._replace(gradient=gradient), UniformState(count, used, filling)
+        zeros = jax.tree.map(jnp.zeros_like, new)
+        current, following = choose(following, current), choose(zeros, following)
+        mean = jax.tree.map(lambda x: x / length(count).astype(x.dtype), current)
+        mean = Summary(*mean)
+        is_warm = count > warm_up
+        gradient = jnp.where(is_warm, mean.gradient, jnp.zeros_like(mean.gradient))
+        state = UniformState(count, current, following)
+        return mean._replace(gradient=gradient), state
 
-    return Average(init, update)
+    return Average(init_fn, update_fn)
 
 
 def relative(average: Average) -> Average:
-    """An average in which each summary counts relative to its own gradient.
+    """Average summaries divided by the norm of their gradient.
 
-    Late batches have a smaller loss than early ones, and would be drowned by them; one
-    exploding batch would drown all others. So each summary is divided by the norm of
-    its gradient before it enters the average, and the average is multiplied by that of
-    the newest. Learning rates do not depend on the scale of a loss, and derivatives do
-    not change when a constant is added to it, whatever its sign: a division by the loss
-    itself would. (The norm of the Hessian in its place is not safe: where a softmax is
-    saturated the curvature vanishes and the gradient does not, and such batches would
-    promise ever longer steps.) Directions should have unit norms, see
-    `normalize` of :func:`partnewton.scale_by_partition_newton`, or the norm measures
-    them.
+    The loss of late batches is smaller than that of early ones, so that early summaries
+    would dominate a plain average, and so would a single exploding batch. Here each
+    summary is divided by the norm of its gradient before it is averaged, and the
+    average is multiplied by the norm of the newest gradient. The learning rates of a
+    rule do not depend on the scale of the loss, so they are unaffected by this factor.
+
+    The norm of the gradient is preferred to the loss, which may have an arbitrary
+    constant added and may be negative, and to the norm of the Hessian, which vanishes
+    at a saturated softmax while the gradient does not: there the steps would become
+    arbitrarily long. Normalise the direction (see `normalize` of
+    :func:`partnewton.scale_by_partition_newton`), because otherwise the norm depends on
+    the length of the direction as well.
 
     Args:
-      average: what averages the summaries so divided.
+      average: the average of the divided summaries.
 
     Returns:
-      An average; a summary without gradient enters it as it is.
+      An average; a summary with zero gradient is not divided.
 
     Example:
       >>> summary = lambda x: Summary(x, x[None], x[None, None] ** 2, None)
@@ -233,24 +232,25 @@ def relative(average: Average) -> Average:
       2.0 3.3333333
     """
 
-    def scaled(summary: Summary, factor: jax.Array) -> Summary:
-        return jax.tree.map(lambda x: x * factor, summary)
-
-    def update(summary: Summary, state: Any) -> tuple[Summary, Any]:
+    def update_fn(
+        summary: Summary, state: Any, params: Any = None
+    ) -> tuple[Summary, Any]:
+        del params
         largest = jnp.max(jnp.abs(summary.gradient))
-        largest = jnp.where(largest > 0, largest, 1)  # no square may overflow
+        largest = jnp.where(largest > 0, largest, 1)  # avoids overflow in the squares
         norm = largest * jnp.linalg.norm(summary.gradient / largest)
         norm = jnp.where(norm > 0, norm, 1)
-        mean, state = average.update(scaled(summary, 1 / norm), state)
-        return scaled(mean, norm)._replace(value=summary.value), state
+        mean, state = average.update(optax.tree.scale(1 / norm, summary), state)
+        return optax.tree.scale(norm, mean)._replace(value=summary.value), state
 
-    return Average(average.init, update)
+    return Average(average.init, update_fn)
 
 
 def nonnegative(average: Average) -> Average:
-    """What another average gives, with negative numbers set to zero.
+    """An average whose negative results are set to zero.
 
-    For learning rates: those that are averaged stay as they are, negative or not.
+    For learning rates. Negative rates enter the average as they are; only the result is
+    clipped.
 
     Args:
       average: an average of arrays.
@@ -266,19 +266,12 @@ def nonnegative(average: Average) -> Average:
       ...     print(mean, end=" ")
       0.0 1.0
     """
-
-    def update(new: Any, state: Any) -> tuple[Any, Any]:
-        mean, state = average.update(new, state)
-        return jax.tree.map(lambda x: jnp.maximum(x, 0), mean), state
-
-    return Average(average.init, update)
+    clip = optax.stateless(lambda mean, _: jax.tree.map(jax.nn.relu, mean))
+    return optax.chain(average, clip)
 
 
-def _known(summary: Summary, total: tuple, weight: tuple) -> Summary:
-    """A summary whose third order is finite where that of the measured one is not.
-
-    Where it is not, an average stays what it was, zero at first.
-    """
+def _with_finite_third(summary: Summary, total: tuple, weight: tuple) -> Summary:
+    """Replace non-finite entries of `third` by their average so far, initially zero."""
     if not isinstance(summary, Summary) or summary.third is None:
         return summary
     third, weight = summary.third, weight[3].astype(summary.third.dtype)

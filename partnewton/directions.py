@@ -16,7 +16,6 @@ from partnewton._checks import check_transformation
 from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
 from partnewton.engines.compat import outlined
-from partnewton.summary import checked_direction
 
 __all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
 
@@ -80,7 +79,7 @@ def skip_nonfinite(
                 raise ValueError("params: skip_nonfinite needs the parameters.")
             partition = partitions.partition_of(params, param_labels)
             everything = params
-            checked_direction(updates, params, "updates", partition)
+            partitions.checked_direction(updates, params, "updates", partition)
             updates, params = partition.take(updates), partition.take(params)
         is_finite = _has_finite_squares(updates)
         with permissive():

@@ -16,7 +16,8 @@ import optax
 from partnewton import partitions
 from partnewton._checks import check_number
 from partnewton._eager import compiled_when_eager
-from partnewton._extra_args import check_arguments, explained, picked
+from partnewton._error_hints import with_error_hints
+from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._strictness import permissive
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
@@ -157,7 +158,7 @@ def scale_by_lookback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByLookbackState]:
         check_arguments("scale_by_lookback", params, value_fn)
-        loss_args = picked(value_fn, extra_args)
+        loss_args = extract_fn_kwargs(value_fn, extra_args)
         partition = partitions.partition_of(params, param_labels)
 
         def slope_of_loss() -> jax.Array:
@@ -166,7 +167,7 @@ def scale_by_lookback(
             displacement = jax.tree.map(jnp.subtract, now, state.anchor)
 
             def loss_at(steps: optax.Updates) -> jax.Array:
-                value = explained(value_fn, params)(
+                value = with_error_hints(value_fn, params)(
                     partition.moved(params, steps), **loss_args
                 )
                 return value[0] if has_aux else value

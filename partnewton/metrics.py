@@ -1,10 +1,11 @@
-"""What to read from a state: learning rates and metrics under names."""
+"""Learning rates and other scalars, read from the state of an optimizer."""
+
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from partnewton._extra_args import states_of
 from partnewton.lookback import ScaleByLookbackState
 from partnewton.transform import ScaleByPartitionNewtonState
 
@@ -14,20 +15,19 @@ __all__ = ["learning_rates", "metrics"]
 def learning_rates(
     state: optax.OptState, params: optax.Params | None = None
 ) -> dict[str, jax.Array]:
-    """The learning rate of each subset, wherever in a state it stands.
+    """The learning rate of each subset.
 
     Args:
       state: the state of an optimizer that contains one
-        :func:`scale_by_partition_newton`, in a chain or a wrapper.
-      params: not needed, since the state knows the names of its subsets; accepted
-        because what reads a state is usually called with both.
+        :func:`~partnewton.scale_by_partition_newton`, in a chain or in a wrapper.
+      params: ignored, since the state contains the names of the subsets.
 
     Returns:
       ``{subset name: eta}``, in the order of :func:`partnewton.subset_names`; arrays of
-      shape (), also under a trace.
+      shape (), traced if `state` is.
 
     Raises:
-      ValueError: `state` contains no such state, or several.
+      ValueError: `state` contains no such state, or more than one.
 
     Example:
       >>> import jax.numpy as jnp, partnewton
@@ -44,31 +44,31 @@ def learning_rates(
 def metrics(
     state: optax.OptState, params: optax.Params | None = None
 ) -> dict[str, jax.Array]:
-    """The state of the method as a flat dict of scalars, for any logger.
+    """The state as a flat dict of scalars, for any logger.
 
-    Every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState` stands under
-    its own name ("loss", "predicted_decrease", "status", "notfinite_count", ...), the
-    learning rate of a subset under "learning_rate/name" and its curvature <u_s, H u_s>
-    under "curvature/name". Where a :func:`~partnewton.scale_by_lookback` stands in the
-    chain, as in :func:`~partnewton.partition_newton`, its factor on all of the rates is
-    "factor".
+    It contains every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState`
+    under its own name ("loss", "predicted_decrease", "status", "notfinite_count", ...),
+    and for each subset the learning rate under "learning_rate/name" and the curvature
+    <u_s, H u_s> under "curvature/name". If the chain contains one
+    :func:`~partnewton.scale_by_lookback`, as :func:`~partnewton.partition_newton` does,
+    its step-size multiplier is "factor".
 
-    Nothing here waits for the device. Called inside a jitted step, it adds some small
-    outputs to it; fetch them when you write them, every hundredth step for example:
-    ``jax.device_get(logged)`` gives numpy scalars that TensorBoard, Weights and Biases
-    and ``print`` take.
+    This function does not wait for the device. It can be called inside a jitted step,
+    which then has some more small outputs. Fetch them when they are logged, for example
+    every hundred steps: ``jax.device_get(logged)`` returns NumPy scalars, which
+    TensorBoard, Weights and Biases and ``print`` accept.
 
     Args:
       state: the state of an optimizer that contains one
-        :func:`~partnewton.scale_by_partition_newton`, in a chain or a wrapper.
-      params: not needed; accepted as by :func:`~partnewton.learning_rates`.
+        :func:`~partnewton.scale_by_partition_newton`, in a chain or in a wrapper.
+      params: ignored, as by :func:`~partnewton.learning_rates`.
 
     Returns:
-      Arrays of shape (), also under a trace. Of the state of an ensemble, made by
-      :func:`jax.vmap`, they keep the leading axis.
+      Arrays of shape (), traced if `state` is. For the state of an ensemble, made by
+      :func:`jax.vmap`, they have its leading axis.
 
     Raises:
-      ValueError: `state` contains no such state, or several.
+      ValueError: `state` contains no such state, or more than one.
 
     Example:
       >>> import jax.numpy as jnp, partnewton
@@ -82,7 +82,7 @@ def metrics(
       9.0 0.5 72.0
     """
     ours = _only_state(state)
-    factors = [x.factor for x in states_of(ScaleByLookbackState, state)]
+    factors = [x.factor for x in _states_of(ScaleByLookbackState, state)]
     leading = np.ndim(ours.learning_rates) - 1  # axes of an ensemble
     numbers = {
         name: x
@@ -101,8 +101,27 @@ def metrics(
     )
 
 
+def _states_of(kind: type, state: optax.OptState) -> list[Any]:
+    """All states of a NamedTuple type, wherever in `state` they are.
+
+    The optimizer of nnx stores each array of its state in a variable; these are
+    replaced by the arrays.
+    """
+    found = optax.tree.get_all_with_path(state, kind.__name__)
+    return [jax.tree.map(_unwrap, x, is_leaf=_is_variable) for _, x in found]
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether this is an nnx variable, without an import of flax."""
+    return hasattr(node, "get_value") and hasattr(node, "get_metadata")
+
+
+def _unwrap(leaf: Any) -> Any:
+    return leaf.get_value() if _is_variable(leaf) else leaf
+
+
 def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
-    found = states_of(ScaleByPartitionNewtonState, state)
+    found = _states_of(ScaleByPartitionNewtonState, state)
     if len(found) != 1:
         raise ValueError(
             "state must contain exactly one ScaleByPartitionNewtonState, found "
@@ -112,6 +131,6 @@ def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
 
 
 def _names(state: ScaleByPartitionNewtonState) -> dict[str, int]:
-    """The names of the subsets, in their order, and their numbers."""
+    """The names of the subsets in order, with their indices."""
     numbered = [key.split(" ", maxsplit=1) for key in state.subsets]
     return {name: s for s, name in sorted((int(s), name) for s, name in numbered)}

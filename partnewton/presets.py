@@ -56,8 +56,8 @@ def partition_newton(
         and Adam for all other leaves, in the units of
         :func:`partnewton.directions.equilibrated`.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust` with
-        ``alike=0.5``, on the subsets whose slope is
-        :func:`partnewton.rules.above_rounding`.
+        ``shrinkage=0.5``, on the subsets whose slope is
+        :func:`partnewton.rules.with_noise_floor`.
       average: a running average of the summaries; by default an exponential one of
         decay 0.9, each summary relative to its own gradient.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
@@ -107,7 +107,9 @@ def partition_newton(
     return optax.chain(
         directions.skip_nonfinite(direction, param_labels=labels),
         scale_by_partition_newton(
-            rules.above_rounding(rules.robust(alike=0.5)) if rule is None else rule,
+            rules.with_noise_floor(rules.robust(shrinkage=0.5))
+            if rule is None
+            else rule,
             param_labels=labels,
             normalize="rms",
             update_interval=update_interval,

@@ -1,12 +1,12 @@
-"""What is computed: how the loss reacts when each subset moves along its direction.
+"""Exact derivatives of a loss along a direction, per subset of the parameters.
 
-Everything here is about the function of S numbers
+Let u_s be the direction u on subset s and zero elsewhere. All quantities of this module
+are derivatives at 0 of the function of S variables
 
-    phi(eta) = L(params - sum_s eta_s * u_s),
+    phi(eta) = L(params - sum_s eta_s * u_s)
 
-where u_s is the direction u on subset s and zero elsewhere: D^d L[u_s1, ..., u_sd] is,
-up to the sign (-1)^d, a derivative of phi at 0 (P. Wolinski, arXiv 2312.03885). How
-the numbers are computed is the business of :mod:`partnewton.engines`.
+up to the sign: D^d L[u_s1, ..., u_sd] is (-1)^d times a derivative of phi of order d
+(P. Wolinski, arXiv 2312.03885). They are computed by :mod:`partnewton.engines`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from partnewton import engines, partitions
-from partnewton._extra_args import explained
+from partnewton._error_hints import with_error_hints
 
 __all__ = ["Summary", "derivative_tensors", "summarize"]
 
@@ -25,13 +24,13 @@ PyTree = Any
 
 
 class Summary(NamedTuple):
-    """The loss along a direction, seen by each subset and each pair of subsets.
+    """Derivatives of a loss along a direction, per subset and per pair of subsets.
 
     Attributes:
-      value: L, shape ().
+      value: the loss L, shape ().
       gradient: <dL/dparams, u_s>, shape (S,).
       hessian: <u_s, H u_t>, shape (S, S), symmetric.
-      third: D^3 L[u_s, u_s, u_s], shape (S,), or None if it was not asked for.
+      third: D^3 L[u_s, u_s, u_s], shape (S,), or None if it was not requested.
     """
 
     value: jax.Array
@@ -51,42 +50,45 @@ def summarize(
     batch_size: int | None = None,
     has_aux: bool = False,
 ) -> Any:
-    """The exact summary of a loss along a direction, to second or third order.
+    """Exact derivatives of a loss along a direction, to second or third order.
 
-    With u_s the direction on subset s and zero elsewhere, and H the Hessian of the
-    loss L at `params`,
+    With u_s the direction on subset s and zero elsewhere, and H the Hessian of the loss
+    L at `params`, the summary consists of L and
 
         gradient_s = <dL/dparams, u_s>,  hessian_st = <u_s, H u_t>,
         third_s    = D^3 L[u_s, u_s, u_s].
 
-    A summary is linear in the loss: summaries of micro-batches average.
+    A summary is linear in the loss: the summary of a mean over micro-batches is the
+    mean of their summaries.
 
     Args:
       value_fn: the loss, a function from `params` to a real scalar, differentiable
-        twice (three times with `third_order`). Data are closed over.
+        twice (three times with `third_order`). It contains its data.
       params: a pytree of real floating point arrays; leaves of other types must be
         labelled `partitions.FROZEN`.
-      direction: a pytree with the paths and shapes of `params`, gradient-like: a step
-        is ``params - sum_s eta_s * u_s``. It is cast to the dtypes of `params`.
-      param_labels: the partition, as :func:`optax.partition` takes it; see
-        :mod:`partnewton.partitions`. By default each leaf is a subset.
+      direction: a pytree with the paths and shapes of `params`. It has the sign of a
+        gradient: a step is ``params - sum_s eta_s * u_s``. It is cast to the dtypes of
+        `params`.
+      param_labels: the partition, specified as in :func:`optax.partition`; see
+        :mod:`partnewton.partitions`. By default there is one subset per leaf.
       third_order: whether to compute `third`.
-      engine: "adjoint", the fast one, which "auto" stands for; or "jvp_of_grad", the
-        reference, by one Hessian-vector product after the other.
-      batch_size: how many subsets are processed at once: more is faster and takes more
-        memory. By default the fast engine takes all, or, where the tangents that some
-        operation writes would take more than 1 GiB, as many as that holds. With fewer
-        than all of them, it goes through the loss once for each pair of blocks of half
-        that size. The reference takes one by one.
+      engine: "adjoint", the fast engine, which is also what "auto" selects; or
+        "jvp_of_grad", the reference implementation by Hessian-vector products.
+      batch_size: the number of subsets that are processed together. A larger number is
+        faster and needs more memory. By default, the adjoint engine processes all
+        subsets together, or as many as fit if the tangents of some operation would
+        exceed 1 GiB. With fewer than all, it evaluates the loss once for each pair of
+        blocks of half this size. The reference engine processes one subset at a time by
+        default.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
-      A :class:`Summary`, with arrays of the dtype in which the sums are accumulated:
-      float32, or float64 if a parameter has it. With `has_aux`, ``(summary, aux)``.
+      A :class:`Summary` of float32 arrays, or float64 if a parameter has that dtype.
+      With `has_aux`, ``(summary, aux)``.
 
     Raises:
-      ValueError, TypeError: an argument does not fit; the message names the argument
-        and the leaf. Raised at trace time.
+      ValueError, TypeError: an argument is invalid; the message contains its name and
+        the leaf. Raised at trace time.
 
     Example:
       >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
@@ -102,12 +104,12 @@ def summarize(
       P. Wolinski, arXiv 2312.03885.
     """
     _check_batch_size(batch_size)
-    problem = _Problem(value_fn, params, direction, param_labels, has_aux)
+    arguments = _EngineArguments(value_fn, params, direction, param_labels, has_aux)
     (value, aux), gradient, hessian, third = engines.get(engine).summarize(
-        problem.loss,
-        problem.leaves,
-        problem.direction,
-        problem.partition,
+        arguments.loss,
+        arguments.leaves,
+        arguments.direction,
+        arguments.partition,
         third_order=third_order,
         batch_size=batch_size,
     )
@@ -126,29 +128,31 @@ def derivative_tensors(
     batch_size: int | None = None,
     has_aux: bool = False,
 ) -> Any:
-    """All derivatives of a loss along the parts of a direction, up to some order.
+    """All mixed derivatives of a loss along a direction, up to a given order.
 
-    The tensor of order d has the entries D^d L[u_s1, ..., u_sd]; it is symmetric, and
-    each multiset of subsets is computed once.
+    The tensor of order d has the entries D^d L[u_s1, ..., u_sd]. It is symmetric, and
+    each distinct entry is computed once.
 
     Args:
-      value_fn: the loss; see :func:`summarize`, as for all other arguments.
+      value_fn: the loss, differentiable `order` times; this and the other arguments are
+        those of :func:`summarize`.
       params: the parameters.
       direction: the direction u.
-      order: the highest order, at least 1; the loss must be differentiable so often.
+      order: the highest order, at least 1.
       param_labels: the partition.
-      engine: "adjoint", "jvp_of_grad" or "auto", which is the first of them: S passes
-        for the third order where the other makes S (S + 1) / 2. From the fourth order
-        on the reference does the work in any case.
-      batch_size: how many subsets, and how many passes, are processed at once.
+      engine: "adjoint", "jvp_of_grad", or "auto" for "adjoint". For the third order,
+        "adjoint" evaluates the loss S times and "jvp_of_grad" S (S + 1) / 2 times.
+        Tensors of order 4 and higher are always computed by "jvp_of_grad".
+      batch_size: the number of subsets, and of such evaluations, that are processed
+        together.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
-      A tuple of `order` arrays of shapes (S,), (S, S), (S, S, S), ... With `has_aux`,
-      that tuple and aux.
+      A tuple of `order` arrays of shapes (S,), (S, S), (S, S, S), ...; with `has_aux`,
+      ``(tuple, aux)``.
 
     Raises:
-      ValueError, TypeError: an argument does not fit.
+      ValueError, TypeError: an argument is invalid.
 
     Example:
       >>> params = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
@@ -163,25 +167,25 @@ def derivative_tensors(
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}.")
     _check_batch_size(batch_size)
-    problem = _Problem(value_fn, params, direction, param_labels, has_aux)
+    arguments = _EngineArguments(value_fn, params, direction, param_labels, has_aux)
     (_, aux), tensors = engines.get(engine).derivative_tensors(
-        problem.loss,
-        problem.leaves,
-        problem.direction,
-        problem.partition,
+        arguments.loss,
+        arguments.leaves,
+        arguments.direction,
+        arguments.partition,
         order=order,
         batch_size=batch_size,
     )
     return (tensors, aux) if has_aux else tensors
 
 
-class _Problem:
-    """The arguments of the two functions above, checked, for the engines.
+class _EngineArguments:
+    """The checked arguments of the two functions above, in the form engines expect.
 
     Attributes:
       loss: a function from the list of active leaves to ``(value, aux)``.
-      leaves: the active leaves: those with an entry that is not frozen.
-      direction: the direction at these leaves, of their shapes and dtypes.
+      leaves: the active leaves, which have at least one entry that is not frozen.
+      direction: the direction at these leaves, with their shapes and dtypes.
       partition: the partition of these leaves.
     """
 
@@ -201,7 +205,9 @@ class _Problem:
         partition = param_labels
         if not isinstance(partition, partitions.Partition):
             partition = partitions.partition_of(params, param_labels)
-        directions = checked_direction(direction, params, partition=partition)
+        directions = partitions.checked_direction(
+            direction, params, partition=partition
+        )
         everything, treedef = jax.tree.flatten(params)
         active = partition.active
         _check_equal_on_all_devices("params", [everything[i] for i in active])
@@ -211,7 +217,9 @@ class _Problem:
             filled = list(everything)
             for i, leaf in zip(active, leaves, strict=True):
                 filled[i] = leaf
-            result = explained(value_fn, params)(jax.tree.unflatten(treedef, filled))
+            result = with_error_hints(value_fn, params)(
+                jax.tree.unflatten(treedef, filled)
+            )
             return _checked_loss(result, has_aux)
 
         self.loss = loss
@@ -228,53 +236,24 @@ class _Problem:
         self.partition = partition.of_active()
 
 
-def checked_direction(
-    direction: PyTree,
-    params: PyTree,
-    name: str = "direction",
-    partition: partitions.Partition | None = None,
-) -> list[Any]:
-    """The leaves of `direction`, if they have the paths and shapes of `params`.
-
-    What stands in the place of a leaf that `partition` freezes may have any shape and
-    type, such as the `float0` that jax makes gradients of integers.
-    """
-    leaves, treedef = jax.tree.flatten(direction)
-    likes, params_treedef = jax.tree.flatten(params)
-    if treedef != params_treedef:
-        theirs, ours = partitions.leaf_names(direction), partitions.leaf_names(params)
-        for missing in [path for path in ours if path not in theirs]:
-            raise ValueError(f"{name} has no leaf {missing!r}, but params has one.")
-        for extra in [path for path in theirs if path not in ours]:
-            raise ValueError(f"{name} has a leaf {extra!r}, but params has none.")
-    frozen = set() if partition is None else {*range(len(leaves))} - {*partition.active}
-    for i, (u, leaf) in enumerate(zip(leaves, likes, strict=True)):
-        if i not in frozen and np.shape(u) != np.shape(leaf):
-            raise ValueError(
-                f"{name}: the leaf {partitions.leaf_names(params)[i]!r} has shape "
-                f"{np.shape(u)}, but in params it has shape {np.shape(leaf)}."
-            )
-    return leaves
-
-
 def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """``(loss, aux)``, if the loss is a real floating point scalar."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
-            "value_fn must return a pair (loss, aux), since has_aux=True, got "
+            "value_fn must return a pair (loss, aux) because has_aux=True, got "
             f"{type(result).__name__}."
         )
     value, aux = result if has_aux else (result, None)
     _check_equal_on_all_devices("value_fn", value)
     if not (hasattr(value, "dtype") or isinstance(value, int | float | complex)):
         raise TypeError(
-            f"value_fn must return a scalar loss, got a {type(value).__name__}; say "
+            f"value_fn must return a scalar loss, got a {type(value).__name__}; pass "
             "has_aux=True if it returns (loss, aux)."
         )
     if jnp.shape(value) != ():
         raise ValueError(
             f"value_fn must return a scalar loss, got shape {jnp.shape(value)}; "
-            "take a mean or a sum."
+            "return a mean or a sum."
         )
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(
@@ -285,11 +264,10 @@ def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 
 
 def _check_equal_on_all_devices(name: str, tree: PyTree) -> None:
-    """Inside `shard_map`, whether each device sees the same whole.
+    """Check, inside `shard_map`, that a tree is the same on all devices.
 
-    There each device runs a program of its own. If jax does not keep track of what
-    differs between them (``check_vma=False``, `pmap`), the derivative of a mean over
-    devices is that of one device alone, and nothing but wrong numbers tells so.
+    If jax does not track which values differ between devices (``check_vma=False`` or
+    `pmap`), the derivative of a mean over devices is wrong without any error.
     """
     mesh = jax.sharding.get_abstract_mesh()
     for axis in mesh.manual_axes:
@@ -298,8 +276,8 @@ def _check_equal_on_all_devices(name: str, tree: PyTree) -> None:
         if axis not in _varying(jax.lax.axis_index(axis)):
             raise ValueError(
                 "value_fn: inside pmap, or shard_map with check_vma=False, derivatives "
-                "of a mean over devices are silently wrong; use shard_map with "
-                "check_vma=True, or jit with sharded arguments."
+                "of a mean over devices are wrong; use shard_map with check_vma=True, "
+                "or jit with sharded arguments."
             )
         for leaf in jax.tree.leaves(tree):
             if axis in _varying(leaf):
@@ -311,9 +289,9 @@ def _check_equal_on_all_devices(name: str, tree: PyTree) -> None:
 _DIFFERS = {
     "value_fn": "the loss differs between the devices of the mesh axis {axis!r}; "
     "return jax.lax.pmean(loss, {axis!r}).",
-    "direction": "it differs between the devices of the mesh axis {axis!r}; take the "
+    "direction": "it differs between the devices of the mesh axis {axis!r}; use the "
     "gradient of jax.lax.pmean(loss, {axis!r}).",
-    "params": "each device of the mesh axis {axis!r} has parameters of its own; to "
+    "params": "the parameters differ between the devices of the mesh axis {axis!r}; to "
     "shard parameters, use jit with sharded arguments.",
 }
 

@@ -20,7 +20,7 @@ from partnewton import averaging, partitions, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._checks import check_average, check_number, check_rule
 from partnewton._eager import compiled_when_eager
-from partnewton._extra_args import check_arguments, picked
+from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._measured_direction import MeasuredDirection
 from partnewton._tree import all_finite, select
 from partnewton.engines.nesting import DifferentiationError
@@ -212,7 +212,7 @@ def scale_by_partition_newton(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByPartitionNewtonState]:
         check_arguments("scale_by_partition_newton", params, value_fn)
-        loss_args = picked(value_fn, extra_args)
+        loss_args = extract_fn_kwargs(value_fn, extra_args)
         direction = MeasuredDirection(updates, params, param_labels, normalize)
 
         def loss_at(eta: jax.Array) -> jax.Array:

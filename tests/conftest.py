@@ -1,11 +1,33 @@
-"""What all tests share."""
+"""What all tests share: how programs are compiled, and products in full precision."""
 
-import jax
 import pytest
+from support.compiling import compile_once, compile_quickly
+
+
+def pytest_configure(config):
+    """Programs are compiled quickly, and not again until they change.
+
+    They are kept in pytest's cache, for the workers of pytest-xdist, for the processes
+    that tests start, and for the next run. ``pytest --cache-clear`` deletes them.
+    """
+    compile_quickly()
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        compile_once(config.cache.mkdir("compiled"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _products_are_in_full_precision():
+    """An accelerator rounds the factors of float32 products by default, a CPU not."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_are_dropped():
     """Thousands of them in one process exceed the memory maps that Linux allows."""
+    import jax
+
     yield
     jax.clear_caches()

@@ -58,7 +58,7 @@ def test_equal_summaries_average_to_themselves():
         assert_close(mean, summary)
 
 
-def test_no_average_hands_on_the_newest_summary():
+def test_without_an_average_the_newest_summary_is_used():
     seen = summaries(3)
     for mean, summary in zip(averages(averaging.none(), seen), seen, strict=True):
         assert mean is summary
@@ -120,14 +120,14 @@ def test_the_size_of_the_third_order_is_averaged_on_request():
 @pytest.mark.parametrize("period", [1, 2, 3])
 def test_the_uniform_average_is_the_mean_over_the_older_of_two_windows(period, third):
     seen = summaries(8, third)
-    begin_used = begin_filling = 0  # the windows as lists of what they have seen
+    begin_current = begin_following = 0  # the windows as lists of what they have seen
     for n, mean in enumerate(
         averages(averaging.uniform(period, warm_up=0), seen), start=1
     ):
         if n % period == 0:
-            begin_used, begin_filling = begin_filling, n
+            begin_current, begin_following = begin_following, n
         expected = jax.tree.map(
-            lambda *xs: np.mean(np.stack(xs), 0), *seen[begin_used:n]
+            lambda *xs: np.mean(np.stack(xs), 0), *seen[begin_current:n]
         )
         assert_close(mean, expected)
 
@@ -215,7 +215,7 @@ def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
     ],
     ids=["exponential", "uniform", "relative"],
 )
-def test_a_third_order_that_is_not_finite_poisons_no_average(average, value):
+def test_a_third_order_that_is_not_finite_leaves_averages_finite(average, value):
     seen = [jax.tree.map(jnp.ones_like, summaries(1)[0])] * 6
     broken = [
         s._replace(third=s.third.at[1].set(value)) if i in (0, 3) else s

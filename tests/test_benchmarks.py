@@ -281,7 +281,7 @@ def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("S", [1, 20, 26, 99, 268])
-def test_a_turn_has_two_refreshes_of_the_default(S):
+def test_the_shortest_timing_has_two_refreshes(S):
     steps = cost_training.LEAST_STEPS
     for name in ("partition_newton", "direction+rates"):
         refreshes = cost_cases.optimizer(name).refreshes(steps, S)
@@ -297,7 +297,7 @@ def test_the_average_step_is_that_of_a_thousand():
     assert row.average == pytest.approx(1.5)
 
 
-def test_the_links_together_are_the_preset():
+def test_the_transformations_together_are_the_preset():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     links = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
     found, expected = links.init(params), pn.partition_newton().init(params)
@@ -458,8 +458,8 @@ def test_variants_are_compared_with_adam_and_with_the_defaults():
         "a": {"adam_c": entry(0.1), "partition_newton": entry(0.01)},
         "b": {"adam_c": entry(0.1), "partition_newton": entry(0.2)},
     }
-    results["a"]["alike=0"] = entry(0.4)
-    results["b"]["alike=0"] = entry(0.1)
+    results["a"]["shrinkage=0"] = entry(0.4)
+    results["b"]["shrinkage=0"] = entry(0.1)
     text = training_report.markdown(results)
     assert "| partition_newton | 0.447 | 1 of 2 | 1 (a) | 1 (a) |" in text
-    assert "| alike=0 | 2 | 1 of 2 | 40 (a) | 0.5 (b) |" in text
+    assert "| shrinkage=0 | 2 | 1 of 2 | 40 (a) | 0.5 (b) |" in text

@@ -93,7 +93,7 @@ def test_a_summary_is_that_of_the_branch_that_is_taken(loss):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_what_a_loss_returns_beside_its_value_comes_from_its_branch():
+def test_aux_comes_from_the_branch_that_is_taken():
     def loss(p, flag):
         value, aux = jax.lax.cond(
             flag,

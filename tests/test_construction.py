@@ -26,8 +26,8 @@ WRONG_CALLS = {
     "scale_by_partition_newton('cubic')": (TypeError, "rule must be a function"),
     "scale_by_partition_newton(average='ema')": (TypeError, "average must be an av"),
     "scale_by_lookback('0.2')": (TypeError, "rate must be a number"),
-    "clip_by_parameter_rms('0.1')": (TypeError, "share must be a number"),
-    "clip_by_parameter_rms(0)": (ValueError, "share must be positive"),
+    "clip_by_parameter_rms('0.1')": (TypeError, "max_ratio must be a number"),
+    "clip_by_parameter_rms(0)": (ValueError, "max_ratio must be positive"),
     "directions.skip_nonfinite(optax.adam)": (TypeError, "direction must be an optax"),
     "directions.equilibrated('adam')": (TypeError, "direction must be an optax"),
 }
@@ -48,6 +48,6 @@ def test_the_warning_of_a_learning_rate_points_to_the_call(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", [pn.partition_newton, pn.paper_newton])
-def test_hyperparameters_that_are_injected_are_not_warned_of(optimizer):
+def test_injected_hyperparameters_do_not_warn(optimizer):
     tx = optax.inject_hyperparams(optimizer)(learning_rate=1e-3)
     assert tx.init(PARAMS).hyperparams["learning_rate"] == np.float32(1e-3)

@@ -10,8 +10,7 @@ from support import cubic_reference
 from support.cubic_reference import FAMILIES, Problem
 from support.selection import some
 
-from partnewton import cubic
-from partnewton.cubic import CubicStatus, solve_cubic
+from partnewton.cubic import CubicStatus, _solver, solve_cubic
 
 GAP = {np.float64: 1e-6, np.float32: 1e-3}  # of the model, relative to its minimum
 SIZES = ((1, 3), (2, 4), (5, 4), (12, 2), (30, 1))  # S, how many of each family
@@ -31,7 +30,7 @@ def solve(problem, dtype=np.float64):
 def solve_in_float32_arithmetic(problem):
     """What runs on TPU."""
     arguments = (jnp.asarray(a, jnp.float32) for a in problem.arguments)
-    solution = jax.jit(cubic._minimise_in_own_dtype)(*arguments)
+    solution = jax.jit(_solver._minimise_in_own_dtype)(*arguments)
     return jax.tree.map(np.asarray, solution)
 
 
@@ -148,7 +147,7 @@ def test_without_damping_the_step_is_newtons():
         assert solution.status == CubicStatus.INTERIOR
 
 
-def test_newtons_step_to_no_minimum_is_not_taken():
+def test_newtons_step_to_a_saddle_point_is_rejected():
     solution = solve(Problem(np.ones(2), np.diag([1.0, -1.0]), np.ones(2), 0.0))
     assert solution.status == CubicStatus.KERNEL_FROZEN
     assert not np.any(solution.learning_rates)
@@ -185,7 +184,7 @@ def test_a_singular_kernel_is_frozen():
     assert solution.learning_rates[2] > 0
 
 
-def test_inert_subsets_stay_at_zero_and_disturb_nothing():
+def test_inactive_subsets_stay_at_zero_and_leave_the_others_alone():
     problem = cubic_reference.indefinite(np.random.default_rng(0), 5)
     rows = np.array([0, 2, 3, 5, 6])
     g, d, H = np.zeros(7), np.zeros(7), np.zeros((7, 7))
@@ -198,7 +197,7 @@ def test_inert_subsets_stay_at_zero_and_disturb_nothing():
     )
 
 
-def test_at_a_stationary_point_of_positive_curvature_nothing_moves():
+def test_at_a_stationary_point_of_positive_curvature_the_step_is_zero():
     problem = cubic_reference.positive_definite(np.random.default_rng(0), 5)
     solution = solve(problem._replace(gradient=np.zeros(5)))
     assert solution.status == CubicStatus.INTERIOR
@@ -302,7 +301,7 @@ def test_negative_arrays_give_zeros(argument, value):
 
 
 @pytest.mark.parametrize("damping", [-1, -0.5])
-def test_a_negative_damping_is_refused(damping):
+def test_a_negative_damping_raises(damping):
     with pytest.raises(ValueError, match=f"damping must not be negative.*{damping}"):
         solve_cubic(jnp.ones(2), jnp.eye(2), jnp.ones(2), damping)
 
@@ -317,7 +316,7 @@ def test_a_negative_damping_is_refused(damping):
         (((2,), (2, 2), (2,), (1,)), r"damping must have .*\(\).*\(1,\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shapes, message):
+def test_shapes_that_do_not_fit_raise(shapes, message):
     with pytest.raises(ValueError, match=message):
         solve_cubic(*(jnp.ones(shape) for shape in shapes))
 
@@ -393,7 +392,7 @@ def _cond(*arguments):
         "jit-cond",
     ],
 )
-def test_transformations_change_nothing(solve_all, batch):
+def test_transformations_of_jax_give_the_same_solutions(solve_all, batch):
     arguments, expected = batch
     solution = solve_all(*arguments)
     np.testing.assert_array_equal(solution.status, expected.status)
@@ -439,10 +438,10 @@ def test_float64_problems_are_solved_under_transformations_too():
 def test_new_numbers_do_not_compile_anew():
     g, H, d = jnp.ones(3), jnp.eye(3), jnp.ones(3)
     solve_cubic(g, H, d, 1.0)
-    compiled = cubic._solve._cache_size()
+    compiled = _solver._solve._cache_size()
     solve_cubic(2 * g, -H, 0 * d, 3)
     solve_cubic(2 * g, -H, 0 * d, jnp.float32(2))
-    assert cubic._solve._cache_size() == compiled
+    assert _solver._solve._cache_size() == compiled
 
 
 def test_a_long_scan_of_solutions_stays_finite():

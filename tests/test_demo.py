@@ -76,7 +76,7 @@ def test_all_optimizers_start_from_the_same_weights(record):
     assert len(ends) == 3
 
 
-def test_the_record_is_complete(record):
+def test_the_json_is_complete(record):
     curves = record["optimizers"]
     for curve in curves.values():
         assert curve["steps"] == [0, 4]

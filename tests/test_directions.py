@@ -29,7 +29,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_without_bad_batches_nothing_is_changed(name):
+def test_skip_nonfinite_on_finite_batches_is_the_inner_direction(name):
     plain, ours = INNER[name](), directions.skip_nonfinite(INNER[name]())
     one, other = plain.init(PARAMS), ours.init(PARAMS)
     for grads in gradients(3):
@@ -41,7 +41,7 @@ def test_without_bad_batches_nothing_is_changed(name):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("name", INNER)
-def test_a_bad_batch_leaves_no_trace(name, bad):
+def test_a_batch_that_is_not_finite_leaves_the_state_unchanged(name, bad):
     tx = directions.skip_nonfinite(INNER[name]())
     first, second = gradients(2)
     _, state = tx.update(first, tx.init(PARAMS), PARAMS)
@@ -54,7 +54,7 @@ def test_a_bad_batch_leaves_no_trace(name, bad):
     jax.tree.map(np.testing.assert_array_equal, healed, untouched)
 
 
-def test_a_batch_that_makes_the_state_overflow_leaves_no_trace():
+def test_a_batch_that_makes_the_state_overflow_leaves_it_unchanged():
     tx = directions.skip_nonfinite(optax.scale_by_adam())
     huge = jax.tree.map(lambda x: 1e30 * x, PARAMS)  # finite, but not its square
     updates, state = tx.update(huge, tx.init(PARAMS), PARAMS)
@@ -151,7 +151,7 @@ def test_with_the_power_a_half_inputs_and_outputs_may_have_any_units():
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=2e-2)
 
 
-def test_a_row_without_gradient_stays_zero_and_disturbs_nothing():
+def test_a_row_without_gradient_stays_zero_and_leaves_the_others_alone():
     gradients = matrices(2)
     for grads in gradients:
         grads["w"][1] = 0.0

@@ -21,7 +21,7 @@ MODULES += [
     "presets",
     "summary",
     "transform",
-    "trust",
+    "clipping",
 ]
 
 

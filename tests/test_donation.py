@@ -84,7 +84,7 @@ def test_parameters_and_states_are_donated(name):
 
 
 @pytest.mark.parametrize("name", ["scale_by_lookback", "average uniform"])
-def test_what_an_update_outside_of_jit_returns_can_be_donated(name):
+def test_results_of_an_update_outside_of_jit_can_be_donated(name):
     tx, params = TRANSFORMATIONS[name], fresh()
     grads = jax.grad(loss)(params)
     updates, state = tx.update(grads, tx.init(params), params, value_fn=loss)

@@ -351,7 +351,7 @@ def test_side_effects_happen_at_each_step():
     ],
     ids=["rates", "lookback"],
 )
-def test_under_a_trace_nothing_is_changed(tx):
+def test_inside_a_trace_the_program_is_that_of_the_plain_update(tx):
     params = {"w": jnp.ones(2)}
     state = tx.init(params)
 

@@ -145,7 +145,7 @@ def gathered(p, x):
 
 @each_engine
 @pytest.mark.parametrize("loss", [mean_over_lanes, sum_inside, gathered])
-def test_a_collective_over_lanes_is_refused(loss, engine):
+def test_a_collective_over_a_vmapped_axis_raises(loss, engine):
     def lane(x):
         return pn.summarize(lambda p: loss(p, x), params(), params(), engine=engine)
 
@@ -168,7 +168,7 @@ def test_a_collective_over_an_axis_inside_is_not(engine):
 
 
 @each_engine
-def test_lanes_that_do_not_talk_are_not_refused(engine):
+def test_a_vmap_with_an_axis_name_but_no_collective_works(engine):
     def lane(x):
         p = {"b": params()["b"], "w": x}
         return pn.summarize(column_by_column, p, direction_of(p), engine=engine)

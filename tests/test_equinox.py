@@ -171,12 +171,12 @@ def test_per_element_splits_a_filtered_model():
     assert len(pn.subset_names(params, "per_element")) == 2 * 3 + 3 + 1
 
 
-def test_a_model_that_is_not_filtered_is_refused_by_name():
+def test_a_model_that_is_not_filtered_raises_an_error_with_its_name():
     with pytest.raises(TypeError, match=r"leaf 'activation' is a .*eqx.partition"):
         pn.subset_names(mlp())
 
 
-def test_a_loss_that_takes_the_model_is_told_to_combine():
+def test_the_error_of_a_loss_of_a_model_says_to_combine():
     _, params = of_mlp()
     with pytest.raises(TypeError) as raised:
         pn.summarize(lambda model: jnp.sum(model(jnp.ones(2))), params, params)

@@ -77,7 +77,7 @@ def expected(steps, targets, rate, place, interval, growth, share):
         (0.1, 0.6, 2, 0.5, 1.0, 60),
     ],
 )
-def test_the_factor_follows_the_sign_of_the_slope(
+def test_the_multiplier_follows_the_sign_of_the_slope(
     rate, place, interval, growth, share, count
 ):
     given = steps_and_targets(count)
@@ -95,7 +95,7 @@ def test_the_factor_follows_the_sign_of_the_slope(
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
+def test_while_steps_descend_the_multiplier_grows_to_its_maximum():
     steps = np.tile([-1e-3, 0.0, 0.0], (40, 1))
     tx = pn.scale_by_lookback(0.1, update_interval=2, window_growth=0, max_scale=1.5)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
@@ -103,7 +103,7 @@ def test_while_all_steps_descend_it_grows_and_stops_at_the_largest():
     assert factors[-1] == pytest.approx(1.5)
 
 
-def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
+def test_while_steps_ascend_the_multiplier_shrinks_to_its_minimum():
     steps = np.tile([1.0, 0.0, 0.0], (40, 1))
     tx = pn.scale_by_lookback(0.2, update_interval=1, window_growth=0, min_scale=0.01)
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
@@ -114,7 +114,7 @@ def test_while_all_steps_ascend_it_decays_and_stops_at_the_smallest():
 @pytest.mark.parametrize(
     ("rate", "growth", "bound"), [(0.1, 0.0, 0.1), (0.2, 3.0, 0.5)]
 )
-def test_under_noise_alone_it_decays(rate, growth, bound):
+def test_on_noise_the_multiplier_shrinks(rate, growth, bound):
     """Stochastic gradients of a quadratic, long after the start."""
     rng = np.random.default_rng(0)
     tx = pn.scale_by_lookback(rate, window_growth=growth)
@@ -169,7 +169,7 @@ def test_a_slope_that_is_not_finite_changes_nothing():
     assert np.all(np.isfinite(factors))
 
 
-def test_with_the_rate_zero_nothing_is_scaled():
+def test_with_the_rate_zero_the_multiplier_stays_one():
     steps, targets = steps_and_targets(9)
     factors, _, end = run(pn.scale_by_lookback(0.0), steps, targets)
     np.testing.assert_array_equal(factors, 1.0)
@@ -239,7 +239,7 @@ def test_dtypes_stay_in_a_cond(dtype):
     assert not any(weak for _, _, weak in types_of(state))
 
 
-def test_map_params_finds_the_anchor_and_nothing_else():
+def test_map_params_visits_the_anchor_alone():
     tx = pn.scale_by_lookback()
     state = tx.init(PARAMS)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
@@ -247,7 +247,7 @@ def test_map_params_finds_the_anchor_and_nothing_else():
     assert doubled.factor == 1
 
 
-def test_what_a_loss_returns_beside_its_value_is_dropped():
+def test_aux_is_dropped():
     tx = pn.scale_by_lookback(has_aux=True)
     updates, _ = tx.update(
         PARAMS, tx.init(PARAMS), PARAMS, value_fn=lambda p: (loss(p), "aux")

@@ -155,7 +155,7 @@ def test_the_reference_agrees_where_jax_does(loss):
         lambda p: jnp.sum(jnp.abs(p["x"]) ** 1.5),
     ],
 )
-def test_an_infinity_that_is_met_is_not_hidden(loss, engine):
+def test_an_infinity_that_reaches_the_loss_is_not_hidden(loss, engine):
     p = {"x": jnp.zeros(2), "y": jnp.ones(2)}
     u = {"x": jnp.ones(2), "y": jnp.ones(2)}
     summary = pn.summarize(loss, p, u, engine=engine)
@@ -168,7 +168,7 @@ def gamma(p):
     return jnp.sum(pixels**2.2 * jnp.exp(p["y"])) + jnp.sin(p["z"] * p["y"])
 
 
-def test_only_the_third_derivative_of_who_meets_an_infinity_is_infinite():
+def test_only_subsets_that_reach_an_infinity_have_an_infinite_third_derivative():
     p = {"x": jnp.array(0.0), "y": jnp.array(0.3), "z": jnp.array(0.7)}
     u = {"x": jnp.array(1.0), "y": jnp.array(0.5), "z": jnp.array(-1.0)}
     summary = quick_jit(functools.partial(pn.summarize, gamma, engine="adjoint"))(p, u)

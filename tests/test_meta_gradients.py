@@ -37,7 +37,7 @@ def halved(number):
     """The first rates are far too long, and are halved twice."""
     return downhill(
         optax.scale(number),
-        pn.scale_by_partition_newton(_eightfold, backtracking=4),
+        pn.scale_by_partition_newton(EIGHTFOLD, backtracking=4),
     )
 
 
@@ -46,7 +46,7 @@ def _eightfold(summary):
     return rules.Proposal(8.0 * rates, decrease, status)
 
 
-_eightfold.third_order = False
+EIGHTFOLD = rules.Rule(_eightfold, third_order=False)
 
 
 def preset(number):

@@ -69,7 +69,7 @@ def test_metrics_can_be_outputs_of_a_jitted_step(trained):
 
 
 @pytest.mark.slow
-def test_the_factor_of_the_look_back_is_among_them():
+def test_metrics_include_the_lookback_multiplier():
     tx = pn.partition_newton()
     jitted = jax.jit(lambda params, state: step(tx, params, state))
     params, state = jitted(PARAMS, jax.jit(tx.init)(PARAMS))

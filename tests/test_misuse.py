@@ -14,7 +14,7 @@ from flax.training import train_state
 
 import partnewton as pn
 from partnewton import _checks, averaging, partitions, rules
-from partnewton._extra_args import explained
+from partnewton._error_hints import with_error_hints
 
 PARAMS = {"body": jnp.array([1.0, 2.0]), "head": {"bias": jnp.array([0.5, 0.5])}}
 
@@ -51,13 +51,13 @@ BODY = {"body": True, "head": False}
 @pytest.mark.parametrize("labels", [None, {"body": "body", "head": "head"}])
 def test_masks_that_hide_leaves_from_the_loss_are_explained(wrapped, labels):
     tx = wrapped(pn.scale_by_partition_newton(param_labels=labels))
-    told = r"lack the leaf 'head.*MaskedNode.*FROZEN"
+    told = r"without the leaf 'head.*MaskedNode.*FROZEN"
     with pytest.raises(ValueError, match=told) as raised:
         update(tx)
     assert len(str(raised.value)) < 400
 
 
-def test_a_loss_that_fills_in_what_a_mask_hides_is_served():
+def test_a_loss_may_fill_in_what_a_mask_hides():
     tx = optax.masked(quick(), BODY)
     filled, _ = update(
         tx, value_fn=lambda params: loss(PARAMS | {"body": params["body"]})
@@ -67,7 +67,7 @@ def test_a_loss_that_fills_in_what_a_mask_hides_is_served():
     np.testing.assert_allclose(filled["body"], expected["body"], rtol=1e-6)
 
 
-def test_a_wrapper_that_drops_the_loss_is_told_what_to_write():
+def test_the_error_of_a_wrapper_that_drops_the_loss_names_the_repair():
     module = linen.Dense(1)
     params = module.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
     state = train_state.TrainState.create(
@@ -105,7 +105,7 @@ def notes_of(value_fn):
     return "\n".join(raised.value.__notes__)
 
 
-def test_a_loss_that_changes_the_variables_of_a_model_is_told_to_copy():
+def test_the_error_of_a_loss_that_changes_variables_says_to_copy():
     def value_fn_of(model):
         graphdef, _, rest = nnx.split(model, nnx.Param, ...)
         x = jnp.arange(8.0).reshape(4, 2)
@@ -118,7 +118,7 @@ def test_a_loss_that_changes_the_variables_of_a_model_is_told_to_copy():
     "value_fn",
     [lambda model: jnp.sum(model(jnp.ones((4, 2)))), lambda model: model.missing(1)],
 )
-def test_a_loss_that_takes_the_model_is_told_that_it_gets_parameters(value_fn):
+def test_the_error_of_a_loss_of_a_model_says_that_it_gets_parameters(value_fn):
     assert "nnx.merge(graphdef, params, rest" in notes_of(lambda model: value_fn)
 
 
@@ -127,9 +127,9 @@ def test_other_errors_of_a_loss_are_left_as_they_are():
         raise KeyError("x")
 
     with pytest.raises(KeyError) as raised:
-        explained(broken, PARAMS)(PARAMS)
+        with_error_hints(broken, PARAMS)(PARAMS)
     assert not hasattr(raised.value, "__notes__")
-    assert explained(loss, PARAMS)(PARAMS) == loss(PARAMS)
+    assert with_error_hints(loss, PARAMS)(PARAMS) == loss(PARAMS)
 
 
 def test_an_error_is_explained_once():
@@ -137,7 +137,7 @@ def test_an_error_is_explained_once():
         raise TypeError("'State' object is not callable")
 
     state = nnx.state(_Network(nnx.Rngs(0)), nnx.Param)
-    twice = explained(explained(broken, state), state)
+    twice = with_error_hints(with_error_hints(broken, state), state)
     with pytest.raises(TypeError) as raised:
         twice(state)
     assert len(raised.value.__notes__) == 1
@@ -153,13 +153,13 @@ def test_a_learning_rate_is_a_number_or_a_schedule(value):
 
 
 @pytest.mark.parametrize("value", [-0.1, -1, np.float32(-1.0), float("nan")])
-def test_a_negative_learning_rate_is_refused(value):
+def test_a_negative_learning_rate_raises(value):
     with pytest.raises(ValueError, match="learning_rate must not be negative"):
         _checks.check_learning_rate(value)
 
 
 @pytest.mark.parametrize("value", [1e-3, np.float32(3e-4), 0.009])
-def test_a_learning_rate_out_of_habit_is_warned_of(value):
+def test_a_learning_rate_like_that_of_adam_warns(value):
     def constructor(learning_rate):
         _checks.check_learning_rate(learning_rate)
 
@@ -171,7 +171,7 @@ def test_a_learning_rate_out_of_habit_is_warned_of(value):
 @pytest.mark.parametrize(
     "value", [0.0, 0.01, 0.2, 1, optax.constant_schedule(1e-3), jnp.array(1e-3)]
 )
-def test_other_learning_rates_are_taken_silently(value):
+def test_other_learning_rates_do_not_warn(value):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _checks.check_learning_rate(value)
@@ -198,6 +198,7 @@ def test_a_number_is_no_string_and_not_too_small():
         ("cubic", "the string 'cubic'"),
         (3, "3, a int"),
         (rules.cubic, r"rule=rules.cubic\(\.\.\.\)"),
+        (rules.Rule, r"rule=rules.Rule\(\.\.\.\)"),
         (rules.robust, r"rule=rules.robust\(\.\.\.\)"),
     ],
 )
@@ -206,8 +207,8 @@ def test_a_rule_is_a_function_of_a_summary(value, told):
         _checks.check_rule(value)
 
 
-def test_rules_of_every_kind_are_taken():
-    for rule in (rules.cubic(), rules.above_rounding(rules.robust()), lambda s: s):
+def test_every_kind_of_callable_may_be_a_rule():
+    for rule in (rules.cubic(), rules.with_noise_floor(rules.robust()), lambda s: s):
         _checks.check_rule(rule)
 
 
@@ -254,7 +255,7 @@ def test_groupings_take_the_name_of_what_they_group():
 
 
 @pytest.mark.parametrize("labels", ["per_layers", "body", "blocks"])
-def test_any_other_lone_string_is_refused(labels):
+def test_any_other_lone_string_raises(labels):
     with pytest.raises(ValueError, match=f"param_labels: '{labels}' .*'per_layer'"):
         pn.subset_names(PARAMS, labels)
     with pytest.raises(ValueError, match="is not the name of a partition"):

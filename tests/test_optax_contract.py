@@ -200,7 +200,7 @@ def test_unknown_extra_arguments_are_accepted(name):
 
 
 @every_optimizer
-def test_map_params_finds_its_way_through_the_state(name):
+def test_map_params_works_on_the_state(name):
     tx, (loss, params, _) = OPTIMIZERS[name], mixed()
     _, state = train(tx, loss, params, 2)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
@@ -291,7 +291,7 @@ STATIC = ("rule", "param_labels", "average", "batch_size")
 
 
 @pytest.mark.parametrize("case", some(FACTORIES, default=["a_rule"]))
-def test_inject_hyperparams_changes_nothing_but_where_numbers_are_kept(case):
+def test_inject_hyperparams_gives_the_same_updates(case):
     loss, params, _ = mixed()
     plain = FACTORIES[case]()
     hyperparams = FACTORIES[case].keywords
@@ -340,7 +340,7 @@ def test_a_constant_schedule_is_a_constant():
 
 
 @every_optimizer
-def test_chains_of_either_kind_pass_everything_on(name):
+def test_chains_and_named_chains_pass_extra_arguments_on(name):
     loss, params, _ = mixed()
     tx = OPTIMIZERS[name]
     plain = train(tx, loss, params, 3)[0]
@@ -353,7 +353,7 @@ def test_chains_of_either_kind_pass_everything_on(name):
 
 
 @every_optimizer
-def test_apply_if_finite_has_nothing_to_do(name):
+def test_apply_if_finite_never_skips_an_update(name):
     loss, params, _ = mixed()
     tx = OPTIMIZERS[name]
     wrapped = optax.apply_if_finite(tx, 3)
@@ -396,7 +396,7 @@ def test_multi_steps_takes_the_mean_gradient_and_the_last_micro_batch(name):
 
 
 @every_optimizer
-def test_reduce_on_plateau_scales_what_we_return(name):
+def test_reduce_on_plateau_may_follow(name):
     tx = OPTIMIZERS[name]
     loss, params, minimum = parabola()
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=20)

@@ -59,7 +59,7 @@ def test_equal_labels_form_one_subset():
     assert numbers(params, labels) == [[0, 0], [1, 1], [0, 0]]
 
 
-def test_a_label_serves_all_leaves_below_its_place():
+def test_a_label_covers_all_leaves_below_it():
     labels = {"embedding": "in", "layers": ["first", "second"], "scale": "in"}
     assert pn.subset_names(network(), labels) == ("in", "first", "second")
     assert partition_of(network(), labels).labels == (0, 1, 1, 2, 2, 0)
@@ -189,7 +189,7 @@ READY_MADE = [
 
 @pytest.mark.parametrize("labels", READY_MADE)
 @pytest.mark.parametrize("hollow", [None, optax.MaskedNode(), (), {}])
-def test_places_without_a_leaf_change_nothing(labels, hollow):
+def test_nodes_without_leaves_are_ignored(labels, hollow):
     params = {"a": jnp.ones((2, 3)), "b": {"bias": jnp.ones(3), "w": jnp.ones(2)}}
     holey = params | {"hollow": hollow, "b": params["b"] | {"hollow": hollow}}
     plain, found = partition_of(params, labels), partition_of(holey, labels)
@@ -207,7 +207,7 @@ def test_places_without_a_leaf_change_nothing(labels, hollow):
         {"a": "x", "b": {"kernel": "ignored"}, "c": {"d": FROZEN}},
     ],
 )
-def test_labels_of_places_without_a_leaf_are_ignored(hollow, labels):
+def test_labels_of_nodes_without_leaves_are_ignored(hollow, labels):
     params = {"a": jnp.ones(2), "b": hollow, "c": {"d": hollow}}
     assert pn.subset_names(params, labels) == ("x",)
     with pytest.raises(ValueError, match="'e' matches no leaf"):
@@ -234,7 +234,7 @@ def test_a_leaf_without_entries_may_have_labels_of_any_kind():
         pn.subset_names(params, {"a": "a", "b": np.arange(3)})
 
 
-def test_parameters_without_entries_are_refused():
+def test_parameters_without_entries_raise():
     with pytest.raises(ValueError, match="params has only leaves without entries"):
         pn.subset_names({"a": jnp.ones(0)})
     with pytest.raises(ValueError, match="only frozen leaves and leaves without entr"):
@@ -496,20 +496,20 @@ def test_inner_products_are_taken_on_each_subset():
     np.testing.assert_allclose(partition.inner(xs, ys), expected, rtol=1e-6)
 
 
-def test_parts_are_the_leaves_on_one_subset_and_zero_elsewhere():
+def test_restricting_to_a_subset_is_zero_elsewhere():
     _, partition = mixed_partition()
     xs = random_leaves(0)
-    parts = jax.vmap(lambda s: partition.part(xs, s))(jnp.arange(3))
+    parts = jax.vmap(lambda s: partition.restrict(xs, s))(jnp.arange(3))
     for x, part, n in zip(xs, parts, MIXED_NUMBERS, strict=True):
         for s in range(3):
             np.testing.assert_array_equal(part[s], np.where(np.array(n) == s, x, 0))
 
 
-def test_values_are_spread_to_the_entries_of_their_subset():
+def test_values_are_broadcast_to_the_entries_of_their_subset():
     _, partition = mixed_partition()
-    spread = partition.spread(jnp.array([10.0, 20.0, 30.0]))
+    values = partition.broadcast_to_leaves(jnp.array([10.0, 20.0, 30.0]))
     table = np.array([10.0, 20.0, 30.0, 0.0])
-    for x, n in zip(spread, MIXED_NUMBERS, strict=True):
+    for x, n in zip(values, MIXED_NUMBERS, strict=True):
         np.testing.assert_array_equal(np.broadcast_to(x, np.shape(n)), table[n])
 
 
@@ -555,7 +555,7 @@ def test_frozen_updates_are_zero_whatever_they_were():
     assert all(x is y for x, y in zip(moved[1:], leaves[1:], strict=True))
 
 
-def test_entries_that_are_frozen_are_taken_out_of_a_leaf():
+def test_frozen_entries_of_a_leaf_are_set_to_zero():
     _, partition = mixed_partition()
     xs = random_leaves(0)
     cleared = partition.without_frozen(xs)
@@ -644,18 +644,18 @@ def test_sums_are_taken_in_float64_if_an_active_leaf_has_it():
         ),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(labels, error, message):
+def test_labels_that_do_not_fit_raise(labels, error, message):
     params = {"a": jnp.ones(3), "b": {"c": jnp.ones(2)}}
     with pytest.raises(error, match=message):
         pn.subset_names(params, labels)
 
 
-def test_parameters_without_leaves_are_refused():
+def test_parameters_without_leaves_raise():
     with pytest.raises(ValueError, match="partition is empty: params has no leaves"):
         pn.subset_names({})
 
 
-def test_two_subsets_of_one_name_are_refused():
+def test_two_subsets_of_one_name_raise():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"param_labels: .*'1'"):
         pn.subset_names(params, {"a": "1", "b": 1})
@@ -664,7 +664,7 @@ def test_two_subsets_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("leaf", [jnp.tanh, "text", object()])
-def test_leaves_that_are_no_arrays_are_refused_by_name(leaf):
+def test_leaves_that_are_no_arrays_raise_an_error_with_their_name(leaf):
     params = {"a": jnp.ones(2), "b": {"c": leaf}}
     with pytest.raises(TypeError, match="params: the leaf 'b/c' is a"):
         pn.subset_names(params, {"a": "a", "b": FROZEN})
@@ -687,7 +687,7 @@ def test_a_tree_of_labels_may_be_callable():
     )
 
 
-def test_traced_labels_are_refused():
+def test_traced_labels_raise():
     @jax.jit
     def f(labels):
         return partition_of({"a": jnp.ones(3)}, {"a": labels}).inner([], [])
@@ -707,32 +707,32 @@ def test_leaves_that_cannot_be_trained_must_be_frozen(dtype):
         pn.subset_names(params, {"a": "a", "b": np.array([FROZEN, 0])})
 
 
-def test_leaves_of_one_name_are_refused_unless_labels_tell_them_apart():
+def test_leaves_of_one_name_raise_unless_labels_tell_them_apart():
     params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}
-    with pytest.raises(ValueError, match="params: two leaves are both called 'a/b'"):
+    with pytest.raises(ValueError, match="params: two leaves have the name 'a/b'"):
         pn.subset_names(params)
     labels = {"a": {"b": "nested"}, "a/b": "flat"}
     assert pn.subset_names(params, labels) == ("nested", "flat")
 
 
-def test_a_pattern_that_matches_no_leaf_is_refused():
+def test_a_pattern_that_matches_no_leaf_raises():
     labels = partitions.by_path([("kernal", "weights"), ("", "rest")])
     with pytest.raises(ValueError, match=r"by_path: .*'kernal'.*matches no leaf"):
         pn.subset_names(network(), labels)
 
 
-def test_a_leaf_that_no_pattern_matches_is_refused():
+def test_a_leaf_that_no_pattern_matches_raises():
     labels = partitions.by_path([("kernel|bias|scale", "layers")])
     with pytest.raises(ValueError, match=r"by_path: no pattern matches .*'embedding'"):
         pn.subset_names(network(), labels)
 
 
 @pytest.mark.parametrize("grouping", [partitions.blocks, partitions.alternate])
-def test_groupings_into_too_many_or_too_few_are_refused(grouping):
+def test_groupings_into_too_many_or_too_few_raise(grouping):
     name = grouping.__name__
     with pytest.raises(ValueError, match=f"{name}: n must be at least 1, got 0"):
         grouping(0)
     with pytest.raises(ValueError, match=f"{name}: n = 7, .* only 6 subsets"):
         pn.subset_names(network(), grouping(7))
-    with pytest.raises(TypeError, match=f"{name}: of= must give one label a leaf"):
+    with pytest.raises(TypeError, match=f"{name}: of= must return one label per leaf"):
         pn.subset_names(network(), grouping(2, of=partitions.per_element))

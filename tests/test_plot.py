@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from partnewton import plot
+from partnewton.plot import curves
 
 
 def summary_of(hessian):
@@ -180,7 +181,7 @@ def test_learning_rates_are_drawn_on_a_logarithmic_axis():
 
 
 @pytest.mark.parametrize("other", [0.0, -2.0])
-def test_learning_rates_that_are_not_positive_have_a_place_too(other):
+def test_learning_rates_that_are_not_positive_are_drawn(other):
     ax = plot.learning_rates((range(3), {"kernel": [0.3, other, 1e-20]}))
     ax.figure.draw_without_rendering()
     assert ax.get_yscale() == "symlog"
@@ -191,7 +192,7 @@ def test_learning_rates_that_are_not_positive_have_a_place_too(other):
 
 def test_running_medians_leave_out_what_is_missing():
     values = np.array([1.0, 9.0, np.nan, 3.0, np.nan, np.nan, np.nan])
-    smooth = plot._running_median(values, 3)
+    smooth = curves._running_median(values, 3)
     np.testing.assert_array_equal(smooth, [5, 5, 6, 3, 3, np.nan, np.nan])
 
 
@@ -243,7 +244,7 @@ def test_decreases_are_points_with_the_line_that_they_should_be_on():
     assert ax.get_xscale() == ax.get_yscale() == "log"
 
 
-def test_steps_that_went_uphill_have_a_place_too_and_the_diagonal_stays_straight():
+def test_steps_that_went_uphill_are_drawn_and_the_diagonal_stays_straight():
     ax = plot.predicted_vs_actual((range(3), [0.1, 0.2, 0.4], [-0.3, 0.1, 0.2]))
     ax.figure.draw_without_rendering()
     assert ax.get_xscale() == ax.get_yscale() == "symlog"
@@ -269,8 +270,8 @@ def test_learning_rates_want_a_value_for_each_step():
 
 
 def test_losses_draw_one_curve_each_and_leave_out_what_is_not_finite():
-    curves = {"adam": ([0, 1], [2.0, 1.0]), "sgd": ([0, 1], [2.0, np.inf])}
-    ax = plot.losses(curves, ylabel="test loss", log=False)
+    histories = {"adam": ([0, 1], [2.0, 1.0]), "sgd": ([0, 1], [2.0, np.inf])}
+    ax = plot.losses(histories, ylabel="test loss", log=False)
     ax.figure.draw_without_rendering()
     adam, sgd = ax.get_lines()
     assert adam.get_ydata().tolist() == [2, 1]

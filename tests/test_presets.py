@@ -89,7 +89,7 @@ def test_partition_newton_is_a_chain_of_four():
         optax.scale(-1.0),
         pn.scale_by_partition_newton(
             normalize="rms",
-            rule=rules.above_rounding(rules.robust(alike=0.5)),
+            rule=rules.with_noise_floor(rules.robust(shrinkage=0.5)),
             update_interval=3,
             average=averaging.relative(averaging.exponential(0.9, absolute_third=True)),
             backtracking=30,
@@ -104,7 +104,7 @@ def test_partition_newton_is_a_chain_of_four():
 
 
 @pytest.mark.parametrize("chain", [pn.partition_newton, pn.paper_newton])
-def test_every_argument_of_the_link_can_be_given_to_a_preset(chain):
+def test_presets_have_all_arguments_of_the_transformation(chain):
     link = set(inspect.signature(pn.scale_by_partition_newton).parameters)
     if chain is pn.partition_newton:
         link -= {"smoothing", "normalize"}  # it averages summaries of unit directions
@@ -112,7 +112,7 @@ def test_every_argument_of_the_link_can_be_given_to_a_preset(chain):
 
 
 @pytest.mark.slow
-def test_without_adaptation_the_factor_is_the_learning_rate():
+def test_without_lookback_the_multiplier_is_the_learning_rate():
     _, state, _ = train(pn.partition_newton(lookback_rate=0.0), steps=15)
     assert state[-2].factor == 1
     _, state, _ = train(preset(), steps=15)
@@ -204,7 +204,7 @@ def test_the_defaults_train(direction):
 # At the first step, at a refresh and between.
 @pytest.mark.parametrize("when", some([0, 20, 23], default=[20]))
 @pytest.mark.parametrize("direction", some(DIRECTIONS, default=["muon"]))
-def test_a_batch_of_nans_costs_a_step_and_nothing_else(direction, when):
+def test_a_batch_of_nans_is_skipped(direction, when):
     factors = jnp.ones(STEPS).at[when].set(jnp.nan)
     _, state, losses = train(preset(direction), factors=factors)
     _, _, undisturbed = train(preset(direction))
@@ -216,7 +216,7 @@ def test_a_batch_of_nans_costs_a_step_and_nothing_else(direction, when):
 
 
 @pytest.mark.parametrize("direction", some(["muon", "adam"], default=["muon"]))
-def test_an_exploding_batch_does_not_throw_the_parameters_away(direction):
+def test_a_batch_with_a_huge_loss_takes_a_bounded_step(direction):
     factors = jnp.ones(STEPS).at[20].set(1e6)
     _, _, losses = train(preset(direction), factors=factors)
     # It fills the momentum for a hundred steps or more; their lengths are kept.
@@ -351,7 +351,7 @@ SATURATED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("halvings", [0, 30])
-def test_halvings_keep_a_saturated_softmax_from_throwing_the_parameters_away(halvings):
+def test_backtracking_keeps_steps_small_at_a_saturated_softmax(halvings):
     """There is no curvature to bound a step, and the lengths ask for anything.
 
     One start may get away with it, by rounding alone: eight starts do not.
@@ -430,7 +430,7 @@ def test_a_recipe_trains(recipe):
 
 
 @pytest.mark.slow
-def test_weight_decay_stands_behind_and_is_decoupled():
+def test_weight_decay_is_last_and_decoupled():
     tx = RECIPES["weight decay"]()
     grads = jax.grad(loss)(PARAMS)
     ours, _ = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=loss)

@@ -308,6 +308,7 @@ def test_only_newton_does_without_the_third_order():
     assert rules.needs_third_order(rules.diagonal())
     assert not rules.needs_third_order(rules.newton())
     assert rules.needs_third_order(lambda summary: None)
+    assert not rules.needs_third_order(rules.Rule(lambda summary: None, False))
 
 
 # --- robust ----------------------------------------------------------------------
@@ -351,16 +352,16 @@ def test_robust_is_stationary_for_its_own_model(seed, damping, floor, dtype):
     assert decrease > 0
 
 
-@pytest.mark.parametrize("alike", [0.3, 0.5, 1.0])
-@pytest.mark.parametrize("spread", some([1.5, 5.0, np.inf], default=[1.5]))
+@pytest.mark.parametrize("shrinkage", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("max_ratio", some([1.5, 5.0, np.inf], default=[1.5]))
 @pytest.mark.parametrize("seed", some(range(4), default=[0]))
-def test_robust_draws_rates_to_the_best_step_with_all_rates_alike(seed, spread, alike):
+def test_robust_shrinks_rates_towards_the_best_common_rate(seed, shrinkage, max_ratio):
     with jax.enable_x64(True):
         summary = indefinite(seed, dtype=jnp.float64)
         summary = summary._replace(gradient=jnp.abs(summary.gradient))
         g, h, D = robust_model(summary, 1.0, 1.0)
         alone = np.asarray(rules.robust()(summary).learning_rates)
-        proposal = rules.robust(alike=alike, spread=spread)(summary)
+        proposal = rules.robust(shrinkage=shrinkage, max_ratio=max_ratio)(summary)
 
     def decrease(eta):
         return g @ eta - eta @ h @ eta / 2 - np.linalg.norm(D * eta) ** 3 / 6
@@ -371,7 +372,7 @@ def test_robust_draws_rates_to_the_best_step_with_all_rates_alike(seed, spread, 
         t = (low + high) / 2
         slope = g.sum() - t * h.sum() - t**2 / 2 * np.linalg.norm(D) ** 3
         low, high = (t, high) if slope > 0 else (low, t)
-    expected = np.minimum((1 - alike) * alone + alike * t, spread * t)
+    expected = np.minimum((1 - shrinkage) * alone + shrinkage * t, max_ratio * t)
     np.testing.assert_allclose(proposal.learning_rates, expected, rtol=1e-6)
     np.testing.assert_allclose(
         proposal.predicted_decrease, decrease(expected), rtol=1e-6, atol=1e-9
@@ -379,19 +380,19 @@ def test_robust_draws_rates_to_the_best_step_with_all_rates_alike(seed, spread, 
     assert np.all(expected > 0), "no subset stays behind"
 
 
-def test_robust_where_all_together_ascend_draws_rates_to_zero():
+def test_robust_shrinks_rates_to_zero_where_the_direction_ascends():
     gradient = jnp.array([1.0, -3.0])
     summary = Summary(jnp.ones(()), gradient, jnp.eye(2), jnp.zeros(2))
     alone = rules.robust()(summary).learning_rates
-    half = rules.robust(alike=0.5)(summary).learning_rates
+    half = rules.robust(shrinkage=0.5)(summary).learning_rates
     np.testing.assert_allclose(half, alone / 2, rtol=1e-6)
 
 
-def test_robust_where_rates_are_alike_leaves_a_dead_subset_at_zero():
+def test_robust_shrinkage_leaves_a_dead_subset_at_zero():
     gradient = jnp.array([1.0, 0.0])
     hessian = jnp.diag(gradient)
     summary = Summary(jnp.ones(()), gradient, hessian, jnp.zeros(2))
-    rates = rules.robust(alike=1.0)(summary).learning_rates
+    rates = rules.robust(shrinkage=1.0)(summary).learning_rates
     assert rates[0] > 0
     assert rates[1] == 0
 
@@ -475,7 +476,7 @@ def test_robust_bounds_a_subset_without_curvature_by_the_others():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_robust_measures_by_the_rows_where_the_diagonal_is_zero(dtype):
+def test_robust_scales_by_the_rows_where_the_diagonal_is_zero(dtype):
     """As of a piecewise linear network with a piecewise linear loss."""
     summary = indefinite(3, dtype=dtype)
     hessian = summary.hessian - jnp.diag(jnp.diagonal(summary.hessian))
@@ -489,29 +490,29 @@ def test_robust_measures_by_the_rows_where_the_diagonal_is_zero(dtype):
     )
 
 
-def test_robust_without_any_curvature_stays_where_it_is():
+def test_robust_without_any_curvature_gives_zero_rates():
     summary = Summary(jnp.ones(()), jnp.ones(2), jnp.zeros((2, 2)), jnp.zeros(2))
     np.testing.assert_array_equal(rules.robust()(summary).learning_rates, [0, 0])
-    # With rates alike there is a step to shorten, for those who evaluate the loss.
-    rates = rules.robust(alike=0.5)(summary).learning_rates
+    # With one common rate there is a step to shorten, for those who evaluate the loss.
+    rates = rules.robust(shrinkage=0.5)(summary).learning_rates
     np.testing.assert_array_equal(rates, [0.5, 0.5])
 
 
-@pytest.mark.parametrize("name", ["floor", "alike", "spread"])
+@pytest.mark.parametrize("name", ["floor", "shrinkage", "max_ratio"])
 def test_a_negative_number_is_an_error(name):
     with pytest.raises(ValueError, match=f"{name} must not be negative"):
         rules.robust(**{name: -1.0})
 
 
-# --- above_rounding --------------------------------------------------------------
+# --- with_noise_floor ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, default=[jnp.float32]))
-def test_a_subset_whose_slope_is_rounding_does_not_exist_for_the_rule(dtype):
+def test_subsets_whose_slope_is_rounding_are_ignored(dtype):
     summary = drawn(1, dtype=dtype)
     slope = 60 * np.finfo(dtype).eps * float(jnp.max(summary.gradient))
     lost = summary._replace(gradient=summary.gradient.at[2].set(-slope))
-    rates = rules.above_rounding(rules.robust())(lost).learning_rates
+    rates = rules.with_noise_floor(rules.robust())(lost).learning_rates
     rest = np.array([0, 1, 3])
     without = Summary(
         summary.value,
@@ -536,7 +537,7 @@ def test_slopes_above_rounding_are_left_alone(name):
     ):
         summary = summary._replace(gradient=gradient)
         rule = RULES[name]()
-        seen = rules.above_rounding(rule)
+        seen = rules.with_noise_floor(rule)
         assert rules.needs_third_order(seen) == rules.needs_third_order(rule)
         np.testing.assert_array_equal(
             seen(summary).learning_rates, rule(summary).learning_rates
@@ -546,13 +547,13 @@ def test_slopes_above_rounding_are_left_alone(name):
 def test_a_slope_that_is_not_finite_is_not_hidden():
     summary = drawn(1)
     broken = summary._replace(gradient=summary.gradient.at[2].set(jnp.nan))
-    rates = rules.above_rounding(rules.newton())(broken).learning_rates
+    rates = rules.with_noise_floor(rules.newton())(broken).learning_rates
     assert not np.all(np.isfinite(rates))
 
 
-def test_a_negative_number_of_units_is_an_error():
-    with pytest.raises(ValueError, match="units must not be negative"):
-        rules.above_rounding(rules.robust(), -1.0)
+def test_a_negative_noise_floor_is_an_error():
+    with pytest.raises(ValueError, match="eps_multiple must not be negative"):
+        rules.with_noise_floor(rules.robust(), -1.0)
 
 
 # --- derivatives -----------------------------------------------------------------
@@ -562,8 +563,12 @@ DIFFERENTIABLE = {
     "newton": lambda ridge: rules.newton(ridge, nonnegative=False),
     "diagonal": lambda damping: rules.diagonal(damping, nonnegative=False),
     "robust": lambda damping: rules.robust(damping, nonnegative=False),
-    "robust, alike": lambda damping: rules.robust(damping, alike=0.5, spread=2.0),
-    "above rounding": lambda x: rules.above_rounding(rules.robust(x, alike=0.5)),
+    "robust, shrinkage": lambda damping: rules.robust(
+        damping, shrinkage=0.5, max_ratio=2.0
+    ),
+    "with noise floor": lambda x: rules.with_noise_floor(
+        rules.robust(x, shrinkage=0.5)
+    ),
 }
 
 
@@ -660,9 +665,9 @@ def test_a_third_order_that_is_not_finite_counts_as_none(name, value):
 # --- arguments that are not finite -------------------------------------------------
 
 
-@pytest.mark.parametrize("alike", [0.0, 0.5])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
 @pytest.mark.parametrize("field", ["gradient", "hessian", "damping"])
-def test_robust_says_that_an_argument_is_not_finite(field, alike):
+def test_robust_says_that_an_argument_is_not_finite(field, shrinkage):
     for value in (np.nan, np.inf):
         summary, damping = drawn(1), jnp.asarray(1.0)
         if field == "damping":
@@ -670,7 +675,7 @@ def test_robust_says_that_an_argument_is_not_finite(field, alike):
         else:
             array = getattr(summary, field)
             summary = summary._replace(**{field: array.at[2].set(value)})
-        proposal = rules.robust(damping, alike=alike)(summary)
+        proposal = rules.robust(damping, shrinkage=shrinkage)(summary)
         np.testing.assert_array_equal(proposal.learning_rates, 0)
         assert proposal.predicted_decrease == 0
         assert proposal.status == CubicStatus.INVALID
@@ -713,14 +718,14 @@ def test_robust_without_a_floor_freezes_what_nothing_bounds():
 
 STRICT = {
     **{name: rule() for name, rule in RULES.items()},
-    "above_rounding": rules.above_rounding(rules.robust(alike=0.5)),
+    "with_noise_floor": rules.with_noise_floor(rules.robust(shrinkage=0.5)),
 }
 
 
 @pytest.mark.parametrize(
     "jit", some([False, True], default=[True]), ids=["eager", "jit"]
 )
-@pytest.mark.parametrize("name", some(STRICT, default=["cubic", "above_rounding"]))
+@pytest.mark.parametrize("name", some(STRICT, default=["cubic", "with_noise_floor"]))
 def test_rules_work_in_all_strict_modes_of_jax(name, jit):
     rule = jax.jit(STRICT[name]) if jit else STRICT[name]
     summary = indefinite(1, dtype=jnp.float32)

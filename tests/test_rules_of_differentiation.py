@@ -269,7 +269,7 @@ def test_an_ode_by_its_adjoint_equation_has_a_hessian(engine):
 
 
 @pytest.mark.slow
-def test_what_jax_cannot_differentiate_thrice_is_refused_with_one_sentence():
+def test_what_jax_cannot_differentiate_thrice_raises_with_one_sentence():
     with pytest.raises(TypeError, match="third_order=False the loss must be"):
         pn.summarize(ode_loss, params(), params(), engine="adjoint")
 

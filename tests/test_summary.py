@@ -752,12 +752,12 @@ def good():
         (
             {"value_fn": lambda p: (_loss(p), 1.0)},
             TypeError,
-            r"value_fn must return a scalar loss, got a tuple; say has_aux=True",
+            r"value_fn must return a scalar loss, got a tuple; pass has_aux=True",
         ),
         (
             {"has_aux": True},
             TypeError,
-            r"value_fn must return a pair \(loss, aux\), since has_aux=True, got",
+            r"value_fn must return a pair \(loss, aux\) because has_aux=True, got",
         ),
         (
             {"has_aux": True, "value_fn": lambda p: (_loss(p), 1.0, 2.0)},
@@ -799,9 +799,7 @@ def good():
         ({"batch_size": 0}, ValueError, r"batch_size must be at least 1, got 0"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
-    function, transform, change, error, message
-):
+def test_arguments_that_do_not_fit_raise(function, transform, change, error, message):
     arguments = good() | change
     static = {k: v for k, v in arguments.items() if k not in ("params", "direction")}
     with pytest.raises(error, match=message):
@@ -811,6 +809,6 @@ def test_arguments_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("order", [0, -1])
-def test_an_order_below_one_is_refused(order):
+def test_an_order_below_one_raises(order):
     with pytest.raises(ValueError, match=f"order must be at least 1, got {order}"):
         pn.derivative_tensors(**good(), order=order)

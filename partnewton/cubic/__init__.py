@@ -1,11 +1,5 @@
-"""Minimisers of the cubic model: the S x S problems behind the learning rates."""
+"""Minimisation of the cubic model, a problem with S variables."""
 
-from partnewton.cubic._solver import (
-    CubicSolution,
-    CubicStatus,
-    _minimise_in_own_dtype,  # noqa: F401 (what runs on TPU, for the tests)
-    _solve,  # noqa: F401
-    solve_cubic,
-)
+from partnewton.cubic._solver import CubicSolution, CubicStatus, solve_cubic
 
 __all__ = ["CubicSolution", "CubicStatus", "solve_cubic"]

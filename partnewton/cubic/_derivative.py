@@ -8,8 +8,8 @@ so that, with the Hessian of the model at the minimiser,
 
     K = H + damping/2 (r D^2 + p p' / r),        K deta = - dF,
 
-where dF is the derivative of F in the arguments with eta fixed. The decrease of the
-model is stationary in eta: only its derivative in the arguments counts.
+where dF is the differential of F with respect to the arguments for fixed eta. The
+decrease of the model is stationary in eta, so its differential is that for fixed eta.
 """
 
 import jax
@@ -24,18 +24,19 @@ def solution_tangent(
     radius: jax.Array,
     live: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The tangents of eta, of the radius and of the decrease of the model.
+    """Tangents of eta, of the radius and of the decrease of the model.
 
     Args:
-      primals: g, H, d and damping, as :func:`solve_cubic` takes them.
-      tangents: theirs.
+      primals: g, H, d and damping, the arguments of :func:`solve_cubic`.
+      tangents: their tangents.
       eta: the minimiser, shape (S,).
       radius: ``||d * eta||``, shape ().
-      live: the subsets that were solved for, shape (S,); all others stay at zero.
+      live: the subsets that were solved for, shape (S,); the rates of all others are
+        zero.
 
     Returns:
-      Three arrays, linear in the tangents. Where K is not positive definite, the
-      minimiser is no differentiable function and its tangent is zero.
+      Three arrays, linear in the tangents. If K is not positive definite, the minimiser
+      is not differentiable and its tangent is set to zero.
     """
     _, H, d, damping = primals
     dg, dH, dd, ddamping = tangents
@@ -43,12 +44,12 @@ def solution_tangent(
     per_radius = jnp.where(radius > 0, 1 / jnp.where(radius > 0, radius, 1), 0)
     K = H / 2 + H.T / 2 + jnp.diag(damping / 2 * radius * d * d)
     K += damping / 2 * per_radius * p[:, None] * p[None, :]
-    half_dradius = jnp.sum(d * eta * eta * dd) * per_radius  # with eta fixed
+    half_dradius = jnp.sum(d * eta * eta * dd) * per_radius  # for fixed eta
     curvature = jnp.sum((dH / 2 + dH.T / 2) * eta[None, :], 1)
     rhs = dg - curvature - ddamping / 2 * radius * p
     rhs -= damping * radius * d * eta * dd + damping / 2 * half_dradius * p
 
-    # Scaled to a diagonal of ones, and the identity outside of `live`.
+    # Scaled to a unit diagonal, and replaced by the identity outside of `live`.
     diagonal = jnp.where(live, jnp.diagonal(K), 1)
     is_positive = diagonal > 0
     scale = jnp.where(is_positive, lax.rsqrt(jnp.where(is_positive, diagonal, 1)), 1)

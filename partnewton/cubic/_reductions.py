@@ -1,8 +1,8 @@
 """Several reductions in one operation.
 
-XLA compiles a variadic reduction to one loop. Separate reductions compile to a kernel
-each, on CPU to three each where there are more than 32 numbers, and kernels are what
-the compile time of a small problem is made of.
+XLA compiles a variadic reduction to one loop, and separate reductions to one kernel
+each, or three on CPU for more than 32 elements. The number of kernels determines the
+compile time of a small problem.
 """
 
 import jax
@@ -16,11 +16,16 @@ def reduce_together(
     maxima: tuple[jax.Array, ...] = (),
     axis: int | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The sums, then the maxima, of arrays of one dtype, over one axis or over all.
+    """The sums and the maxima of arrays, over one axis or over all axes.
 
-    The arrays have one shape; without sums, shapes that can be broadcast.
+    Args:
+      sums: the arrays to sum, all of the same shape and dtype.
+      maxima: the arrays whose maximum is computed, of the same dtype; of the same shape
+        if there are sums, otherwise of shapes that broadcast.
+      axis: the axis; by default all.
 
-    NaN in an array is NaN in its maximum.
+    Returns:
+      The sums, followed by the maxima. The maximum of an array with NaN is NaN.
     """
 
     def combine(a: tuple, b: tuple) -> tuple:

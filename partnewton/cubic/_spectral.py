@@ -1,23 +1,24 @@
-"""The cubic model with an isotropic third-order term and no negative curvature.
+"""The convex cubic model with an isotropic third-order term.
 
-With |B| = V |w| V', where B = V w V' is a symmetric matrix, the minimiser over z of
+Let B = V w V' be the eigendecomposition of a symmetric matrix, and |B| = V |w| V'. The
+minimiser over z of
 
     - b . z + 1/2 z' |B| z + damping/6 ||z||^3
 
-is z = V (c / (|w| + y)) with c = V' b and y = damping/2 ||z||. So y solves one scalar
-equation: with n(y) = ||c / (|w| + y)||,
+is z = V (c / (|w| + y)) with c = V' b and y = damping/2 ||z||. With n(y) =
+||c / (|w| + y)||, y solves the scalar (secular) equation
 
     y / n(y) = damping/2.
 
-1 / n is concave and increasing. Replaced by its tangent at any y > 0, it gives a
-quadratic equation whose positive root is at most the solution, and from there the
-iteration increases monotonically and converges quadratically: neither a bracket nor a
-starting point is needed. Two to six iterations are usual.
+1 / n is concave and increasing. If it is replaced by its tangent at any y > 0, the
+equation is quadratic, and its positive root is at most the solution. From there, the
+iterates increase monotonically and converge quadratically, so no bracket and no
+particular starting point is needed. Two to six iterations are typical.
 
 References:
   A. R. Conn, N. I. M. Gould and Ph. L. Toint, "Trust-Region Methods" (2000), chapter 7,
     for the secular equation and the concavity of 1 / n.
-  Ju. L. Daleckii and S. G. Krein (1965), for the derivative of a function of a matrix.
+  Ju. L. Daleckii and S. G. Krein (1965), for the derivative of a matrix function.
 """
 
 from typing import NamedTuple
@@ -33,13 +34,12 @@ _MAX_ITERATIONS = 30
 
 
 class AbsoluteModel(NamedTuple):
-    """What :func:`minimise_absolute` found.
+    """Result of :func:`minimise_absolute`.
 
     Attributes:
       step: z, shape (S,).
       magnitude: |B|, shape (S, S).
-      rank: the number of eigenvalues of B that are not zero to working precision, shape
-        (), int32.
+      rank: the numerical rank of B, shape (), int32.
     """
 
     step: jax.Array
@@ -58,19 +58,19 @@ class _Spectrum(NamedTuple):
 def minimise_absolute(b: jax.Array, B: jax.Array, damping: jax.Array) -> AbsoluteModel:
     """Minimise ``- b . z + 1/2 z' |B| z + damping/6 ||z||^3`` over z.
 
-    Where ``|w| + y`` is zero, that is without damping or without any gradient, the step
-    has no component along the eigenvector.
+    Along eigenvectors with ``|w| + y = 0``, which occur only for zero damping or b = 0,
+    the component of the step is zero.
 
-    It is differentiable in all three arguments. The derivative of the step is that of
-    the stationarity condition, zero along eigenvectors with ``|w| + y = 0``; the
-    derivative of |B| is the Daleckii-Krein formula, which eigenvalues that coincide do
-    not disturb. At an eigenvalue zero, |B| is not differentiable; there the average of
-    the one-sided derivatives is taken.
+    The function is differentiable in all three arguments. The derivative of the step
+    follows from the stationarity condition; along eigenvectors with ``|w| + y = 0`` it
+    is set to zero. The derivative of |B| is the Daleckii-Krein formula, which is valid
+    for multiple eigenvalues. At an eigenvalue zero, where |B| is not differentiable, it
+    gives the mean of the one-sided derivatives.
 
     Args:
-      b: finite, shape (S,), no entry larger than 1 and one of that size, or zeros.
-      B: finite and symmetric, shape (S, S), its largest entry of order 1 too.
-      damping: finite, not negative, shape ().
+      b: finite, shape (S,), with maximum norm 1, or zero.
+      B: finite and symmetric, shape (S, S), with a largest entry of order 1.
+      damping: finite and nonnegative, shape ().
 
     Returns:
       An :class:`AbsoluteModel`.
@@ -84,7 +84,7 @@ def _minimise(
     vectors, values = lax.linalg.eigh(B, symmetrize_input=False)
     size = jnp.abs(values)
     c = jnp.sum(vectors * b[:, None], 0)
-    # In units of u the shift solves y = ||c / (size / u + y)||.
+    # y / u solves the equation for damping = 2 and the eigenvalues size / u.
     u = jnp.sqrt(damping / 2)
     shifted = size + u * _shift(size / jnp.where(u > 0, u, 1), c)
     is_positive = shifted > 0
@@ -100,24 +100,24 @@ def _minimise(
 def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
     """The y with ``y = ||c / (w + y)||``."""
     info = jnp.finfo(w.dtype)
-    enough = 2.0 ** (info.maxexp // 3)  # y is lost in rounding beside such a curvature
+    huge = 2.0 ** (info.maxexp // 3)  # w + y rounds to w for w / y this large
 
     def unfinished(state: tuple) -> jax.Array:
-        # From above first and then from below. The error after a step is of second
-        # order in the step.
+        # The first iterate may be too large, all others increase. The error after a
+        # step is of second order in the step.
         _, factor, iteration = state
-        moves = jnp.abs(factor - 1) > info.eps**0.5 / 8
-        return moves & (iteration < _MAX_ITERATIONS)
+        is_moving = jnp.abs(factor - 1) > info.eps**0.5 / 8
+        return is_moving & (iteration < _MAX_ITERATIONS)
 
     def iterate(state: tuple) -> tuple:
         y, _, iteration = state
-        # ||c / (w + y)|| as ||c / (1 + w / y)|| / y, without overflow. Where the
-        # quotient is bounded, w counts as proportional to y.
+        # ||c / (w + y)|| = ||c / (1 + w / y)|| / y does not overflow. A quotient above
+        # the bound is replaced by the bound, as if w were proportional to y.
         quotient = w / y
-        v = c / (1 + jnp.minimum(quotient, enough))
-        share = jnp.where(quotient < enough, 1 / (1 + quotient), 1)
-        square, weighted = reduce_together(sums=(v * v, v * v * share))
-        # This has no effect, unless c = 0: then v is taken to be tiny.
+        v = c / (1 + jnp.minimum(quotient, huge))
+        weight = jnp.where(quotient < huge, 1 / (1 + quotient), 1)
+        square, weighted = reduce_together(sums=(v * v, v * v * weight))
+        # Avoids 0 / 0 for c = 0, and has no effect otherwise.
         square, weighted = square + info.tiny, weighted + info.tiny
         # ratio = n(y) / y; slope = - d log n / d log y, in (0, 1].
         ratio = jnp.sqrt(square) / y / y
@@ -127,7 +127,8 @@ def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
         factor = ratio / (half + jnp.sqrt(half * half + slope * ratio))
         return y * factor, factor, iteration + 1
 
-    # ||c||^(1/2), the solution where w = 0, is at most S^(1/2) here.
+    # The solution is at most ||c||^(1/2), its value for w = 0, which is at most
+    # S^(1/2) here.
     start = jnp.full((), len(c) ** 0.5, w.dtype)
     initial = (start, jnp.full_like(start, 2), jnp.zeros((), jnp.int32))
     return lax.while_loop(unfinished, iterate, initial)[0]

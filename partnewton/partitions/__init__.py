@@ -1,25 +1,27 @@
-"""Which entry of the parameters belongs to which subset, and sums per subset.
+"""Partitions of the parameters into subsets.
 
-A partition is given as `param_labels`, in the sense of :func:`optax.partition`: a
-pytree of labels that is a prefix of the parameters, or a function from the parameters
-to one, or the name of such a function of this module, "per_layer" for instance. Entries
-with equal labels form one subset. A label is
+A partition is specified by `param_labels`, as in :func:`optax.partition`: a pytree of
+labels that is a prefix of the parameters, or a function from the parameters to such a
+pytree, or the name of a function of this module, such as "per_layer". Entries with
+equal labels form one subset. A label is
 
-- a string or an integer for a whole leaf (or for all the leaves below that place),
-- an integer array that broadcasts to the shape of its leaf, for subsets inside it,
-- :data:`FROZEN`, as a label or as an entry of such an array, to leave entries out.
+- a string or an integer, for a whole leaf or for all leaves of a subtree,
+- an integer array that broadcasts to the shape of its leaf, for subsets of a leaf,
+- :data:`FROZEN`, as a label or as an entry of such an array, for entries that are not
+  trained.
 
-A leaf without entries, of shape (0,) or (3, 0), is in no subset, whatever its label: it
-is treated as a frozen one. Where the parameters have None or :class:`optax.MaskedNode`
-in the place of a leaf, as filtered Equinox models do, no label is needed, and one that
-stands there is ignored. A frozen leaf may have any dtype.
+A leaf without entries, of shape (0,) for example, is treated as frozen, whatever its
+label. If the parameters contain None or :class:`optax.MaskedNode` in place of a leaf,
+as filtered Equinox models do, no label is needed there, and a label there is ignored. A
+frozen leaf may have any dtype.
 
-The functions of this module that make labels can be given as `param_labels` wherever
-it is asked for. Labels meet leaves by key path and never by tree structure, so that a
-nested dict of labels serves a dict, a Flax linen params dict and an `nnx.State` alike.
-Everything here is computed at trace time, from structure and shapes alone.
+The functions of this module that return labels can be passed as `param_labels`. Labels
+are matched to leaves by key path, not by tree structure, so a nested dict of labels can
+be used for a dict, for the parameters of Flax linen and for an `nnx.State`. Partitions
+are computed when a function is traced, from structures and shapes only.
 """
 
+from partnewton.partitions.direction import checked_direction as checked_direction
 from partnewton.partitions.labels import ParamLabels as ParamLabels
 from partnewton.partitions.labels import partition_of as partition_of
 from partnewton.partitions.labels import subset_names

@@ -1,4 +1,4 @@
-"""Labels of every kind become the numbers of subsets."""
+"""From labels to a partition: the index of the subset of each entry."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,32 +19,33 @@ ParamLabels = PyTree | Callable[[PyTree], PyTree]
 
 
 def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
-    """Works out which entry of `params` belongs to which subset.
+    """The partition of `params` that the labels define.
 
     Args:
-      params: a pytree of arrays, or of anything with a shape and a dtype.
+      params: a pytree of arrays, or of objects with a shape and a dtype.
       param_labels: a prefix pytree of labels, or a function from params to one, or the
-        name of a ready-made function.
+        name of a function of :mod:`partnewton.partitions`.
 
     Returns:
-      The partition; its subsets are in the order in which their labels first appear,
-      ascending within an array of labels.
+      The partition. Subsets are in the order of the first appearance of their labels,
+      those of one array of labels in ascending order.
 
     Raises:
-      ValueError: labels without a leaf, a leaf without a label, an array of labels that
-        does not broadcast to its leaf, the name of no partition, or nothing but frozen
-        entries.
-      TypeError: a label of another type, or a parameter that is not a real float.
+      ValueError: a label without a leaf, a leaf without a label, an array of labels
+        that does not broadcast to its leaf, an unknown name, or no entry that is not
+        frozen.
+      TypeError: a label of another type, or a parameter that is not real floating
+        point and not frozen.
     """
-    names = functools.cache(lambda: leaf_names(params))  # which most calls do not need
+    names = functools.cache(lambda: leaf_names(params))  # not needed by most calls
     leaves = [
         _abstract(leaf, lambda i=i: names()[i])
         for i, leaf in enumerate(jax.tree.leaves(params))
     ]
     label_fn = by_name(param_labels)
-    # A pytree of labels may be callable itself, as the modules of Equinox are.
+    # A pytree of labels can be callable: a module of Equinox, for example.
     is_function = callable(label_fn) and type(label_fn) is not type(params)
-    with jax.ensure_compile_time_eval():  # label functions may use jnp under a jit
+    with jax.ensure_compile_time_eval():  # label functions may use jnp inside jit
         labels = label_fn(params) if is_function else label_fn
         by_leaf = [
             _checked_label(label, leaf, lambda i=i: names()[i])
@@ -54,39 +55,39 @@ def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
         ]
     subsets: dict[str, str | int] = {}  # subset name -> its label
     owners = _owners(by_leaf, names)
-    number_of = functools.cache(functools.partial(_enter, names=subsets, owners=owners))
-    numbers = tuple(_number(label, number_of) for label in by_leaf)
+    index_of = functools.cache(functools.partial(_enter, names=subsets, owners=owners))
+    indices = tuple(_indices(label, index_of) for label in by_leaf)
     if not subsets:
         raise ValueError(
-            f"param_labels: the partition is empty: params has {_nothing_but(leaves)}."
+            f"param_labels: the partition is empty: params has {_kinds_of(leaves)}."
         )
     dtypes = {
         leaf.dtype
-        for leaf, number in zip(leaves, numbers, strict=True)
-        if isinstance(number, np.ndarray) or number != FROZEN
+        for leaf, index in zip(leaves, indices, strict=True)
+        if isinstance(index, np.ndarray) or index != FROZEN
     }
     dtype = at_least_float32(*dtypes)
-    return Partition(tuple(subsets), numbers, dtype)
+    return Partition(tuple(subsets), indices, dtype)
 
 
 def subset_names(
     params: PyTree, param_labels: ParamLabels = "per_tensor"
 ) -> tuple[str, ...]:
-    """The names of the subsets, in the order of every axis of a summary.
+    """The names of the subsets, in the order of the axes of a summary.
 
-    A label that is a string or an integer is the name itself. A label that occurs only
-    inside arrays of labels of one leaf is named after the leaf, "path[label]".
+    The name of a subset is its label. If a label occurs only in the array of labels of
+    one leaf, the name is "path[label]".
 
     Args:
-      params: a pytree of arrays, or of anything with a shape and a dtype.
+      params: a pytree of arrays, or of objects with a shape and a dtype.
       param_labels: a prefix pytree of labels, or a function from params to one, or the
-        name of a ready-made function.
+        name of a function of :mod:`partnewton.partitions`.
 
     Returns:
       S names.
 
     Raises:
-      ValueError, TypeError: the labels do not fit the parameters.
+      ValueError, TypeError: the labels do not match the parameters.
 
     Example:
       >>> params = {"bias": np.zeros(2), "kernel": np.zeros((3, 2))}
@@ -99,14 +100,14 @@ def subset_names(
 
 
 def _abstract(leaf: Any, name: Callable[[], str]) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a leaf, in the types of jax."""
+    """The leaf, or its shape and dtype if it is not a jax type."""
     if isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic):
         return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise TypeError(
             f"params: the leaf {name()!r} is a {type(leaf).__name__}, not an array. "
-            "Take out what is not a parameter, as eqx.partition(model, "
-            "eqx.is_inexact_array) does, and put it back in value_fn."
+            "Remove leaves that are not parameters, for example by eqx.partition(model,"
+            " eqx.is_inexact_array), and put them back in value_fn."
         )
     return leaf
 
@@ -117,9 +118,8 @@ def _checked_label(label: Any, leaf: Any, name: Callable[[], str]) -> Label:
         result: Label = label
     elif isinstance(label, jax.core.Tracer):
         raise TypeError(
-            f"param_labels: the labels of leaf {name()!r} are traced, but a partition "
-            "is worked out before anything runs; make them with numpy, from shapes "
-            "alone."
+            f"param_labels: the labels of leaf {name()!r} are traced, but partitions "
+            "are computed at trace time; create the labels with NumPy, from shapes."
         )
     elif _is_integer(label) and np.ndim(label) == 0:
         result = int(label)
@@ -137,14 +137,14 @@ def _checked_label(label: Any, leaf: Any, name: Callable[[], str]) -> Label:
             f"param_labels: the label of leaf {name()!r} must be a string, an integer "
             f"or an array of integers, got {kind}."
         )
-    if 0 in leaf.shape:  # no subset is without entries
+    if 0 in leaf.shape:  # a subset has at least one entry
         return FROZEN
     frozen = not isinstance(result, str) and np.all(result == FROZEN)
     if not (frozen or _is_real_float(leaf.dtype)):
         raise TypeError(
             f"params: the leaf {name()!r} has dtype {leaf.dtype}; only real floating-"
-            "point leaves can be trained. Label it partitions.FROZEN, or split "
-            "a complex leaf into its real and imaginary parts."
+            "point leaves can be trained. Label it partitions.FROZEN; split a "
+            "complex leaf into its real and imaginary parts."
         )
     return result
 
@@ -154,8 +154,8 @@ def _is_real_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _nothing_but(leaves: Sequence[jax.ShapeDtypeStruct]) -> str:
-    """Of what kinds leaves are that make no subset."""
+def _kinds_of(leaves: Sequence[jax.ShapeDtypeStruct]) -> str:
+    """Why none of the leaves belongs to a subset."""
     if not leaves:
         return "no leaves"
     empty = sum(0 in leaf.shape for leaf in leaves)
@@ -172,7 +172,7 @@ def _is_integer(label: Any) -> bool:
 
 
 def _owners(by_leaf: Sequence[Label], names: Callable[[], list[str]]) -> dict[int, str]:
-    """The integer labels that occur only inside one leaf, and the name of that leaf."""
+    """The integer labels that occur in the array of one leaf only, and that leaf."""
     owners: dict[int, set[str]] = {}
     whole_leaf = {label for label in by_leaf if isinstance(label, int)}
     for i, label in enumerate(by_leaf):
@@ -187,25 +187,25 @@ def _owners(by_leaf: Sequence[Label], names: Callable[[], list[str]]) -> dict[in
 
 
 def _enter(x: str | int, names: dict[str, str | int], owners: dict[int, str]) -> int:
-    """The number of the subset labelled `x`, which is entered into `names`."""
+    """The index of the subset with the label `x`, which is added to `names`."""
     if x == FROZEN:
         return FROZEN
     name = f"{owners[x]}[{x}]" if x in owners else str(x)
     if name in names:
         raise ValueError(
-            f"param_labels: the labels {names[name]!r} and {x!r} would both be called "
-            f"{name!r}; rename one of them."
+            f"param_labels: the labels {names[name]!r} and {x!r} would both have the "
+            f"name {name!r}; rename one of them."
         )
     names[name] = x
     return len(names) - 1
 
 
-def _number(label: Label, number_of: Callable[[str | int], int]) -> int | np.ndarray:
-    """Replaces labels by the numbers of their subsets."""
+def _indices(label: Label, index_of: Callable[[str | int], int]) -> int | np.ndarray:
+    """The label with subsets replaced by their indices."""
     if not isinstance(label, np.ndarray):
-        return number_of(label)
-    distinct, places = np.unique(label, return_inverse=True)
-    numbers = np.array([number_of(x) for x in distinct.tolist()], np.int32)
-    if numbers.size == 1:  # one subset holds the leaf: no array is needed to say so
-        return int(numbers[0])
-    return numbers[places].reshape(label.shape)
+        return index_of(label)
+    distinct, inverse = np.unique(label, return_inverse=True)
+    indices = np.array([index_of(x) for x in distinct.tolist()], np.int32)
+    if indices.size == 1:  # the whole leaf is in one subset
+        return int(indices[0])
+    return indices[inverse].reshape(label.shape)

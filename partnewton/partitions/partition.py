@@ -1,4 +1,4 @@
-"""Which entry is in which subset, as numbers; and what is done to each subset."""
+"""A partition of the entries of some arrays, and operations per subset."""
 
 import dataclasses
 import functools
@@ -13,19 +13,19 @@ from partnewton._strictness import permissive
 from partnewton.engines import compat
 
 FROZEN = -1
-"""The label of entries that stay as they are: their update is zero, at no cost."""
+"""The label of entries that are not trained: their updates are zero."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partition:
-    """A split of the entries of some leaves into S subsets, none of which is empty.
+    """A partition of the entries of some leaves into S nonempty subsets.
 
     Attributes:
-      names: the S names of the subsets, in the order of every axis of length S.
-      labels: for each leaf the number of its subset, or an array of its shape of such
-        numbers; FROZEN for what is in none, leaves without entries among them.
-      dtype: what sums over a subset are accumulated in: float32, or float64 if an
-        active leaf has it.
+      names: the names of the S subsets, in the order of every axis of length S.
+      labels: for each leaf the index of its subset, or an array with the index of the
+        subset of each entry; FROZEN for entries in no subset and for empty leaves.
+      dtype: the dtype of sums over a subset: float32, or float64 if an active leaf has
+        it.
     """
 
     names: tuple[str, ...]
@@ -39,29 +39,31 @@ class Partition:
 
     @functools.cached_property
     def active(self) -> tuple[int, ...]:
-        """The places of the leaves that are not frozen altogether."""
+        """The indices of the leaves with at least one entry in a subset."""
         return tuple(i for i, label in enumerate(self.labels) if not is_frozen(label))
 
     def of_active(self) -> "Partition":
-        """The same partition of the active leaves alone."""
+        """The partition of the active leaves."""
         labels = tuple(self.labels[i] for i in self.active)
         return dataclasses.replace(self, labels=labels)
 
-    def part(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
-        """The leaves on subset `s`, zero elsewhere; `s` may be traced."""
+    def restrict(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
+        """The leaves with zeros outside of subset `s`, which may be traced."""
         return [
             jnp.where(sharded_like(x, label == s), x, jnp.zeros_like(x))
             for x, label in zip(leaves, self.labels, strict=True)
         ]
 
+    part = restrict  # the engines' name for it
+
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
-        """The inner products <x, y> on each subset, (S,)."""
+        """The inner product <x, y> on each subset, (S,)."""
         whole_sums, whole_labels = [], []
         result = jnp.zeros(self.size, self.dtype)
         for x, y, label in zip(xs, ys, self.labels, strict=True):
             if is_frozen(label):
                 continue
-            # A product and a sum, not a dot: a dot may round its inputs (TF32, bf16).
+            # Not a dot product, which may round its operands (TF32, bfloat16).
             product = x.astype(self.dtype) * y.astype(self.dtype)
             if isinstance(label, np.ndarray):
                 slots = np.where(label == FROZEN, self.size, label)
@@ -74,8 +76,8 @@ class Partition:
         return result
 
     def counts(self, leaves: Sequence[jax.Array]) -> np.ndarray:
-        """How many entries each subset has, (S,); never zero."""
-        result = np.zeros(self.size + 1, int)  # FROZEN = -1: the last
+        """The number of entries of each subset, (S,)."""
+        result = np.zeros(self.size + 1, int)  # FROZEN = -1 is the last one
         for x, label in zip(leaves, self.labels, strict=True):
             if isinstance(label, np.ndarray):
                 np.add.at(result, label, 1)
@@ -83,22 +85,19 @@ class Partition:
                 result[label] += np.size(x)
         return result[:-1]
 
-    def spread(self, values: jax.Array) -> list[jax.Array]:
-        """`values` (S,) at the entries of each leaf: () or the leaf's shape."""
+    def broadcast_to_leaves(self, values: jax.Array) -> list[jax.Array]:
+        """For each leaf, the value of its subset (), or of each entry's subset."""
 
-        def spread(values: jax.Array) -> list[jax.Array]:
+        def broadcast(values: jax.Array) -> list[jax.Array]:
             padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1
             return [padded[label] for label in self.labels]
 
-        # By itself: kernels that read scalars, and no place in a vector, are equal for
-        # leaves of equal shapes, and equal kernels are compiled once.
-        return compat.outlined(spread)(values)
+        # In a computation of its own: kernels that read a scalar, not a position of a
+        # vector, are equal for leaves of equal shapes, and compiled once.
+        return compat.outlined(broadcast)(values)
 
     def take(self, tree: Any) -> Any:
-        """A tree like the parameters with None in the place of frozen leaves.
-
-        Entries that are frozen inside a leaf are zero.
-        """
+        """The tree with None in place of frozen leaves and zeros at frozen entries."""
         leaves, treedef = jax.tree.flatten(tree)
         active = [
             None if is_frozen(label) else jnp.asarray(x)
@@ -107,7 +106,7 @@ class Partition:
         return jax.tree.unflatten(treedef, self.without_frozen(active))
 
     def put(self, tree: Any, active: Any) -> Any:
-        """The reverse of `take`; `tree` tells the types of frozen leaves, now zeros."""
+        """The inverse of `take`, with zeros for the frozen leaves of `tree`."""
         leaves, treedef = jax.tree.flatten(tree)
         filled = [
             zeros_of_frozen(x) if is_frozen(label) else y
@@ -123,20 +122,20 @@ class Partition:
         values: jax.Array,
         params: Sequence[jax.Array] | None = None,
     ) -> list[jax.Array]:
-        """The updates times `values` (S,), each entry by that of its subset.
+        """The updates, each entry multiplied by the value of its subset.
 
-        Frozen entries become zero, whatever they were. A leaf that is frozen altogether
-        is not looked at: it may be `float0`, as jax makes gradients of integers.
+        Frozen entries become zero, whatever they were. Frozen leaves are not read and
+        may have the dtype `float0`.
 
         Args:
-          updates: one array a leaf, of the shape of the leaf.
-          values: what each subset is multiplied by.
-          params: the leaves of the parameters, whose dtypes the result gets; by default
-            it keeps those of the updates, and of frozen leaves everything.
+          updates: one array per leaf, of the shape of the leaf.
+          values: the factor of each subset, (S,).
+          params: the leaves of the parameters, which determine the dtypes of the
+            result; by default the updates do.
         """
         scaled = []
         likes = updates if params is None else params
-        columns = updates, likes, self.spread(values), self.labels
+        columns = updates, likes, self.broadcast_to_leaves(values), self.labels
         for u, like, value, label in zip(*columns, strict=True):
             if is_frozen(label):
                 scaled.append(zeros_of_frozen(like))
@@ -150,11 +149,11 @@ class Partition:
         return scaled
 
     def moved(self, params: Any, steps: Any) -> Any:
-        """``params + steps`` in the dtypes of `params`; frozen leaves as they are.
+        """``params + steps`` in the dtypes of `params`, with frozen leaves unchanged.
 
         Args:
           params: the parameters.
-          steps: a tree like them, with anything or None in the place of frozen leaves.
+          steps: a tree like `params`; at frozen leaves anything, or None.
         """
         leaves, treedef = jax.tree.flatten(params)
         moved = [
@@ -166,7 +165,7 @@ class Partition:
         return jax.tree.unflatten(treedef, moved)
 
     def without_frozen(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        """The leaves, zero at entries that are frozen inside a leaf."""
+        """The leaves with zeros at frozen entries of active leaves."""
         return [
             jnp.where(sharded_like(x, label == FROZEN), jnp.zeros_like(x), x)
             if isinstance(label, np.ndarray) and np.any(label == FROZEN)
@@ -176,14 +175,14 @@ class Partition:
 
 
 def is_frozen(label: int | np.ndarray) -> bool:
-    """Whether a leaf with this label is frozen altogether."""
+    """Whether all entries of a leaf with this label are frozen."""
     return not isinstance(label, np.ndarray) and label == FROZEN
 
 
 def zeros_of_frozen(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """The update of a frozen leaf: zeros of its dtype, or of float32 for random keys.
+    """The update of a frozen leaf: zeros of its dtype, or float32 for random keys.
 
-    They go through whatever follows in a chain; gradients of type `float0` would not.
+    Later transformations of a chain would fail on an update of dtype `float0`.
     """
     if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
         return jnp.zeros(np.shape(leaf), jnp.float32)
@@ -191,7 +190,7 @@ def zeros_of_frozen(leaf: jax.typing.ArrayLike) -> jax.Array:
 
 
 def sharded_like(x: jax.Array, array: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """An array of the shape of `x`, or a scalar, sharded as `x` under explicit axes."""
+    """`array`, of the shape of `x` or (), sharded like `x` on explicit mesh axes."""
     sharding = jax.typeof(x).sharding
     if np.ndim(array) == 0 or not sharding.mesh.explicit_axes:
         return array
@@ -199,13 +198,13 @@ def sharded_like(x: jax.Array, array: jax.typing.ArrayLike) -> jax.typing.ArrayL
 
 
 def _add_at(sums: jax.Array, slots: np.ndarray, terms: jax.Array) -> jax.Array:
-    """Adds each term to the sum in its slot; a slot behind the last drops it."""
+    """Add each term to the sum at its slot; drop it if the slot is out of range."""
 
     def add(sums: jax.Array, terms: jax.Array) -> jax.Array:
         return sums.at[slots].add(terms, mode="drop")
 
     if jax.typeof(terms).sharding.mesh.explicit_axes:
-        # A scatter has no rule for sharded terms under explicit axes: let XLA do it.
+        # jax has no sharding rule for this scatter on explicit axes; XLA has.
         replicated = jax.sharding.PartitionSpec(None)
         add = jax.sharding.auto_axes(add, out_sharding=replicated)
     return add(sums, terms)

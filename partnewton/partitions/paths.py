@@ -1,4 +1,4 @@
-"""Key paths of leaves as text, "dense/kernel"."""
+"""Key paths of leaves as strings, "dense/kernel"."""
 
 import collections
 from collections.abc import Callable, Iterable
@@ -9,16 +9,16 @@ import jax
 PyTree = Any
 
 ROOT = "params"
-"""The name of a leaf that has no path, and of the topmost layer."""
+"""The name of a leaf with an empty path, and of the top-level layer."""
 
 VALUE = jax.tree_util.GetAttrKey("value")
 
 
 def is_placeholder(params: PyTree) -> bool:
-    """Whether :func:`optax.tree.map_params` initialises, to see what is like params.
+    """Whether `params` is the placeholder of :func:`optax.tree.map_params`.
 
-    It puts one leaf of a class of its own, which optax does not make public, in the
-    place of all parameters; no partition can be made of that.
+    That function calls `init` with a single object, of a private class of optax, in
+    place of the parameters. It cannot be partitioned.
     """
     return type(params).__name__ == "_ParamsPlaceholder"
 
@@ -26,23 +26,22 @@ def is_placeholder(params: PyTree) -> bool:
 def leaf_names(
     params: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[str]:
-    """The key paths of the leaves as text, "dense/kernel"."""
+    """The key paths of the leaves as strings, "dense/kernel"."""
     return [name_of(keys) for keys in leaf_keys(params, is_leaf)]
 
 
 def name_of(keys: tuple[str, ...]) -> str:
-    """The keys of a path as one text."""
+    """The keys of a path as one string."""
     return "/".join(keys) or ROOT
 
 
 def leaf_keys(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, ...]]:
-    """The keys of the path of each leaf, as text.
+    """The keys of the path of each leaf, as strings.
 
-    The paths of an `nnx.State` (and of linen's boxed parameters) end in the attribute
-    `value` in some places and not in others, so that one is left out wherever it is an
-    only child.
+    Some, but not all, paths of an `nnx.State` and of linen's boxed parameters end in
+    the attribute `value`. It is omitted where it is an only child.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = [path for path, _ in flat]
@@ -55,7 +54,7 @@ def leaf_keys(
             path[:-1] if boxed and leaves_below[path[:-1]] == 1 else path
             for path, boxed in zip(paths, ends_in_value, strict=True)
         ]
-    # The keys of a model are few, its paths are many.
+    # A model has few distinct keys in many paths.
     texts: dict[Any, str] = {}
     for path in paths:
         for key in path:
@@ -65,12 +64,12 @@ def leaf_keys(
 
 
 def labels_of_leaves(labels: PyTree, params: PyTree) -> list[Any]:
-    """For each leaf of `params` the label whose path is a prefix of the leaf's own.
+    """For each leaf of `params`, the label whose path is a prefix of the leaf's path.
 
-    Labels at places of `params` that hold no leaf, such as None, are ignored.
+    Labels at None, at a MaskedNode or at an empty container of `params` are ignored.
 
     Raises:
-      ValueError: a leaf without a label, or a label that stands nowhere in `params`.
+      ValueError: a leaf without a label, or a label that matches no leaf.
     """
     if jax.tree.structure(labels) == jax.tree.structure(params):
         return jax.tree.leaves(labels)
@@ -87,13 +86,13 @@ def labels_of_leaves(labels: PyTree, params: PyTree) -> list[Any]:
         prefixes = [path[:n] for n in range(len(path) + 1) if path[:n] in labelled]
         if not prefixes:
             raise ValueError(
-                f"param_labels: the leaf {name_of(path)!r} of params has no label; use "
-                "partitions.FROZEN to leave it out."
+                f"param_labels: the leaf {name_of(path)!r} of params has no label; "
+                "label it partitions.FROZEN if it is not trained."
             )
         unused.discard(prefixes[0])
         found.append(labelled[prefixes[0]])
     if unused:
-        unused -= _standing_in(_hollow_places(params), unused)
+        unused -= _matching(_leafless_paths(params), unused)
     if unused:
         raise ValueError(
             f"param_labels: {listing('/'.join(path) for path in sorted(unused))} "
@@ -103,31 +102,31 @@ def labels_of_leaves(labels: PyTree, params: PyTree) -> list[Any]:
     return found
 
 
-def _hollow_places(params: PyTree) -> list[tuple[str, ...]]:
-    """The paths at which `params` has None, a MaskedNode or an empty container."""
+def _leafless_paths(params: PyTree) -> list[tuple[str, ...]]:
+    """The paths of None, of MaskedNodes and of empty containers in `params`."""
 
-    def is_hollow(x: Any) -> bool:
+    def is_leafless(x: Any) -> bool:
         return jax.tree.structure(x).num_leaves == 0
 
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_hollow)
-    keys = leaf_keys(params, is_hollow)
-    return [path for path, (_, x) in zip(keys, flat, strict=True) if is_hollow(x)]
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leafless)
+    keys = leaf_keys(params, is_leafless)
+    return [path for path, (_, x) in zip(keys, flat, strict=True) if is_leafless(x)]
 
 
-def _standing_in(
-    places: list[tuple[str, ...]], paths: set[tuple[str, ...]]
+def _matching(
+    leafless: list[tuple[str, ...]], paths: set[tuple[str, ...]]
 ) -> set[tuple[str, ...]]:
-    """Those of `paths` that lead to one of the places, or into it."""
+    """Those of `paths` that are a prefix of a leafless path, or the reverse."""
     return {
         path
         for path in paths
-        for place in places
-        if path[: len(place)] == place or place[: len(path)] == path
+        for other in leafless
+        if path[: len(other)] == other or other[: len(path)] == path
     }
 
 
-def listing(names: Iterable[str], most: int = 8) -> str:
-    """Some names for an error message, the first few of them."""
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """The first few names, for an error message."""
     names = list(names)
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

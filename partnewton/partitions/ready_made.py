@@ -1,4 +1,4 @@
-"""Functions from parameters to labels, to be given as `param_labels`."""
+"""Functions from parameters to labels, to be passed as `param_labels`."""
 
 import collections
 import re
@@ -21,16 +21,16 @@ PyTree = Any
 
 
 def per_tensor(params: PyTree) -> PyTree:
-    """One subset a leaf: the default, the "canonical" partition of the paper.
+    """One subset per leaf: the default, the "canonical" partition of the paper.
 
     Args:
-      params: a pytree of arrays, or of anything with a shape.
+      params: a pytree of arrays, or of objects with a shape.
 
     Returns:
-      A pytree like `params`: the label of a leaf is its key path.
+      A pytree like `params` that contains the key path of each leaf.
 
     Raises:
-      ValueError: two leaves have the same path once it is written as text.
+      ValueError: the paths of two leaves are equal as strings.
 
     Example:
       >>> per_tensor({"dense": {"bias": 0.0, "kernel": 1.0}})
@@ -43,8 +43,8 @@ def per_tensor(params: PyTree) -> PyTree:
     for name, count in collections.Counter(names).items():
         if count > 1:
             raise ValueError(
-                f"params: two leaves are both called {name!r}; "
-                "give param_labels= that tell them apart."
+                f"params: two leaves have the name {name!r}; pass param_labels with "
+                "different labels for them."
             )
     return jax.tree.unflatten(jax.tree.structure(params), names)
 
@@ -56,7 +56,7 @@ def whole(params: PyTree) -> PyTree:
       params: a pytree of arrays.
 
     Returns:
-      A pytree like `params` of one and the same label, "params".
+      A pytree like `params` with the label "params" at each leaf.
 
     Example:
       >>> whole({"bias": 0.0, "kernel": 1.0})
@@ -68,15 +68,15 @@ def whole(params: PyTree) -> PyTree:
 def weights_biases(params: PyTree) -> PyTree:
     """Two subsets: all weights, all biases.
 
-    The last key of a leaf's path decides where it says so ("kernel", "weight",
-    "embedding", "w", "w1", ...; "bias", "b", "b1", ...), and else the rank does: leaves
-    of rank 2 and more are weights.
+    The last key of a leaf's path decides, if it is "kernel", "weight", "embedding",
+    "w", "w1", ..., or "bias", "b", "b1", .... Otherwise leaves of rank 2 or more are
+    weights.
 
     Args:
-      params: a pytree of arrays, or of anything with a shape.
+      params: a pytree of arrays, or of objects with a shape.
 
     Returns:
-      A pytree like `params` of the labels "weights" and "biases".
+      A pytree like `params` of labels "weights" and "biases".
 
     Example:
       >>> weights_biases({"bias": np.zeros(2), "kernel": np.zeros((3, 2))})
@@ -97,13 +97,13 @@ def weights_biases(params: PyTree) -> PyTree:
 
 
 def per_layer(params: PyTree) -> PyTree:
-    """One subset for the leaves that share a parent: kernel and bias together.
+    """One subset per parent node: the kernel and the bias of a layer form a subset.
 
     Args:
       params: a pytree of arrays.
 
     Returns:
-      A pytree like `params`: the label of a leaf is the path of its parent.
+      A pytree like `params` that contains the path of the parent of each leaf.
 
     Example:
       >>> per_layer({"dense": {"bias": 0.0, "kernel": 1.0}})
@@ -114,13 +114,13 @@ def per_layer(params: PyTree) -> PyTree:
 
 
 def per_element(params: PyTree) -> PyTree:
-    """One subset an entry, S = P: the finest partition, where the method is Newton's.
+    """One subset per entry, S = P: with this partition the method is Newton's.
 
     Args:
-      params: a pytree of arrays, or of anything with a shape.
+      params: a pytree of arrays, or of objects with a shape.
 
     Returns:
-      A pytree like `params` of integer arrays that number all entries.
+      A pytree like `params` of integer arrays, in which all entries are different.
 
     Example:
       >>> per_element({"bias": np.zeros(2), "kernel": np.zeros((1, 3))})
@@ -139,19 +139,19 @@ def per_element(params: PyTree) -> PyTree:
 def by_path(
     rules: Iterable[tuple[str, str | int]],
 ) -> Callable[[PyTree], PyTree]:
-    """Labels by regular expressions on the leaves' paths; the first that matches wins.
+    """Labels from regular expressions for key paths; the first match counts.
 
     Args:
-      rules: pairs (regular expression, label). An expression is searched for, with
-        :func:`re.search`, in the path of a leaf, such as "encoder/dense_0/kernel". A
+      rules: pairs (regular expression, label). The expression is applied by
+        :func:`re.search` to the path of a leaf, such as "encoder/dense_0/kernel". A
         label may be :data:`FROZEN`.
 
     Returns:
-      A function from params to labels, to be given as `param_labels`.
+      A function from params to labels, to be passed as `param_labels`.
 
     Raises:
-      ValueError: from that function, if an expression matches no leaf, or a leaf is
-        matched by no expression.
+      ValueError: raised by that function if an expression matches no leaf, or no
+        expression matches a leaf.
 
     Example:
       >>> labels = by_path([("embedding", FROZEN), ("bias$", "biases"), ("", "rest")])
@@ -187,19 +187,19 @@ def by_path(
 def blocks(
     n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
 ) -> Callable[[PyTree], PyTree]:
-    """`n` runs of consecutive tensors, of equal length or nearly so.
+    """`n` subsets of consecutive tensors, whose numbers differ by at most one.
 
     Args:
       n: the number of subsets.
-      of: what is run together: another function to labels, `per_tensor` or `per_layer`
-        for instance.
+      of: a function to labels, such as `per_tensor` or `per_layer`, whose subsets are
+        grouped.
 
     Returns:
-      A function from params to labels, to be given as `param_labels`.
+      A function from params to labels, to be passed as `param_labels`.
 
     Raises:
-      ValueError: `n` is not positive, or, from that function, is more than there are
-        subsets to group.
+      ValueError: `n` is not positive; raised by that function if `n` is greater than
+        the number of subsets to group.
 
     Example:
       >>> blocks(2)({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0})
@@ -211,19 +211,19 @@ def blocks(
 def alternate(
     n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
 ) -> Callable[[PyTree], PyTree]:
-    """`n` subsets that take turns: the i-th tensor joins subset i modulo `n`.
+    """`n` subsets of alternating tensors: tensor i belongs to subset i modulo `n`.
 
     Args:
       n: the number of subsets.
-      of: what takes turns: another function to labels, `per_tensor` or `per_layer` for
-        instance.
+      of: a function to labels, such as `per_tensor` or `per_layer`, whose subsets are
+        grouped.
 
     Returns:
-      A function from params to labels, to be given as `param_labels`.
+      A function from params to labels, to be passed as `param_labels`.
 
     Raises:
-      ValueError: `n` is not positive, or, from that function, is more than there are
-        subsets to group.
+      ValueError: `n` is not positive; raised by that function if `n` is greater than
+        the number of subsets to group.
 
     Example:
       >>> alternate(2)({"a": 0.0, "b": 0.0, "c": 0.0})
@@ -238,7 +238,7 @@ def _grouping(
     of: str | Callable[[PyTree], PyTree],
     label_of: Callable[[int, int], str],
 ) -> Callable[[PyTree], PyTree]:
-    """Labels that join the subsets of `of` by their place in the order of leaves."""
+    """Labels that group the subsets of `of` by their positions."""
     if n < 1:
         raise ValueError(f"{caller}: n must be at least 1, got {n}.")
 
@@ -248,7 +248,9 @@ def _grouping(
         leaves, treedef = jax.tree.flatten(params)
         finer = labels_of_leaves(label_fn(params), params)
         if not all(isinstance(x, str | int) for x in finer):
-            raise TypeError(f"{caller}: of= must give one label a leaf, not arrays.")
+            raise TypeError(
+                f"{caller}: of= must return one label per leaf, not arrays."
+            )
         order = dict.fromkeys(
             x
             for x, leaf in zip(finer, leaves, strict=True)
@@ -271,17 +273,16 @@ _BY_NAME = {
 
 
 def by_name(param_labels: Any) -> Any:
-    """The function that a lone string names; anything else as it is.
+    """The function with this name, if it is a string; anything else unchanged.
 
     Raises:
-      ValueError: a string that names none.
+      ValueError: an unknown name.
     """
     if not isinstance(param_labels, str):
         return param_labels
     if param_labels not in _BY_NAME:
         raise ValueError(
             f"param_labels: {param_labels!r} is not the name of a partition; the names "
-            f"are {listing(_BY_NAME)}. The name of all parameters as one subset is "
-            "'whole'."
+            f"are {listing(_BY_NAME)}. 'whole' makes all parameters one subset."
         )
     return _BY_NAME[param_labels]

@@ -341,12 +341,12 @@ def test_the_preset_inside_shard_map_is_what_it_is_on_one_device(direction):
 
 @each_engine
 @pytest.mark.parametrize("loss", [mean_loss, network_loss])
-def test_shard_map_that_does_not_check_is_refused(loss, engine):
+def test_shard_map_that_does_not_check_raises(loss, engine):
     with pytest.raises(ValueError, match="shard_map with check_vma=False"):
         local_step(make_optimizer(engine), loss, check_vma=False)(*start(engine))
 
 
-def test_pmap_is_refused():
+def test_pmap_raises():
     def step(x, y):
         loss = lambda params: mean_loss(params, x, y)  # noqa: E731
         params = make_params()
@@ -357,7 +357,7 @@ def test_pmap_is_refused():
         jax.pmap(step, axis_name="data")(x, y)
 
 
-def test_a_loss_without_the_mean_is_refused():
+def test_a_loss_without_the_mean_raises():
     def summarize(params, x, y):
         return pn.summarize(lambda p: network_loss(p, x, y), params, params)
 
@@ -368,7 +368,7 @@ def test_a_loss_without_the_mean_is_refused():
         jax.jit(mapped)(make_params(), *make_data())
 
 
-def test_gradients_that_are_not_averaged_are_refused():
+def test_gradients_that_are_not_averaged_raise():
     def summarize(params, x):
         direction = jax.tree.map(lambda w: w * x[0, 0], params)
         loss = lambda p: jnp.sum(p["in"]["bias"] ** 2)  # noqa: E731
@@ -383,7 +383,7 @@ def test_gradients_that_are_not_averaged_are_refused():
         mapped(make_params(), make_data()[0])
 
 
-def test_parameters_sharded_by_hand_are_refused():
+def test_parameters_sharded_by_hand_raise():
     def summarize(params):
         loss = lambda p: jax.lax.pmean(jnp.sum(p["w"] ** 2), "data")  # noqa: E731
         return pn.summarize(loss, params, params)

@@ -18,19 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from support import compiling
 from support.models import Problem
 
 PyTree = Any
 FROZEN = -1
 
 # Tiny programs, used once: not worth an optimising compiler.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+quick_jit = functools.partial(jax.jit, compiler_options=compiling.OPTIONS)
 
 
 class Tensors(NamedTuple):

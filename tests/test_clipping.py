@@ -1,4 +1,4 @@
-"""Steps clipped to a share of what they move."""
+"""Updates clipped relative to the size of the parameters."""
 
 import itertools
 
@@ -15,8 +15,8 @@ from partnewton import partitions
 PARAMS = {"a": jnp.array([3.0, -4.0]), "b": jnp.zeros(3), "c": jnp.array(-0.5)}
 
 
-def clipped(updates, params=PARAMS, state=None, share=0.1, **kwargs):
-    tx = pn.clip_by_parameter_rms(share, **kwargs)
+def clipped(updates, params=PARAMS, state=None, max_ratio=0.1, **kwargs):
+    tx = pn.clip_by_parameter_rms(max_ratio, **kwargs)
     state = tx.init(params) if state is None else state
     return jax.jit(tx.update)(updates, state, params)
 
@@ -29,7 +29,7 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def test_a_step_is_at_most_a_share_of_its_own_size_or_that_of_all():
+def test_a_step_is_at_most_max_ratio_times_its_own_rms_or_that_of_all():
     updates = {
         "a": jnp.array([1.0, 2.0]),
         "b": jnp.array([5.0, 0, 0]),
@@ -62,7 +62,7 @@ def test_a_number_can_pass_through_zero():
     carry = start, tx.init(start)
     (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=15))(carry)
     np.testing.assert_allclose(params["x"], 2.0 - 15 * 0.2, rtol=1e-5)
-    np.testing.assert_allclose(state.size, [2.0])
+    np.testing.assert_allclose(state.reference_rms, [2.0])
 
 
 def test_parameters_that_are_all_zero_are_compared_with_the_first_step():
@@ -76,7 +76,7 @@ def test_parameters_that_are_all_zero_are_compared_with_the_first_step():
         np.testing.assert_allclose(rms(again[name]), length, rtol=1e-6)
 
 
-def test_before_the_first_step_zeros_are_compared_with_nothing():
+def test_before_the_first_step_zeros_are_not_bounded():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     found, state = clipped(zeros, zeros)
     assert not np.any(flat(found))
@@ -96,14 +96,14 @@ def test_subsets_inside_a_leaf_and_frozen_entries():
     found, state = clipped(updates, params, param_labels=labels)
     own, everything = np.sqrt([10 / 2, 8 / 2]), np.sqrt(18 / 4)
     sizes = np.maximum(own, everything)
-    np.testing.assert_allclose(state.size, sizes, rtol=1e-6)
+    np.testing.assert_allclose(state.reference_rms, sizes, rtol=1e-6)
     np.testing.assert_allclose(found["a"], [0.1 * sizes[0], 0], rtol=1e-6)
     expected = 0.1 * sizes[np.array([0, 1, 1])]
     np.testing.assert_allclose(found["b"], expected, rtol=1e-6)
     assert found["c"] == 0
 
 
-def test_what_does_not_move_is_compared_with_nothing():
+def test_subsets_without_updates_are_not_bounded():
     still = PARAMS | {"a": jnp.array([100.0, 100.0])}
     updates = PARAMS | {"a": jnp.zeros(2), "b": jnp.ones(3)}
     found, _ = clipped(updates, still)
@@ -115,7 +115,7 @@ def test_sizes_that_are_not_finite_do_not_count():
     bad = PARAMS | {"a": jnp.array([jnp.inf, 1.0])}
     _, before = clipped(PARAMS)
     _, after = clipped(PARAMS, bad, before)
-    np.testing.assert_array_equal(before.size, after.size)
+    np.testing.assert_array_equal(before.reference_rms, after.reference_rms)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -131,10 +131,10 @@ def test_types_stay_what_they_are(dtype):
     )
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, np.nan])
-def test_a_share_that_is_not_positive_is_an_error(share):
-    with pytest.raises(ValueError, match="share must be positive"):
-        pn.clip_by_parameter_rms(share)
+@pytest.mark.parametrize("max_ratio", [0.0, -1.0, np.nan])
+def test_a_ratio_that_is_not_positive_is_an_error(max_ratio):
+    with pytest.raises(ValueError, match="max_ratio must be positive"):
+        pn.clip_by_parameter_rms(max_ratio)
 
 
 def test_without_params_the_error_says_so():
