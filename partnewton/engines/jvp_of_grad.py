@@ -42,11 +42,11 @@ def summarize(
         return value_and_aux, gradient, hessian, None
 
     def third_of(s: jax.Array) -> jax.Array:
-        u_s = partition.part(direction, s)
+        u_s = partition.restrict(direction, s)
         return nesting.third(loss, leaves, u_s, None, partition.dtype)
 
     def third_forwards(s: jax.Array) -> jax.Array:
-        u_s = partition.part(direction, s)
+        u_s = partition.restrict(direction, s)
         return _entry(loss, leaves, [u_s] * 3, partition.dtype)
 
     third = _first_of(
@@ -87,7 +87,7 @@ def derivative_tensors(
         return partition.inner(gradient_like, direction)
 
     def product_of(s: jax.Array) -> jax.Array:
-        return contract(linear.product(*partition.part(direction, s)))
+        return contract(linear.product(*partition.restrict(direction, s)))
 
     hessian = _map(product_of, jnp.arange(partition.size), batch_size)
     # A rule that is no derivative may have a gradient whose Jacobian is not symmetric.
@@ -96,15 +96,18 @@ def derivative_tensors(
     for d in range(3, order + 1):
 
         def row(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.part(direction, subsets[k]) for k in range(d - 1)]
+            parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
             return contract(functools.reduce(_along, parts, grad_fn)(leaves))
 
         def entries(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.part(direction, subsets[k]) for k in range(d - 1)]
+            parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
             return jnp.stack(
                 [
                     _entry_backwards(
-                        loss, leaves, [*parts, partition.part(direction, s)], partition
+                        loss,
+                        leaves,
+                        [*parts, partition.restrict(direction, s)],
+                        partition,
                     )
                     for s in range(partition.size)
                 ]
@@ -131,7 +134,7 @@ def _forwards(
     for d in range(1, order + 1):
 
         def entry(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.part(direction, subsets[k]) for k in range(d)]
+            parts = [partition.restrict(direction, subsets[k]) for k in range(d)]
             return _entry(loss, leaves, parts, partition.dtype)
 
         multisets = _multisets(partition.size, d)

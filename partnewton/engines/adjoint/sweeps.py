@@ -106,7 +106,7 @@ def third_order_tensor(
     _, along = jax.linearize(products, start)
 
     def pass_of(s: jax.Array) -> jax.Array:
-        moved = jvp(partition.part(direction, s))
+        moved = jvp(partition.restrict(direction, s))
         thirds = [x / 3 for x in moved[:num_values]]
         return along([*thirds, *moved[num_values:]])
 
