@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from partnewton._extra_args import extract_fn_kwargs
-from partnewton._program_keys import key_of_program
 from partnewton.engines import compat
+from partnewton.engines.keys import key_of_program
 
 __all__ = ["compiled_direction", "compiled_when_eager"]
 

@@ -25,6 +25,7 @@ __all__ = [
     "inlined",
     "is_explicit",
     "is_reference",
+    "jaxpr_of",
     "kernels_in",
     "may_be_sharded",
     "mentions",
@@ -68,13 +69,22 @@ def function_of(
 
     Rules of the equations' own, `custom_jvp` and `custom_vjp`, stay in force.
     """
+    jaxpr = jaxpr_of(equations, inputs, outputs)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+
+def jaxpr_of(
+    equations: Sequence[Equation],
+    inputs: Sequence[Variable],
+    outputs: Sequence[Variable],
+) -> Jaxpr:
+    """The equations as a jaxpr."""
     effects = frozenset().union(*(equation.effects for equation in equations))
     names = (None,) * len(inputs), (None,) * len(outputs)
     debug_info = core.DebugInfo("partnewton", "step", *names)
-    jaxpr = core.Jaxpr(
+    return core.Jaxpr(
         (), tuple(inputs), tuple(outputs), list(equations), effects, debug_info
     )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 
 
 def inlined(equation: Equation) -> Any | None:
@@ -155,11 +165,14 @@ def outlined(function: Callable) -> Callable:
     """
 
     def called(*args: Any) -> Any:
-        if jax.default_backend() != "cpu" or on_a_mesh():
+        if on_a_mesh():
             return function(*args)
+        if jax.default_backend() != "cpu":
+            return jitted(*args)
         with set_xla_metadata(inlineable="false"):
-            return jax.jit(function)(*args)
+            return jitted(*args)
 
+    jitted = jax.jit(function)
     return called
 
 

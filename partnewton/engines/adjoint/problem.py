@@ -14,6 +14,7 @@ from partnewton.engines.adjoint.dataflow import is_variable, values_of
 from partnewton.engines.adjoint.final import Final
 from partnewton.engines.adjoint.graph import BranchPoint, branch_point_of
 from partnewton.engines.adjoint.program import Perturbations, Program, Residuals
+from partnewton.engines.adjoint.repeats import Repeat, repeats_in
 from partnewton.engines.adjoint.sweep import OperationError
 from partnewton.engines.axes import refuse_named_axes
 from partnewton.engines.compat import Variable
@@ -74,6 +75,7 @@ class Problem:
         )
         self.inputs = self.program.inputs[len(self.constants) :]
         self.order = _order_of_use(self.program, self.inputs, self.partition)
+        self.__dict__.pop("repeats", None)
 
     def _flat(self, loss: Callable) -> Callable[[Leaves], list[jax.Array]]:
         """The loss as a function to arrays; what else is in aux is kept aside."""
@@ -92,6 +94,11 @@ class Problem:
         arrays = iter(aux)
         parts = [next(arrays) if x is None else x for x in self._aux]
         return value, jax.tree.unflatten(self._aux_tree, parts)
+
+    @functools.cached_property
+    def repeats(self) -> list[Repeat]:
+        """The parts of the program that repeat."""
+        return repeats_in(self.program)
 
     @functools.cached_property
     def branch_point(self) -> BranchPoint | None:

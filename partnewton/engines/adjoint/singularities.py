@@ -7,7 +7,8 @@ What this costs is paid only where it can happen, which is worked out here.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from partnewton.engines.adjoint import dataflow, registry
@@ -143,16 +144,16 @@ def _positive(equations: Sequence[Equation]) -> set[Variable]:
     positive: set[Variable] = set()
     at_least_zero: set[Variable] = set()
 
-    def is_in(atom: Any, some: Collection[Variable], least: float) -> bool:
+    def is_in(atom: Any, some: Collection[Variable], holds: Callable) -> bool:
         if is_variable(atom):
             return atom in some
-        return atom.aval.shape == () and bool(atom.val > least)
+        return atom.aval.shape == () and bool(holds(atom.val, 0))
 
     for equation in equations:
         name, read = equation.primitive.name, equation.invars
-        are_positive = [is_in(x, positive, 0) for x in read]
+        are_positive = [is_in(x, positive, operator.gt) for x in read]
         are_not_negative = [
-            flag or is_in(x, at_least_zero, -0.0)
+            flag or is_in(x, at_least_zero, operator.ge)
             for x, flag in zip(read, are_positive, strict=True)
         ]
         has_sign = name in _KEEPING_SIGN
@@ -168,6 +169,7 @@ def _positive(equations: Sequence[Equation]) -> set[Variable]:
             or (name == "integer_pow" and equation.params["y"] % 2 == 0)
             or (name == "mul" and read[0] is read[1])
             or (has_sign and all(are_not_negative))
+            or (name == "max" and any(are_not_negative))
         ):
             at_least_zero.update(equation.outvars)
     return positive

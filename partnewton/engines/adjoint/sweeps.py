@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton.engines import compat
+from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.final import sweep_final
 from partnewton.engines.adjoint.op import Request
 from partnewton.engines.adjoint.problem import Leaves, Linearized, Problem
 from partnewton.engines.adjoint.program import Perturbations, Residuals
-from partnewton.engines.adjoint.support import bytes_of_a_row
+from partnewton.engines.adjoint.repeats import sweep_repeat
+from partnewton.engines.adjoint.support import bytes_of_a_row, spans_in
 from partnewton.engines.adjoint.sweep import Jets, sweep
 from partnewton.engines.adjoint.tangent import Jet, Span, Tangent
-from partnewton.engines.adjoint.terms import placed
+from partnewton.engines.adjoint.terms import Terms, placed
 
 __all__ = ["sums_along", "third_order_tensor"]
 
@@ -125,14 +127,21 @@ def _sweep(
     one_by_one: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradient, hessian and third, zero wherever a subset that does not move is met."""
-    everyone = Span(0, len(subsets))
-    jets = _jets_of_leaves(problem, direction, subsets)
-    ops = enumerate(problem.program.ops)
-    terms = sweep(
-        ops, point.residuals, point.cotangents, jets, request, one_by_one=one_by_one
-    )
-    value = problem.program.outputs[0]
-    slope = jets.get(value, Jet()).first if is_variable(value) else None
+    program, everyone = problem.program, Span(0, len(subsets))
+
+    def run(
+        direction: Leaves, residuals: Residuals, cotangents: Perturbations
+    ) -> tuple[list[Jet], Terms]:
+        jets = _jets_of_leaves(problem, direction, subsets)
+        terms = _sweep_ops(problem, residuals, cotangents, jets, request, one_by_one)
+        return [jets.get(v, Jet()) for v in ends], terms
+
+    ends = program.final.read if program.final else program.outputs[:1]
+    ends = list(filter(is_variable, ends))
+    # By itself: XLA would compute values and cotangents again for each of its readers.
+    found, terms = lowerings.outlined(run)(direction, point.residuals, point.cotangents)
+    jets = {v: x for v, x in zip(ends, found, strict=True) if x.first}
+    slope = jets[ends[0]].first if jets else None
     if point.final:
         slope, more = sweep_final(point.final, jets, request)
         terms += more
@@ -140,6 +149,27 @@ def _sweep(
     hessian, third = terms.total(everyone, request.dtype)
     hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
     return _spread(problem.partition.size, subsets, gradient, hessian, third)
+
+
+def _sweep_ops(
+    problem: Problem,
+    residuals: Residuals,
+    cotangents: Perturbations,
+    jets: Jets,
+    request: Request,
+    one_by_one: bool,
+) -> Terms:
+    """Passes jets through all operations, and enters those of every variable."""
+    ops = list(enumerate(problem.program.ops))
+    spans = spans_in(problem.program, {v: x.first.span for v, x in jets.items()})
+    common = residuals, cotangents, jets, request
+    leaves = frozenset(problem.inputs)
+    terms, n = Terms(), 0
+    for repeat in problem.repeats:
+        terms += sweep(ops[n : repeat.start], *common, one_by_one=one_by_one)
+        terms += sweep_repeat(repeat, leaves, spans, *common)
+        n = repeat.stop
+    return terms + sweep(ops[n:], *common, one_by_one=one_by_one)
 
 
 def _spread(

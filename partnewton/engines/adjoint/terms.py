@@ -5,7 +5,6 @@ and :meth:`Terms.total` makes the S x S matrix and the S numbers of them.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 from partnewton.engines import compat
 from partnewton.engines.adjoint.inner import gram
-from partnewton.engines.adjoint.tangent import Span, Tangent
+from partnewton.engines.adjoint.tangent import Span, Tangent, densify
 
 __all__ = ["Terms", "over_all_devices", "placed"]
 
@@ -108,25 +107,48 @@ def placed(tangent: Tangent | None, span: Span, dtype: np.dtype) -> jax.Array:
 def _total(
     blocks: Sequence[_Block], ndim: int, span: Span, dtype: np.dtype
 ) -> jax.Array:
-    shape = (span.count,) * ndim
-    total = jnp.zeros(math.prod(shape), dtype)
-    known = [block for block in blocks if block.is_static]
-    for factor in sorted({block.factor for block in known}):
-        some = [block for block in known if block.factor == factor]
-        places = np.concatenate([block.places(span) for block in some])
-        values = jnp.concatenate([block.values.ravel().astype(dtype) for block in some])
-        total = total.at[places].add(factor * values, mode="promise_in_bounds")
-    total = total.reshape(shape)
+    """The sum of some blocks, which are placed together as far as possible."""
+    full, known, others = [], [], []
     for block in blocks:
-        if not block.is_static:
-            start = [
-                x.start - span.start if x.is_static else x.start.index
-                for x in block.spans
-            ]
-            old = jax.lax.dynamic_slice(total, start, block.values.shape)
-            new = old + block.factor * block.values.astype(dtype)
-            total = jax.lax.dynamic_update_slice(total, new, start)
-    return total
+        if all(x == span for x in block.spans):
+            full.append(block.factor * block.values.astype(dtype))
+        else:
+            (known if block.is_static else others).append(block)
+    shape = (span.count,) * ndim
+    total = sum(full[1:], start=full[0]) if full else jnp.zeros(shape, dtype)
+    return _add_rows(_add_known(total, known, span), others, span)
+
+
+def _add_known(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
+    """Adds blocks of subsets whose numbers are known."""
+    flat = total.ravel()
+    for factor in sorted({block.factor for block in blocks}):
+        some = [block for block in blocks if block.factor == factor]
+        places = np.concatenate([block.places(span) for block in some])
+        values = [block.values.ravel().astype(total.dtype) for block in some]
+        more = factor * jnp.concatenate(values)
+        flat = flat.at[places].add(more, mode="promise_in_bounds")
+    return flat.reshape(total.shape)
+
+
+def _add_rows(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
+    """Adds blocks of subsets whose numbers are not known, as rows of the total."""
+    if not blocks:
+        return total
+    index, rows = [], []
+    for block in blocks:
+        values = block.factor * block.values.astype(total.dtype)
+        spans = block.spans
+        if len(spans) == 2:
+            if spans[0].is_static:  # the symmetric part counts
+                values, spans = values.T, spans[::-1]
+            columns = Tangent(values.T, spans[1].start)
+            values = densify(columns, span).T
+        index.append(spans[0].start.index + np.arange(spans[0].count))
+        rows.append(values)
+    return total.at[jnp.concatenate(index)].add(
+        jnp.concatenate(rows), mode="promise_in_bounds"
+    )
 
 
 def over_all_devices(x: jax.Array) -> jax.Array:

@@ -5,7 +5,11 @@ the plain way. What is slow, and why, is written in each file. Arrays that may b
 sharded, and other devices, always take the plain way.
 """
 
-from partnewton.engines.adjoint.lowerings.memory import concatenate, in_blocks, outlined
+from partnewton.engines.adjoint.lowerings.memory import (
+    concatenate,
+    in_blocks,
+    outlined,
+)
 from partnewton.engines.adjoint.lowerings.products import in_order
 from partnewton.engines.adjoint.lowerings.reductions import total
 from partnewton.engines.adjoint.lowerings.rowwise import of_rows, transposable

@@ -30,7 +30,9 @@ def disabled() -> Iterator[None]:
 
 
 def on_cpu(fast: Callable, plain: Callable, *operands: jax.Array) -> Any:
-    """The result of `fast` on a CPU, else that of `plain`, which is the same."""
-    if not are_enabled() or compat.may_be_sharded(*operands):
+    """The result of `fast` if the default backend is a CPU, else that of `plain`."""
+    # Not `jax.lax.platform_dependent`, which traces and lowers both.
+    on_cpu = jax.default_backend() == "cpu"
+    if not on_cpu or not are_enabled() or compat.may_be_sharded(*operands):
         return plain(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=fast, default=plain)
+    return fast(*operands)

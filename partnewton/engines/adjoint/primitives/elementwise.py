@@ -157,8 +157,12 @@ def elementwise(
 
     terms = _hessian(op, weights, first)
     if request.third_order:
-        terms += _third(products(weights, first, first, first), factor=1.0)
-        terms += _third(products(weights, first, second), factor=3.0)
+        third = products(weights, first, first, first)
+        for span, x in products(weights, first, second).items():
+            third[span] = third[span] + 3 * x if span in third else 3 * x
+        for span, x in third.items():
+            total = lowerings.total(x, tuple(range(1, x.ndim)))
+            terms += Terms.of_third(span, total)
     return jets_of(op, zdot, zddot), terms
 
 
@@ -245,15 +249,6 @@ def _joined(*sums: dict[Span, jax.Array], dtype: np.dtype) -> Tangent | None:
     terms = [Tangent(x, span.start) for some in sums for span, x in some.items()]
     total = add(*terms)
     return None if total is None else Tangent(total.values.astype(dtype), total.start)
-
-
-def _third(sums: dict[Span, jax.Array], factor: float) -> Terms:
-    """The totals of each row."""
-    terms = Terms()
-    for span, x in sums.items():
-        total = lowerings.total(x, tuple(range(1, x.ndim)))
-        terms += Terms.of_third(span, total, factor=factor)
-    return terms
 
 
 def _hessian(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Terms:
