@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
-from benchmarks import problems_models as models
+from benchmarks import networks
 from benchmarks.problems_base import (
     Data,
     Problem,
@@ -77,42 +77,42 @@ _FIELDS = ("data", "network", "loss", "metric", "batch", "steps")
 _tanh, _relu, _gelu = jnp.tanh, jax.nn.relu, jax.nn.gelu
 
 FIRST: dict[str, Callable[[str], Problem]] = {
-    "digits_tanh": _problem(digits, models.mlp([64, 64, 64, 10], _tanh)),
-    "digits_relu": _problem(digits, models.mlp([64, 128, 128, 10], _relu)),
-    "ten_layers": _problem(digits, models.mlp([64] + [32] * 9 + [10], _tanh)),
-    "cnn": _problem(digits, models.cnn(8, [12, 24], 10), steps=600),
+    "digits_tanh": _problem(digits, networks.mlp([64, 64, 64, 10], _tanh)),
+    "digits_relu": _problem(digits, networks.mlp([64, 128, 128, 10], _relu)),
+    "ten_layers": _problem(digits, networks.mlp([64] + [32] * 9 + [10], _tanh)),
+    "cnn": _problem(digits, networks.cnn(8, [12, 24], 10), steps=600),
     "autoencoder": _problem(
-        _digits_themselves, models.mlp([64, 48, 12, 48, 64], _tanh), squared
+        _digits_themselves, networks.mlp([64, 48, 12, 48, 64], _tanh), squared
     ),
     "relu_squared": _problem(
-        digits, models.mlp([64, 64, 64, 10], _relu), one_hot_squared
+        digits, networks.mlp([64, 64, 64, 10], _relu), one_hot_squared
     ),
     "full_batch": _problem(
-        _few_digits, models.mlp([64, 32, 32, 10], _tanh), batch=None, steps=300
+        _few_digits, networks.mlp([64, 32, 32, 10], _tanh), batch=None, steps=300
     ),
     "label_noise": _problem(
-        _noisy_digits, models.mlp([64, 64, 64, 10], _tanh), batch=16
+        _noisy_digits, networks.mlp([64, 64, 64, 10], _tanh), batch=16
     ),
     "breast_cancer": _problem(
         functools.partial(_table, datasets.load_breast_cancer),
-        models.mlp([30, 32, 32, 2], _relu),
+        networks.mlp([30, 32, 32, 2], _relu),
         batch=32,
     ),
     "diabetes": _problem(
         functools.partial(_table, datasets.load_diabetes, regression=True),
-        models.mlp([10, 32, 32, 1], _tanh),
+        networks.mlp([10, 32, 32, 1], _tanh),
         squared,
         batch=32,
     ),
     "transformer": _problem(
         functools.partial(windows, length=24, count=512),
-        models.transformer(vocabulary=64, width=32, heads=2, layers=1, length=24),
+        networks.transformer(vocabulary=64, width=32, heads=2, layers=1, length=24),
         batch=16,
         steps=400,
     ),
     "lstm": _problem(
         functools.partial(windows, length=24, count=4096),
-        models.lstm(vocabulary=64, width=48),
+        networks.lstm(vocabulary=64, width=48),
         batch=32,
         steps=600,
     ),
@@ -165,19 +165,19 @@ def _curve() -> tuple[Data, Data]:
 
 
 SECOND: dict[str, Callable[[str], Problem]] = {
-    "logistic": _problem(_blobs, models.mlp([40, 5], _tanh)),
-    "spirals": _problem(_spirals, models.mlp([2, 32, 32, 2], _tanh)),
-    "raw_wine": _problem(_raw_table, models.mlp([13, 32, 3], _relu), batch=32),
-    "ratings": _problem(_ratings, models.factors(80, 60, 4), squared),
-    "outliers": _problem(_outliers, models.mlp([4, 48, 48, 1], _gelu), huber),
-    "residual": _problem(digits, models.residual(64, 48, 4, 10), steps=600),
-    "wide": _problem(digits, models.mlp([64, 512, 10], _relu), steps=600),
+    "logistic": _problem(_blobs, networks.mlp([40, 5], _tanh)),
+    "spirals": _problem(_spirals, networks.mlp([2, 32, 32, 2], _tanh)),
+    "raw_wine": _problem(_raw_table, networks.mlp([13, 32, 3], _relu), batch=32),
+    "ratings": _problem(_ratings, networks.factors(80, 60, 4), squared),
+    "outliers": _problem(_outliers, networks.mlp([4, 48, 48, 1], _gelu), huber),
+    "residual": _problem(digits, networks.residual(64, 48, 4, 10), steps=600),
+    "wide": _problem(digits, networks.mlp([64, 512, 10], _relu), steps=600),
     "curve": _problem(
-        _curve, models.mlp([1, 48, 48, 48, 1], _tanh), squared, batch=128
+        _curve, networks.mlp([1, 48, 48, 48, 1], _tanh), squared, batch=128
     ),
     "full_batch_regression": _problem(
         functools.partial(_table, datasets.load_diabetes, regression=True),
-        models.mlp([10, 16, 16, 1], _tanh),
+        networks.mlp([10, 16, 16, 1], _tanh),
         squared,
         batch=None,
         steps=300,

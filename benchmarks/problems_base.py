@@ -10,7 +10,7 @@ import optax
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
-from benchmarks import problems_models as models
+from benchmarks import networks
 
 __all__ = [
     "Data",
@@ -107,7 +107,7 @@ def digits() -> tuple[Data, Data]:
 def supervised(
     name: str,
     data: Callable[[], tuple[Data, Data]],
-    network: models.Network,
+    network: networks.Network,
     loss: Callable = cross_entropy,
     metric: Callable | None = None,
     batch: int | None = 64,
