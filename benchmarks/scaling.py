@@ -38,7 +38,7 @@ class Case(NamedTuple):
     batch: int
 
 
-class Cost(NamedTuple):
+class CaseCost(NamedTuple):
     """The measurements of a case; times in seconds, memory in bytes."""
 
     subsets: int
@@ -80,12 +80,12 @@ def network(case: Case) -> tuple[Any, Callable[..., jax.Array], jax.Array]:
     return params, loss, jax.random.normal(keys[0], (case.batch, width))
 
 
-def measure(case: Case, engine: str, repeats: int) -> Cost:
+def measure(case: Case, engine: str, repeats: int) -> CaseCost:
     """Times and memory of a gradient and of summaries of order 2 and 3."""
     params, loss, x = network(case)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     grads, gradient, gradient_bytes = _timed(jax.grad(loss), repeats, params, x)
-    row = Cost(
+    row = CaseCost(
         case.subsets,
         count,
         case.batch,
@@ -130,7 +130,7 @@ def _timed(function: Callable[..., Any], repeats: int, *arguments: Any) -> Any:
     return result, statistics.median(seconds), needed
 
 
-def table(rows: Sequence[Cost]) -> str:
+def table(rows: Sequence[CaseCost]) -> str:
     """A table in Markdown: time of the gradient, and ratios to the gradient."""
     lines = [
         "| S | P | batch | gradient | order 2 | order 3 | memory, order 2 | order 3 |",

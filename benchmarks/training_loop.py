@@ -12,7 +12,7 @@ import optax
 
 from benchmarks.problems_base import Problem
 
-__all__ = ["Curves", "batches", "seconds_per_step", "train", "training_step"]
+__all__ = ["TrainingCurves", "batches", "seconds_per_step", "train", "training_step"]
 
 EVALUATIONS = 25
 MAX_EVALUATED = 1500
@@ -20,7 +20,7 @@ MAX_EVALUATED = 1500
 MakeOptimizer = Callable[[jax.Array, int], optax.GradientTransformationExtraArgs]
 
 
-class Curves(NamedTuple):
+class TrainingCurves(NamedTuple):
     """Losses before the first step and at `EVALUATIONS` later steps.
 
     Attributes:
@@ -36,7 +36,7 @@ class Curves(NamedTuple):
 
 def train(
     problem: Problem, make: MakeOptimizer, rates: np.ndarray, seeds: int
-) -> Curves:
+) -> TrainingCurves:
     """Train for each rate and each seed; the program is compiled once.
 
     Args:
@@ -48,7 +48,7 @@ def train(
         batches.
 
     Returns:
-      Curves of shape (R, seeds, 1 + EVALUATIONS).
+      TrainingCurves of shape (R, seeds, 1 + EVALUATIONS).
     """
     run = jax.jit(functools.partial(_run, problem, make))
     orders = [jnp.asarray(batches(problem, seed)) for seed in range(seeds)]
@@ -58,7 +58,7 @@ def train(
         for seed, order in enumerate(orders)
     ]
     fields = (np.stack(jax.device_get(field)) for field in zip(*curves, strict=True))
-    return Curves(*(x.reshape(len(rates), seeds, -1) for x in fields))
+    return TrainingCurves(*(x.reshape(len(rates), seeds, -1) for x in fields))
 
 
 def batches(problem: Problem, seed: int) -> np.ndarray:

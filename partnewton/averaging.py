@@ -99,7 +99,7 @@ def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
         summary: Summary, state: ExponentialState, params: Any = None
     ) -> tuple[Summary, ExponentialState]:
         del params
-        summary = _with_finite_third(summary, state.total, state.weight)
+        summary = _replace_nonfinite_third(summary, state.total, state.weight)
         new = tuple(summary)
         if absolute_third and isinstance(summary, Summary) and new[3] is not None:
             new = (*new[:3], jnp.abs(new[3]))
@@ -180,7 +180,7 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
     ) -> tuple[Summary, UniformState]:
         del params
         weights = (length(state.count),) * len(summary)
-        new = tuple(_with_finite_third(summary, state.current, weights))
+        new = tuple(_replace_nonfinite_third(summary, state.current, weights))
         count = optax.safe_increment(state.count)
         current, following = (jax.tree.map(jnp.add, x, new) for x in state[1:])
         is_exchange = count % period == 0
@@ -270,7 +270,7 @@ def nonnegative(average: Average) -> Average:
     return optax.chain(average, clip)
 
 
-def _with_finite_third(summary: Summary, total: tuple, weight: tuple) -> Summary:
+def _replace_nonfinite_third(summary: Summary, total: tuple, weight: tuple) -> Summary:
     """Replace non-finite entries of `third` by their average so far, initially zero."""
     if not isinstance(summary, Summary) or summary.third is None:
         return summary

@@ -96,7 +96,7 @@ def clip_by_parameter_rms(
         counts = np.asarray(partition.counts(leaves), partition.dtype)
 
         def sums_of_squares(leaves: list) -> jax.Array:
-            active = [jnp.asarray(leaves[i]) for i in partition.active]
+            active = [jnp.asarray(x) for x in partition.take_active(leaves)]
             return partition.of_active().inner(active, active)
 
         param_squares = sums_of_squares(jax.tree.leaves(params))

@@ -209,24 +209,22 @@ class _EngineArguments:
             direction, params, partition=partition
         )
         everything, treedef = jax.tree.flatten(params)
-        active = partition.active
-        _check_equal_on_all_devices("params", [everything[i] for i in active])
-        _check_equal_on_all_devices("direction", [directions[i] for i in active])
+        leaves = partition.take_active(everything)
+        directions = partition.take_active(directions)
+        _check_equal_on_all_devices("params", leaves)
+        _check_equal_on_all_devices("direction", directions)
 
         def loss(leaves: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
-            filled = list(everything)
-            for i, leaf in zip(active, leaves, strict=True):
-                filled[i] = leaf
-            result = with_error_hints(value_fn, params)(
-                jax.tree.unflatten(treedef, filled)
-            )
+            filled = partition.put_active(everything, leaves)
+            value_of = with_error_hints(value_fn, params)
+            result = value_of(jax.tree.unflatten(treedef, filled))
             return _checked_loss(result, has_aux)
 
         self.loss = loss
-        self.leaves = [jnp.asarray(everything[i]) for i in active]
+        self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         self.direction = []
-        for i, leaf in zip(active, self.leaves, strict=True):
-            u = jnp.asarray(directions[i])
+        columns = partition.active, self.leaves, map(jnp.asarray, directions)
+        for i, leaf, u in zip(*columns, strict=True):
             if jnp.iscomplexobj(u):
                 raise TypeError(
                     f"direction: the leaf {partitions.leaf_names(params)[i]!r} has "

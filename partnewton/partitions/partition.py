@@ -47,6 +47,17 @@ class Partition:
         labels = tuple(self.labels[i] for i in self.active)
         return dataclasses.replace(self, labels=labels)
 
+    def take_active(self, leaves: Sequence[Any]) -> list[Any]:
+        """The active ones of the leaves."""
+        return [leaves[i] for i in self.active]
+
+    def put_active(self, leaves: Sequence[Any], active: Sequence[Any]) -> list[Any]:
+        """The leaves, with the active ones replaced."""
+        result = list(leaves)
+        for i, leaf in zip(self.active, active, strict=True):
+            result[i] = leaf
+        return result
+
     def restrict(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
         """The leaves with zeros outside of subset `s`, which may be traced."""
         return [
