@@ -201,18 +201,18 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
 
 
 def relative(average: Average) -> Average:
-    """Average summaries divided by the norm of their gradient.
+    """Average summaries after each is divided by the norm of its gradient.
 
-    The loss of late batches is smaller than that of early ones, so that early summaries
-    would dominate a plain average, and so would a single exploding batch. Here each
-    summary is divided by the norm of its gradient before it is averaged, and the
-    average is multiplied by the norm of the newest gradient. The learning rates of a
-    rule do not depend on the scale of the loss, so they are unaffected by this factor.
+    In a plain average, early summaries dominate because the loss decreases during
+    training, and so does a single batch with a very large loss. Here each summary is
+    divided by the norm of its gradient before it is averaged, and the average is
+    multiplied by the norm of the newest gradient. This final factor has no effect on
+    learning rates, which do not depend on the scale of the loss.
 
     The norm of the gradient is preferred to the loss, which may have an arbitrary
     constant added and may be negative, and to the norm of the Hessian, which vanishes
-    at a saturated softmax while the gradient does not: there the steps would become
-    arbitrarily long. Normalise the direction (see `normalize` of
+    at a saturated softmax while the gradient does not: steps would
+    become arbitrarily long there. Normalise the direction (see `normalize` of
     :func:`partnewton.scale_by_partition_newton`), because otherwise the norm depends on
     the length of the direction as well.
 

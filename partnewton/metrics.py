@@ -54,8 +54,8 @@ def metrics(
     its step-size multiplier is "factor".
 
     This function does not wait for the device. It can be called inside a jitted step,
-    which then has some more small outputs. Fetch them when they are logged, for example
-    every hundred steps: ``jax.device_get(logged)`` returns NumPy scalars, which
+    which then returns additional small arrays. Fetch them when they are logged, for
+    example every hundred steps: ``jax.device_get(logged)`` returns NumPy scalars, which
     TensorBoard, Weights and Biases and ``print`` accept.
 
     Args:

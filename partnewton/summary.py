@@ -63,7 +63,7 @@ def summarize(
 
     Args:
       value_fn: the loss, a function from `params` to a real scalar, differentiable
-        twice (three times with `third_order`). It contains its data.
+        twice (three times with `third_order`). Its data are constants.
       params: a pytree of real floating point arrays; leaves of other types must be
         labelled `partitions.FROZEN`.
       direction: a pytree with the paths and shapes of `params`. It has the sign of a
@@ -77,9 +77,9 @@ def summarize(
       batch_size: the number of subsets that are processed together. A larger number is
         faster and needs more memory. By default, the adjoint engine processes all
         subsets together, or as many as fit if the tangents of some operation would
-        exceed 1 GiB. With fewer than all, it evaluates the loss once for each pair of
-        blocks of half this size. The reference engine processes one subset at a time by
-        default.
+        exceed 1 GiB. With fewer than all, it makes one pass over the loss for each pair
+        of blocks of half this size. The reference engine processes one subset at a time
+        by default.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -141,10 +141,9 @@ def derivative_tensors(
       order: the highest order, at least 1.
       param_labels: the partition.
       engine: "adjoint", "jvp_of_grad", or "auto" for "adjoint". For the third order,
-        "adjoint" evaluates the loss S times and "jvp_of_grad" S (S + 1) / 2 times.
+        "adjoint" makes S passes over the loss, and "jvp_of_grad" S (S + 1) / 2.
         Tensors of order 4 and higher are always computed by "jvp_of_grad".
-      batch_size: the number of subsets, and of such evaluations, that are processed
-        together.
+      batch_size: the number of subsets, and of passes, that are processed together.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:

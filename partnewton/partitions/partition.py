@@ -34,7 +34,7 @@ class Partition:
 
     @property
     def size(self) -> int:
-        """S."""
+        """The number of subsets S."""
         return len(self.names)
 
     @functools.cached_property
@@ -48,11 +48,11 @@ class Partition:
         return dataclasses.replace(self, labels=labels)
 
     def take_active(self, leaves: Sequence[Any]) -> list[Any]:
-        """The active ones of the leaves."""
+        """The leaves at the indices `active`."""
         return [leaves[i] for i in self.active]
 
     def put_active(self, leaves: Sequence[Any], active: Sequence[Any]) -> list[Any]:
-        """The leaves, with the active ones replaced."""
+        """The leaves, with those at the indices `active` replaced."""
         result = list(leaves)
         for i, leaf in zip(self.active, active, strict=True):
             result[i] = leaf
@@ -103,8 +103,8 @@ class Partition:
             padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1
             return [padded[label] for label in self.labels]
 
-        # In a computation of its own: kernels that read a scalar, not a position of a
-        # vector, are equal for leaves of equal shapes, and compiled once.
+        # Not inlined: kernels that read a scalar, instead of an element of a vector,
+        # are equal for leaves of equal shapes, and XLA compiles equal kernels once.
         return versions.apart(broadcast)(values)
 
     def take(self, tree: Any) -> Any:
