@@ -92,18 +92,14 @@ def metrics(
         for name, x in newton_state._asdict().items()
         if isinstance(x, jax.Array | np.ndarray | np.generic) and np.ndim(x) == leading
     }
+    factor = {"factor": factors[0]} if len(factors) == 1 else {}
+    rates, hessian = newton_state.learning_rates, newton_state.hessian
     names = _names(newton_state)
     return (
         numbers
-        | ({"factor": factors[0]} if len(factors) == 1 else {})
-        | {
-            f"learning_rate/{name}": newton_state.learning_rates[..., s]
-            for name, s in names.items()
-        }
-        | {
-            f"curvature/{name}": newton_state.hessian[..., s, s]
-            for name, s in names.items()
-        }
+        | factor
+        | {f"learning_rate/{name}": rates[..., s] for name, s in names.items()}
+        | {f"curvature/{name}": hessian[..., s, s] for name, s in names.items()}
     )
 
 
