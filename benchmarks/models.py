@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 
-from benchmarks import networks
+from benchmarks import networks, resnet
 from partnewton import demo
 
 __all__ = ["MORE", "NETWORKS", "Model", "NetworkSpec", "make"]
@@ -192,60 +192,12 @@ def _transformer(layers: int, *, scan: bool = False) -> Callable:
     return build
 
 
-class _ResidualBlock(nnx.Module):
-    """Two convolutions around a shortcut, as in He et al., arXiv 1512.03385."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, rngs: nnx.Rngs):
-        def conv(size: int, channels: int, strides: int) -> nnx.Conv:
-            return nnx.Conv(
-                channels,
-                outputs,
-                (size, size),
-                strides=strides,
-                use_bias=False,
-                kernel_init=kernel_init,
-                rngs=rngs,
-            )
-
-        self.conv1 = conv(3, inputs, stride)
-        self.norm1 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv2 = conv(3, outputs, 1)
-        self.norm2 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.projects = stride > 1
-        if self.projects:
-            self.shortcut = conv(1, inputs, stride)
-            self.norm3 = nnx.BatchNorm(outputs, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
-        return nnx.relu(y + (self.norm3(self.shortcut(x)) if self.projects else x))
-
-
-class _ResNet(nnx.Module):
-    """ResNet-18 for images of 32 x 32: the first layer is 3 x 3, without pooling."""
-
-    def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(widths[0], rngs=rngs)
-        blocks, inputs = [], widths[0]
-        for stage, width in enumerate(widths):
-            blocks.append(_ResidualBlock(inputs, width, 1 if stage == 0 else 2, rngs))
-            blocks.append(_ResidualBlock(width, width, 1, rngs))
-            inputs = width
-        self.blocks = nnx.List(blocks)
-        self.output = nnx.Linear(inputs, CLASSES, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.relu(self.norm(self.conv(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.output(x.mean(axis=(1, 2)))
-
-
 def _resnet18(key: jax.Array, batch: int, scale: int) -> tuple:
     """Batch norm uses the statistics of the batch; running averages are discarded."""
     data, init = jax.random.split(key)
-    model = _ResNet([width // scale for width in RESNET18], nnx.Rngs(init))
+    model = resnet.ResNet(
+        [width // scale for width in RESNET18], CLASSES, nnx.Rngs(init)
+    )
     return *_classifier_of(model), _images(data, batch, (32, 32, 3))
 
 
