@@ -1,31 +1,30 @@
-"""Small problems to train on: data, a network, a loss and a metric.
+"""Small training problems: data, a network, a loss and a metric.
 
-Nothing is fetched: data are drawn, or come with scikit-learn or with Python itself. The
-defaults of the library were chosen on the first two sets; `SECOND` was added to show
-what `FIRST` does not: sparse rows, badly scaled inputs, regressions with many
-frequencies. No default was chosen on `UNSEEN`.
+Nothing is downloaded: data are random, or part of scikit-learn or Python. The defaults
+of the library were tuned on `FIRST` and `SECOND`; the latter contains sparse rows,
+badly scaled inputs, and regressions with several frequencies. No default was tuned on
+`UNSEEN`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
-from benchmarks import problems_models as models
+from benchmarks import networks
 from benchmarks.problems_base import (
     Data,
     Problem,
     digits,
     huber,
     one_hot_squared,
+    problem,
     split,
     squared,
     standardised,
-    supervised,
 )
 from benchmarks.problems_text import windows
 from benchmarks.problems_unseen import UNSEEN
@@ -34,20 +33,20 @@ __all__ = ["FIRST", "SECOND", "UNSEEN", "Problem", "make"]
 
 
 def make(name: str) -> Problem:
-    """The problem called `name`, one of `FIRST`, `SECOND` or `UNSEEN`."""
+    """The problem with this name, of `FIRST`, `SECOND` or `UNSEEN`."""
     return (FIRST | SECOND | UNSEEN)[name](name)
 
 
 # --- Data --------------------------------------------------------------------------
 
 
-def _digits_themselves() -> tuple[Data, Data]:
+def _digits_as_targets() -> tuple[Data, Data]:
     (x, _), (x_test, _) = digits()
     return (x, x), (x_test, x_test)
 
 
 def _noisy_digits() -> tuple[Data, Data]:
-    """A fifth of the labels to train on are drawn at random."""
+    """A fifth of the training labels are random."""
     (x, y), test = digits()
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 10, len(y)).astype(y.dtype)
@@ -68,51 +67,45 @@ def _table(load: Callable, regression: bool = False) -> tuple[Data, Data]:
 # --- The problems ------------------------------------------------------------------
 
 
-def _problem(*args: Any, **kwargs: Any) -> Callable[[str], Problem]:
-    named = dict(zip(_FIELDS, args, strict=False))
-    return functools.partial(supervised, **named, **kwargs)
-
-
-_FIELDS = ("data", "network", "loss", "metric", "batch", "steps")
 _tanh, _relu, _gelu = jnp.tanh, jax.nn.relu, jax.nn.gelu
 
 FIRST: dict[str, Callable[[str], Problem]] = {
-    "digits_tanh": _problem(digits, models.mlp([64, 64, 64, 10], _tanh)),
-    "digits_relu": _problem(digits, models.mlp([64, 128, 128, 10], _relu)),
-    "ten_layers": _problem(digits, models.mlp([64] + [32] * 9 + [10], _tanh)),
-    "cnn": _problem(digits, models.cnn(8, [12, 24], 10), steps=600),
-    "autoencoder": _problem(
-        _digits_themselves, models.mlp([64, 48, 12, 48, 64], _tanh), squared
+    "digits_tanh": problem(digits, networks.mlp([64, 64, 64, 10], _tanh)),
+    "digits_relu": problem(digits, networks.mlp([64, 128, 128, 10], _relu)),
+    "ten_layers": problem(digits, networks.mlp([64] + [32] * 9 + [10], _tanh)),
+    "cnn": problem(digits, networks.cnn(8, [12, 24], 10), steps=600),
+    "autoencoder": problem(
+        _digits_as_targets, networks.mlp([64, 48, 12, 48, 64], _tanh), squared
     ),
-    "relu_squared": _problem(
-        digits, models.mlp([64, 64, 64, 10], _relu), one_hot_squared
+    "relu_squared": problem(
+        digits, networks.mlp([64, 64, 64, 10], _relu), one_hot_squared
     ),
-    "full_batch": _problem(
-        _few_digits, models.mlp([64, 32, 32, 10], _tanh), batch=None, steps=300
+    "full_batch": problem(
+        _few_digits, networks.mlp([64, 32, 32, 10], _tanh), batch=None, steps=300
     ),
-    "label_noise": _problem(
-        _noisy_digits, models.mlp([64, 64, 64, 10], _tanh), batch=16
+    "label_noise": problem(
+        _noisy_digits, networks.mlp([64, 64, 64, 10], _tanh), batch=16
     ),
-    "breast_cancer": _problem(
+    "breast_cancer": problem(
         functools.partial(_table, datasets.load_breast_cancer),
-        models.mlp([30, 32, 32, 2], _relu),
+        networks.mlp([30, 32, 32, 2], _relu),
         batch=32,
     ),
-    "diabetes": _problem(
+    "diabetes": problem(
         functools.partial(_table, datasets.load_diabetes, regression=True),
-        models.mlp([10, 32, 32, 1], _tanh),
+        networks.mlp([10, 32, 32, 1], _tanh),
         squared,
         batch=32,
     ),
-    "transformer": _problem(
+    "transformer": problem(
         functools.partial(windows, length=24, count=512),
-        models.transformer(vocabulary=64, width=32, heads=2, layers=1, length=24),
+        networks.transformer(vocabulary=64, width=32, heads=2, layers=1, length=24),
         batch=16,
         steps=400,
     ),
-    "lstm": _problem(
+    "lstm": problem(
         functools.partial(windows, length=24, count=4096),
-        models.lstm(vocabulary=64, width=48),
+        networks.lstm(vocabulary=64, width=48),
         batch=32,
         steps=600,
     ),
@@ -128,7 +121,7 @@ def _spirals() -> tuple[Data, Data]:
 
 
 def _raw_table() -> tuple[Data, Data]:
-    """Features of very different size, as they come."""
+    """Features of very different scales, not standardised."""
     x, y = datasets.load_wine(return_X_y=True)
     return split(x / 10, y)
 
@@ -151,7 +144,7 @@ def _outliers() -> tuple[Data, Data]:
 
 
 def _blobs() -> tuple[Data, Data]:
-    """Linearly inseparable, badly conditioned: for logistic regression."""
+    """Classes that are not linearly separable, with badly conditioned features."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(3000, 40)) * np.geomspace(0.01, 3, 40)
     y = (x @ rng.normal(size=(40, 5)) / np.geomspace(0.05, 3, 40).mean()).argmax(1)
@@ -165,19 +158,19 @@ def _curve() -> tuple[Data, Data]:
 
 
 SECOND: dict[str, Callable[[str], Problem]] = {
-    "logistic": _problem(_blobs, models.mlp([40, 5], _tanh)),
-    "spirals": _problem(_spirals, models.mlp([2, 32, 32, 2], _tanh)),
-    "raw_wine": _problem(_raw_table, models.mlp([13, 32, 3], _relu), batch=32),
-    "ratings": _problem(_ratings, models.factors(80, 60, 4), squared),
-    "outliers": _problem(_outliers, models.mlp([4, 48, 48, 1], _gelu), huber),
-    "residual": _problem(digits, models.residual(64, 48, 4, 10), steps=600),
-    "wide": _problem(digits, models.mlp([64, 512, 10], _relu), steps=600),
-    "curve": _problem(
-        _curve, models.mlp([1, 48, 48, 48, 1], _tanh), squared, batch=128
+    "logistic": problem(_blobs, networks.mlp([40, 5], _tanh)),
+    "spirals": problem(_spirals, networks.mlp([2, 32, 32, 2], _tanh)),
+    "raw_wine": problem(_raw_table, networks.mlp([13, 32, 3], _relu), batch=32),
+    "ratings": problem(_ratings, networks.factors(80, 60, 4), squared),
+    "outliers": problem(_outliers, networks.mlp([4, 48, 48, 1], _gelu), huber),
+    "residual": problem(digits, networks.residual(64, 48, 4, 10), steps=600),
+    "wide": problem(digits, networks.mlp([64, 512, 10], _relu), steps=600),
+    "curve": problem(
+        _curve, networks.mlp([1, 48, 48, 48, 1], _tanh), squared, batch=128
     ),
-    "full_batch_regression": _problem(
+    "full_batch_regression": problem(
         functools.partial(_table, datasets.load_diabetes, regression=True),
-        models.mlp([10, 16, 16, 1], _tanh),
+        networks.mlp([10, 16, 16, 1], _tanh),
         squared,
         batch=None,
         steps=300,

@@ -1,4 +1,4 @@
-"""What a problem is, and the losses, metrics and data that several have."""
+"""The type of a problem, and losses, metrics and data that several problems use."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import optax
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
-from benchmarks import problems_models as models
+from benchmarks import networks
 
 __all__ = [
     "Data",
@@ -20,6 +20,7 @@ __all__ = [
     "error_rate",
     "huber",
     "one_hot_squared",
+    "problem",
     "split",
     "squared",
     "standardised",
@@ -31,16 +32,16 @@ Data = tuple[np.ndarray, np.ndarray]
 
 
 class Problem(NamedTuple):
-    """What is trained, on what, and for how long.
+    """A network, a loss, data, and the length of a run.
 
     Attributes:
       name: as on the command line.
-      init: from a key to parameters.
+      init: a function from a key to parameters.
       loss: ``loss(params, x, y)``, a mean over the examples.
-      metric: ``metric(params, x, y)``, what the test is about; smaller is better.
+      metric: ``metric(params, x, y)``, evaluated on the test data; smaller is better.
       train, test: inputs and targets.
-      batch: the examples of a step; all of them for a full batch.
-      steps: how many steps make a run.
+      batch: the batch size.
+      steps: the number of steps of a run.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def is_full_batch(self) -> bool:
-        """Whether each step sees all of the data."""
+        """Whether each step uses all of the training data."""
         return self.batch == len(self.train[0])
 
 
@@ -96,7 +97,7 @@ def standardised(x: np.ndarray) -> np.ndarray:
 
 
 def digits() -> tuple[Data, Data]:
-    """8 x 8 images as rows of 64 numbers from 0 to 1."""
+    """8 x 8 images as rows of 64 numbers between 0 and 1."""
     x, y = datasets.load_digits(return_X_y=True)
     return split(x / 16, y)
 
@@ -107,13 +108,13 @@ def digits() -> tuple[Data, Data]:
 def supervised(
     name: str,
     data: Callable[[], tuple[Data, Data]],
-    network: models.Network,
+    network: networks.Network,
     loss: Callable = cross_entropy,
     metric: Callable | None = None,
     batch: int | None = 64,
     steps: int = 1000,
 ) -> Problem:
-    """A network from inputs to outputs, and a loss of these and the targets."""
+    """A problem whose loss and metric are functions of outputs and targets."""
     train, test = data()
     metric = metric or (
         error_rate if loss in (cross_entropy, one_hot_squared) else loss
@@ -128,3 +129,12 @@ def supervised(
         len(train[0]) if batch is None else batch,
         steps,
     )
+
+
+def problem(*args: Any, **kwargs: Any) -> Callable[[str], Problem]:
+    """:func:`supervised` without its first argument, the name."""
+
+    def make(name: str) -> Problem:
+        return supervised(name, *args, **kwargs)
+
+    return make

@@ -1,4 +1,4 @@
-"""Characters of Python's own standard library, in windows."""
+"""Windows of characters from Python's standard library."""
 
 import functools
 import sysconfig
@@ -8,9 +8,9 @@ import numpy as np
 
 __all__ = ["windows"]
 
-# Long, and for years the same in substance; what is missing is passed over.
+# Long modules that hardly change between versions; missing ones are skipped.
 MODULES = ("argparse", "datetime", "decimal", "doctest", "inspect", "pickle", "typing")
-VOCABULARY = 64  # the most frequent characters; all others are one
+VOCABULARY = 64  # the most frequent characters, and one code for all others
 
 
 @functools.cache
@@ -26,14 +26,14 @@ def _codes() -> np.ndarray:
 
 
 def windows(length: int, count: int) -> tuple:
-    """Windows and the same one character on: (x, y) to train on and to test on."""
+    """Training and test data: windows, and the windows one character later."""
     codes = _codes()
     rng = np.random.default_rng(0)
     cut = len(codes) * 9 // 10
 
-    def drawn(low: int, high: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(low: int, high: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         starts = rng.integers(low, high - length - 1, n)[:, None]
-        places = starts + np.arange(length)
-        return codes[places], codes[places + 1]
+        indices = starts + np.arange(length)
+        return codes[indices], codes[indices + 1]
 
-    return drawn(0, cut, count), drawn(cut, len(codes), count // 8)
+    return draw(0, cut, count), draw(cut, len(codes), count // 8)

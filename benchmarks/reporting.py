@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes, the machine, arguments, tables and files."""
+"""Helpers of the benchmarks: arguments, processes, the machine, tables and files."""
 
 import argparse
 import concurrent.futures
@@ -13,13 +13,14 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 import partnewton as pn
 
 __all__ = [
+    "Parser",
     "executor",
     "facts",
     "in_a_process",
@@ -33,10 +34,18 @@ __all__ = [
 ]
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def started(
     parser: argparse.ArgumentParser, module: str, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, str]:
-    """The options, whose output folder exists, and the command as it was typed."""
+    """The options, after the output folder is created, and the command line."""
     options = parser.parse_args(argv)
     try:  # before anything is measured
         options.output.mkdir(parents=True, exist_ok=True)
@@ -47,19 +56,19 @@ def started(
 
 
 def executor() -> concurrent.futures.Executor:
-    """A new process, which runs what is submitted to it one after the other."""
+    """A new process, which runs submitted calls one after the other."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, context)
 
 
 def in_a_process(function: Callable, *args: Any) -> Any:
-    """Calls a function in a new process, which has all of an accelerator's memory."""
+    """Call a function in a new process, which can use all memory of the device."""
     with executor() as process:
         return process.submit(function, *args).result()
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """The machine and the versions, for a report."""
     device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),
@@ -93,7 +102,7 @@ def _cpu() -> str:
 
 
 def number(value: float | None, factor: float, digits: int) -> str:
-    """A cell: `value` times `factor`, or "-" for what was not measured."""
+    """The text of a cell: `value` times `factor`, or "-" for None."""
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
@@ -104,7 +113,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def facts(where: Mapping[str, Any]) -> str:
-    """The first line of a report: what :func:`machine` says."""
+    """The first line of a report, from :func:`machine`."""
     told = ", ".join(f"{key} {value}" for key, value in where.items() if value)
     return f"Measured: {told}."
 
@@ -118,7 +127,7 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     report: str,
 ) -> None:
-    """Writes ``name.json``, one line a row, and ``name.md`` to a folder."""
+    """Write ``name.json``, with one line per row, and ``name.md`` to a folder."""
     content = {
         "machine": where,
         "options": {key: str(value) for key, value in vars(options).items()},
@@ -131,14 +140,14 @@ def write(
 
 
 def integer(text: str) -> int:
-    """A type of argument: an integer from 1."""
+    """The type of a positive integer argument."""
     if not re.fullmatch(r"\+?0*[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"must be an integer from 1, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> float:
-    """A type of argument: a positive number."""
+    """The type of a positive argument."""
     if not re.fullmatch(r"\d{1,9}(\.\d*)?", text) or float(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return float(text)

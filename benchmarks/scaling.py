@@ -1,13 +1,13 @@
-"""How the cost of a summary grows: `python -m benchmarks.scaling`.
+"""The cost of a summary as a function of its sizes: `python -m benchmarks.scaling`.
 
-A perceptron of `depth` layers with biases has S = 2 depth tensors, all of about the
-same size. One thing varies at a time: the number of subsets S at a fixed number of
-parameters P, then P, then the batch. Times are medians of some runs after compiling;
-memory is what the compiler says that a call needs besides its arguments. Both are
-compared with those of one gradient of the same loss on the same batch.
+A multilayer perceptron with d layers has S = 2 d tensors, weights and biases. One
+quantity is varied at a time: the number of subsets S for a fixed number of parameters
+P, then P, then the batch size. Times are medians of several calls after compilation;
+memory is the temporary memory and the results, as reported by the compiler. Both are
+divided by those of one gradient of the same loss on the same batch.
 
-    python -m benchmarks.scaling            S, P and the batch, some minutes
-    python -m benchmarks.scaling --quick    a small part of it
+    python -m benchmarks.scaling            S, P and the batch: several minutes
+    python -m benchmarks.scaling --quick    a few small cases
     python -m benchmarks.scaling --engine jvp_of_grad
 """
 
@@ -26,20 +26,20 @@ import jax.numpy as jnp
 
 import partnewton as pn
 
-MOST_BYTES = 6e9  # a case that needs more is left out, and the table says so
-MOST_SECONDS = 60.0  # no case is tried that is ten times one that took so long
+MAX_BYTES = 6e9  # cases that need more memory are not run
+MAX_TOTAL_SECONDS = 6.0  # calls of a function are not repeated after this time
 
 
 class Case(NamedTuple):
-    """One row: S subsets, about P parameters, a batch."""
+    """The sizes: S subsets, about P parameters, a batch size."""
 
     subsets: int
     parameters: float
     batch: int
 
 
-class Row(NamedTuple):
-    """What was measured; times in seconds, memory in bytes."""
+class CaseCost(NamedTuple):
+    """The measurements of a case; times in seconds, memory in bytes."""
 
     subsets: int
     parameters: int
@@ -80,12 +80,12 @@ def network(case: Case) -> tuple[Any, Callable[..., jax.Array], jax.Array]:
     return params, loss, jax.random.normal(keys[0], (case.batch, width))
 
 
-def measure(case: Case, engine: str, repeats: int) -> Row:
-    """Times and memory of a gradient and of summaries of order two and three."""
+def measure(case: Case, engine: str, repeats: int) -> CaseCost:
+    """Times and memory of a gradient and of summaries of order 2 and 3."""
     params, loss, x = network(case)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     grads, gradient, gradient_bytes = _timed(jax.grad(loss), repeats, params, x)
-    row = Row(
+    row = CaseCost(
         case.subsets,
         count,
         case.batch,
@@ -116,22 +116,22 @@ def measure(case: Case, engine: str, repeats: int) -> Row:
 
 
 def _timed(function: Callable[..., Any], repeats: int, *arguments: Any) -> Any:
-    """The result, the median of the times and the memory; None if that is too much."""
+    """The result, the median time and the memory; None above `MAX_BYTES`."""
     compiled = jax.jit(function).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    if needed > MOST_BYTES:
+    if needed > MAX_BYTES:
         return None
     result, seconds = jax.block_until_ready(compiled(*arguments)), []
-    while len(seconds) < repeats and sum(seconds) < MOST_SECONDS / 10:
+    while len(seconds) < repeats and sum(seconds) < MAX_TOTAL_SECONDS:
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds), needed
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown: times in milliseconds, ratios to the gradient."""
+def table(rows: Sequence[CaseCost]) -> str:
+    """A table in Markdown: time of the gradient, and ratios to the gradient."""
     lines = [
         "| S | P | batch | gradient | order 2 | order 3 | memory, order 2 | order 3 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -156,7 +156,7 @@ def _ratio(x: float | None, unit: float) -> str:
 
 
 def main() -> None:
-    """Measures, prints the tables and writes them as JSON if that is asked for."""
+    """Measure, print the tables and, with ``--json``, write them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--quick", action="store_true")

@@ -1,11 +1,11 @@
-"""Training small networks: ours by one fixed call, rivals over grids of their rates.
+"""Training of small networks, compared with optimizers tuned over grids of rates.
 
     python -m benchmarks.training --output training_results
     python -m benchmarks.training --quick
     python -m benchmarks.training --unseen
     python -m benchmarks.training --variants
 
-Results are kept in the output folder, and a run that was stopped goes on where it was.
+Results are stored in the output folder, and a run that was interrupted is continued.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import problems, training_report
-from benchmarks.training_loop import seconds_a_step, train
+from benchmarks.training_loop import seconds_per_step, train
 from benchmarks.training_optimizers import GRADIENT, OPTIMIZERS, SWEEPS, VARIANTS
 
 QUICK = ("digits_tanh", "relu_squared", "breast_cancer", "full_batch")
@@ -74,10 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("training_results"))
     parser.add_argument(
-        "--unseen", action="store_true", help="problems that no default was chosen on"
+        "--unseen", action="store_true", help="problems on which no default was tuned"
     )
     parser.add_argument(
-        "--variants", action="store_true", help="the preset, one default changed each"
+        "--variants",
+        action="store_true",
+        help="partition_newton with one default changed",
     )
     known = [*problems.FIRST, *problems.SECOND, *problems.UNSEEN]
     parser.add_argument("--problems", nargs="+", choices=known, metavar="NAME")
@@ -105,7 +107,7 @@ def _timings(name: str) -> dict[str, float]:
     problem = problems.make(name)
     chosen = OPTIMIZERS | {"gradient": GRADIENT}
     return {
-        x: seconds_a_step(problem, chosen[x].make, _middle(chosen[x].rates))
+        x: seconds_per_step(problem, chosen[x].make, _middle(chosen[x].rates))
         for x in TIMED
     }
 

@@ -1,4 +1,4 @@
-"""One compiled run of an optimizer on a problem, for many rates and seeds."""
+"""A compiled training run of an optimizer on a problem, for all rates and seeds."""
 
 import functools
 import time
@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.problems import Problem
+from benchmarks.problems_base import Problem
 
-__all__ = ["Curves", "batches", "seconds_a_step", "train"]
+__all__ = ["TrainingCurves", "batches", "seconds_per_step", "train", "training_step"]
 
 EVALUATIONS = 25
-MOST_EVALUATED = 1500
+MAX_EVALUATED = 1500
 
 MakeOptimizer = Callable[[jax.Array, int], optax.GradientTransformationExtraArgs]
 
 
-class Curves(NamedTuple):
-    """What is recorded before the first step and at `EVALUATIONS` places after it.
+class TrainingCurves(NamedTuple):
+    """Losses before the first step and at `EVALUATIONS` later steps.
 
     Attributes:
-      train_loss: on the data to train on, (rates, seeds, 1 + EVALUATIONS).
-      test_loss: on the data to test on.
-      test_metric: on the data to test on; smaller is better.
+      train_loss: on the training data, (rates, seeds, 1 + EVALUATIONS).
+      test_loss: on the test data, of the same shape.
+      test_metric: on the test data, of the same shape; smaller is better.
     """
 
     train_loss: np.ndarray
@@ -36,17 +36,19 @@ class Curves(NamedTuple):
 
 def train(
     problem: Problem, make: MakeOptimizer, rates: np.ndarray, seeds: int
-) -> Curves:
-    """Trains for each rate and each seed; the program is compiled once.
+) -> TrainingCurves:
+    """Train for each rate and each seed; the program is compiled once.
 
     Args:
-      problem: what to train on.
-      make: from a rate, traced, and the number of steps to an optimizer.
-      rates: of which there are R.
-      seeds: of the initial parameters and the order of the batches: 0, 1, ...
+      problem: the problem.
+      make: a function of a traced rate and the number of steps that returns an
+        optimizer.
+      rates: the R rates.
+      seeds: the number of seeds, 0, 1, ..., of the initial parameters and of the
+        batches.
 
     Returns:
-      Curves of shape (R, seeds, 1 + EVALUATIONS).
+      TrainingCurves of shape (R, seeds, 1 + EVALUATIONS).
     """
     run = jax.jit(functools.partial(_run, problem, make))
     orders = [jnp.asarray(batches(problem, seed)) for seed in range(seeds)]
@@ -56,23 +58,23 @@ def train(
         for seed, order in enumerate(orders)
     ]
     fields = (np.stack(jax.device_get(field)) for field in zip(*curves, strict=True))
-    return Curves(*(x.reshape(len(rates), seeds, -1) for x in fields))
+    return TrainingCurves(*(x.reshape(len(rates), seeds, -1) for x in fields))
 
 
 def batches(problem: Problem, seed: int) -> np.ndarray:
-    """For each step the places of a batch; each epoch shuffles all examples anew."""
+    """The indices of the examples of each batch; each epoch is a new permutation."""
     rng = np.random.default_rng(seed)
     count = len(problem.train[0])
-    a_epoch = count // problem.batch
+    per_epoch = count // problem.batch
     epochs = [
-        rng.permutation(count)[: a_epoch * problem.batch].reshape(a_epoch, -1)
-        for _ in range(-(-problem.steps // a_epoch))
+        rng.permutation(count)[: per_epoch * problem.batch].reshape(per_epoch, -1)
+        for _ in range(-(-problem.steps // per_epoch))
     ]
     return np.concatenate(epochs)[: problem.steps].astype(np.int32)
 
 
-def seconds_a_step(problem: Problem, make: MakeOptimizer, rate: float) -> float:
-    """The time of a step, the best of 3 runs of some hundred without evaluation."""
+def seconds_per_step(problem: Problem, make: MakeOptimizer, rate: float) -> float:
+    """The time of a step: the best of 3 runs of up to 200 steps without evaluation."""
     order = jnp.asarray(batches(problem, 0))[:200]
     params = problem.init(jax.random.key(0))
 
@@ -99,19 +101,19 @@ def _run(
     order: jax.Array,
 ) -> tuple[jax.Array, ...]:
     tx = optax.with_extra_args_support(make(rate, problem.steps))
-    seen_x, seen_y = map(jnp.asarray, _spread(problem.train))
-    test_x, test_y = map(jnp.asarray, _spread(problem.test))
+    train_x, train_y = map(jnp.asarray, _evenly_spaced(problem.train))
+    test_x, test_y = map(jnp.asarray, _evenly_spaced(problem.test))
     step = _stepper(problem, tx)
 
     def evaluate(params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return (
-            problem.loss(params, seen_x, seen_y),
+            problem.loss(params, train_x, train_y),
             problem.loss(params, test_x, test_y),
             problem.metric(params, test_x, test_y),
         )
 
-    def chunk(carry: Any, places: jax.Array) -> tuple[Any, Any]:
-        carry, _ = jax.lax.scan(step, carry, places)
+    def chunk(carry: Any, indices: jax.Array) -> tuple[Any, Any]:
+        carry, _ = jax.lax.scan(step, carry, indices)
         return carry, evaluate(carry[0])
 
     params = problem.init(jax.random.key(seed))
@@ -127,27 +129,43 @@ def _run(
 def _stepper(
     problem: Problem, tx: optax.GradientTransformationExtraArgs
 ) -> Callable[[Any, jax.Array], tuple[Any, None]]:
-    """A step for `scan`, from the places of a batch."""
+    """A training step for `scan`, which receives the indices of a batch."""
     train_x, train_y = map(jnp.asarray, problem.train)
+    step = training_step(lambda params, batch: problem.loss(params, *batch), tx)
 
-    def step(carry: Any, places: jax.Array) -> tuple[Any, None]:
-        params, state = carry
-        x, y = train_x[places], train_y[places]
+    def scan_step(carry: Any, indices: jax.Array) -> tuple[Any, None]:
+        params, state, _ = step(*carry, (train_x[indices], train_y[indices]))
+        return (params, state), None
 
-        def value_fn(params: Any) -> jax.Array:
-            return problem.loss(params, x, y)
+    return scan_step
 
+
+def training_step(
+    loss: Callable[[Any, Any], jax.Array],
+    tx: optax.GradientTransformationExtraArgs,
+) -> Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]:
+    """From parameters, state and batch to the next parameters and state, and the loss.
+
+    Args:
+      loss: a function of parameters and batch.
+      tx: the optimizer; it receives `value_fn`, `value` and `grad`.
+    """
+
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        value_fn = functools.partial(loss, batch=batch)
         value, grad = jax.value_and_grad(value_fn)(params)
         updates, state = tx.update(
             grad, state, params, value=value, grad=grad, value_fn=value_fn
         )
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state, value
 
     return step
 
 
-def _spread(data: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many examples, evenly spread."""
-    count = min(len(data[0]), MOST_EVALUATED)
-    places = np.linspace(0, len(data[0]) - 1, count).astype(int)
-    return data[0][places], data[1][places]
+def _evenly_spaced(
+    data: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most `MAX_EVALUATED` examples, evenly spaced."""
+    count = min(len(data[0]), MAX_EVALUATED)
+    indices = np.linspace(0, len(data[0]) - 1, count).astype(int)
+    return data[0][indices], data[1][indices]

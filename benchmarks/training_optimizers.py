@@ -1,4 +1,4 @@
-"""What is compared: ours, by one fixed call each, and the rivals over their grids."""
+"""The compared optimizers: fixed ones, and tuned ones with their grids of rates."""
 
 import functools
 from collections.abc import Callable
@@ -21,16 +21,16 @@ __all__ = [
     "TUNED",
     "UNTUNED",
     "VARIANTS",
-    "Optimizer",
+    "Candidate",
 ]
 
 
-class Optimizer(NamedTuple):
-    """How an optimizer is made, and at which rates.
+class Candidate(NamedTuple):
+    """An optimizer and its grid of rates.
 
     Attributes:
-      make: from a rate, which may be traced, and the number of steps.
-      rates: the grid, or a single 1 where there is nothing to choose.
+      make: a function of a rate, which may be traced, and the number of steps.
+      rates: the grid; [1] if there is no rate to tune.
       full_batch_only: whether it needs the same loss at each step.
     """
 
@@ -50,15 +50,15 @@ def _cosine(rate: jax.Array, steps: int) -> optax.Schedule:
     return schedule
 
 
-def _over_grid(make: Callable[[Any], Any], rates: np.ndarray) -> dict[str, Optimizer]:
+def _over_grid(make: Callable[[Any], Any], rates: np.ndarray) -> dict[str, Candidate]:
     return {
-        "c": Optimizer(lambda rate, steps: make(rate), rates),
-        "s": Optimizer(lambda rate, steps: make(_cosine(rate, steps)), rates),
+        "c": Candidate(lambda rate, steps: make(rate), rates),
+        "s": Candidate(lambda rate, steps: make(_cosine(rate, steps)), rates),
     }
 
 
-def _fixed(make: Callable[[], Any]) -> Optimizer:
-    return Optimizer(lambda rate, steps: make(), np.ones(1))
+def _fixed(make: Callable[[], Any]) -> Candidate:
+    return Candidate(lambda rate, steps: make(), np.ones(1))
 
 
 _GRIDS = {
@@ -70,20 +70,20 @@ _GRIDS = {
 TUNED: dict[str, tuple[str, str]] = {
     name: (f"{name}_c", f"{name}_s") for name in _GRIDS
 }
-"""Each tuned rival, and its two entries: constant and cosine schedules."""
+"""Each tuned optimizer and its two entries: constant and cosine schedules."""
 
-UNTUNED: dict[str, Optimizer] = {
+UNTUNED: dict[str, Candidate] = {
     "momo_adam": _fixed(contrib.momo_adam),
     "prodigy": _fixed(contrib.prodigy),
     "dog": _fixed(contrib.dog),
     "dadapt_adamw": _fixed(contrib.dadapt_adamw),
     "cocob": _fixed(contrib.cocob),
     "mechanize": _fixed(lambda: contrib.mechanize(optax.adam(1e-3), weight_decay=0.0)),
-    "lbfgs": Optimizer(lambda rate, steps: optax.lbfgs(), np.ones(1), True),
+    "lbfgs": Candidate(lambda rate, steps: optax.lbfgs(), np.ones(1), True),
 }
-"""Rivals without a rate to tune, at their defaults."""
+"""Optimizers without a rate to tune, with their defaults."""
 
-OURS: dict[str, Optimizer] = {
+OURS: dict[str, Candidate] = {
     "partition_newton": _fixed(pn.partition_newton),
     "partition_newton_adam": _fixed(
         lambda: pn.partition_newton(direction=optax.scale_by_adam())
@@ -94,8 +94,8 @@ OURS: dict[str, Optimizer] = {
     "paper_newton": _fixed(lambda: pn.paper_newton(rule=pn.rules.cubic(10.0))),
 }
 
-GRADIENT = Optimizer(lambda rate, steps: optax.scale(-rate), np.array([1e-3]))
-"""A step along the gradient, for its time."""
+GRADIENT = Candidate(lambda rate, steps: optax.scale(-rate), np.array([1e-3]))
+"""Gradient descent, to measure the time of a step."""
 
 _FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
 
@@ -105,29 +105,29 @@ def _equilibrated(power: jax.Array) -> Any:
     return pn.partition_newton(direction=pn.directions.equilibrated(muon, power))
 
 
-SWEEPS: dict[str, Optimizer] = {
-    "power": Optimizer(
+SWEEPS: dict[str, Candidate] = {
+    "power": Candidate(
         lambda rate, steps: _equilibrated(rate), np.array([0.0, 0.25, 0.35, 0.5])
     ),
-    "lookback_rate": Optimizer(
+    "lookback_rate": Candidate(
         lambda rate, steps: pn.partition_newton(lookback_rate=rate),
         np.array([0.0, 0.05, 0.1, 0.2]),
     ),
-    "interval": Optimizer(
+    "interval": Candidate(
         lambda rate, steps: pn.partition_newton(update_interval=rate.astype(int)),
         np.array([10.0, 20.0, 30.0, 100.0]),
     ),
-    "factor": Optimizer(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
-    "factor_adam": Optimizer(
+    "factor": Candidate(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
+    "factor_adam": Candidate(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),
         _FACTORS,
     ),
-    "factor_momentum": Optimizer(
+    "factor_momentum": Candidate(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.ema(0.9)),
         _FACTORS,
     ),
 }
-"""What the defaults were chosen by; run only when they are named."""
+"""Sweeps over one argument; run only by ``--optimizers``."""
 
 
 def _variant(
@@ -138,9 +138,9 @@ def _variant(
     normalize: str = "rms",
     lookback_rate: float = 0.2,
     backtracking: int = 30,
-    look_back: dict[str, float] | None = None,
+    lookback: dict[str, float] | None = None,
 ) -> Any:
-    """`partition_newton`, link by link, with what it keeps to itself."""
+    """The chain of `partition_newton`, with arguments that it does not expose."""
     if direction is None:
         direction = pn.directions.equilibrated(presets.orthogonal_momentum())
     if average is None:
@@ -157,7 +157,7 @@ def _variant(
             average=average,
             backtracking=backtracking,
         ),
-        pn.scale_by_lookback(lookback_rate, **(look_back or {})),
+        pn.scale_by_lookback(lookback_rate, **(lookback or {})),
         optax.scale_by_learning_rate(0.2),
     )
 
@@ -180,14 +180,14 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "backtracking=0": {"backtracking": 0},
     "lookback_rate=0": {"lookback_rate": 0.0},
     "lookback_rate=0.1": {"lookback_rate": 0.1},
-    "slope_position=0.5": {"look_back": {"slope_position": 0.5}},
-    "slope_position=0.8": {"look_back": {"slope_position": 0.8}},
-    "window_growth=0": {"look_back": {"window_growth": 0.0}},
-    "window_growth=6": {"look_back": {"window_growth": 6.0}},
-    "one slope": {"look_back": {"averaging_fraction": 0.0}},
+    "slope_position=0.5": {"lookback": {"slope_position": 0.5}},
+    "slope_position=0.8": {"lookback": {"slope_position": 0.8}},
+    "window_growth=0": {"lookback": {"window_growth": 0.0}},
+    "window_growth=6": {"lookback": {"window_growth": 6.0}},
+    "one slope": {"lookback": {"averaging_fraction": 0.0}},
 }
 
-VARIANTS: dict[str, Optimizer] = {
+VARIANTS: dict[str, Candidate] = {
     name: _fixed(functools.partial(_variant, **options))
     for name, options in _VARIANTS.items()
 }
@@ -196,7 +196,7 @@ VARIANTS["clipped"] = _fixed(
 )
 """`partition_newton` with one of its defaults changed; run by ``--variants``."""
 
-OPTIMIZERS: dict[str, Optimizer] = {
+OPTIMIZERS: dict[str, Candidate] = {
     **OURS,
     **SWEEPS,
     **VARIANTS,

@@ -1,4 +1,4 @@
-"""Results of the training benchmark as Markdown and pictures."""
+"""Results of the training benchmark as Markdown and figures."""
 
 from typing import Any
 
@@ -10,56 +10,57 @@ from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED, VARIANT
 __all__ = ["FLOOR", "markdown", "picture"]
 
 FLOOR = 1e-6
-"""Losses below this count as this: float32 does not tell them apart from zero."""
+"""Smaller losses are replaced by this value: in float32 they are rounding error."""
 
-Row = dict[str, Any]  # of one problem: optimizer -> rates and curves
+Results = dict[str, Any]  # of one problem: optimizer -> rates and curves
 
 
-def markdown(results: dict[str, Row]) -> str:
-    """Tables of losses, of test metrics and of time, and what they come to."""
+def markdown(results: dict[str, Results]) -> str:
+    """Tables of losses, test metrics and times."""
     parts = [
-        "Final training loss, geometric mean over seeds; tuned rivals at their best "
-        "rate and schedule.",
+        "Final training loss, geometric mean over seeds; tuned optimizers with their "
+        "best rate and schedule.",
         _table(results, _loss, "{:.3g}"),
-        "The same over the loss of the best tuned Adam.",
+        "The same, divided by the loss of the best tuned Adam.",
         _table(results, _ratio, "{:.3g}", geometric_mean=True),
         "Test metric: error rate, or loss for regressions; mean over seeds, tuned "
-        "rivals where their training loss is best.",
+        "optimizers with the rate of the best training loss.",
         _table(results, _metric, "{:.3g}"),
-        "Share of the steps until the final loss of the best tuned Adam is reached.",
-        _table(results, _share, "{:.2f}"),
-        "Runs that diverged (a loss that is not finite, or above 3 times the first), "
-        "of all seeds; tuned rivals at their best rate.",
+        "Fraction of the steps until the final loss of the best tuned Adam is reached.",
+        _table(results, _fraction, "{:.2f}"),
+        "Number of diverged runs (a final loss that is not finite, or more than 3 "
+        "times the first one) of all seeds; tuned optimizers with their best rate.",
         _table(results, _divergences, "{:d}"),
     ]
     for sweep in SWEEPS:
         if any(sweep in row for row in results.values()):
-            parts += [f"Final training loss by what is varied: `{sweep}`."]
+            parts += [f"Final training loss for different values of `{sweep}`."]
             parts += [_sweep(results, sweep)]
     if any(name in row for row in results.values() for name in VARIANTS):
         parts += [
-            "`partition_newton` with one default changed: final training losses over "
-            "those of the best tuned Adam, and over those with all defaults.",
+            "`partition_newton` with one default changed: ratios of final training "
+            "losses to those of the best tuned Adam, and to those with all defaults.",
             _variants(results),
         ]
     if all("seconds" in row for row in results.values()):
-        parts += ["Milliseconds a step, all but evaluation.", _times(results)]
+        parts += ["Milliseconds per step, without evaluation.", _times(results)]
         parts += [
-            "Training loss, over the final one of the best tuned Adam, once so many "
-            "seconds are spent as Adam takes for all of its steps; between two "
-            "evaluations interpolated in the logarithm.",
+            "Training loss after the time that Adam needs for all of its steps, over "
+            "the final loss of the best tuned Adam; logarithmic interpolation between "
+            "evaluations.",
             _table(results, _ratio_at_equal_seconds, "{:.3g}", geometric_mean=True),
-            "Gradient-equivalents a step: 1, and what partition_newton takes longer "
-            "than its direction alone, over the time of a step along the gradient.",
+            "Gradient-equivalents per step: 1 plus the additional time of "
+            "partition_newton compared with its direction, divided by the time of a "
+            "step of gradient descent.",
             _equivalents_table(results),
-            "The same once so many gradient-equivalents are spent as Adam takes steps.",
+            "Training loss after as many gradient-equivalents as Adam makes steps.",
             _table(results, _ratio_at_equal_gradients, "{:.3g}", geometric_mean=True),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def best(row: Row, name: str) -> tuple[str, int] | None:
-    """The entry and the place of the rate with the smallest final training loss."""
+def best(row: Results, name: str) -> tuple[str, int] | None:
+    """The entry and the index of the rate with the smallest final training loss."""
     entries = [x for x in TUNED.get(name, (name,)) if x in row]
     found = [(_finals(row[x]), x) for x in entries]
     if not found:
@@ -68,35 +69,35 @@ def best(row: Row, name: str) -> tuple[str, int] | None:
     return entry, int(np.argmin(losses))
 
 
-def _finals(entry: Row) -> np.ndarray:
-    """For each rate the geometric mean over seeds of the final training loss."""
+def _finals(entry: Results) -> np.ndarray:
+    """For each rate, the geometric mean over seeds of the final training loss."""
     final = np.array(entry["train"], float)[:, :, -1]
     final = np.where(np.isfinite(final), np.clip(final, FLOOR, 1e9), 1e9)
     return np.exp(np.log(final).mean(1))
 
 
-def _curves(row: Row, name: str, field: str) -> np.ndarray | None:
-    """(seeds, 1 + evaluations) of an optimizer at its best."""
+def _curves(row: Results, name: str, field: str) -> np.ndarray | None:
+    """The curves (seeds, 1 + evaluations) of an optimizer with its best rate."""
     place = best(row, name)
     return None if place is None else np.array(row[place[0]][field], float)[place[1]]
 
 
-def _loss(row: Row, name: str) -> float | None:
+def _loss(row: Results, name: str) -> float | None:
     place = best(row, name)
     return None if place is None else float(_finals(row[place[0]])[place[1]])
 
 
-def _ratio(row: Row, name: str) -> float | None:
+def _ratio(row: Results, name: str) -> float | None:
     ours, adam = _loss(row, name), _loss(row, "adam")
     return None if ours is None or adam is None else ours / adam
 
 
-def _metric(row: Row, name: str) -> float | None:
+def _metric(row: Results, name: str) -> float | None:
     curves = _curves(row, name, "metric")
     return None if curves is None else float(curves[:, -1].mean())
 
 
-def _share(row: Row, name: str) -> float | None:
+def _fraction(row: Results, name: str) -> float | None:
     curves, adam = _curves(row, name, "train"), _loss(row, "adam")
     if curves is None or adam is None:
         return None
@@ -105,14 +106,14 @@ def _share(row: Row, name: str) -> float | None:
     return reached[0] / (len(mean) - 1) if len(reached) else None
 
 
-def _ratio_at_equal_seconds(row: Row, name: str) -> float | None:
+def _ratio_at_equal_seconds(row: Results, name: str) -> float | None:
     a_step = row["seconds"].get(TUNED.get(name, (name,))[0])
     if a_step is None:
         return None
     return _ratio_at(row, name, min(row["seconds"]["adam_c"] / a_step, 1))
 
 
-def _ratio_at_equal_gradients(row: Row, name: str) -> float | None:
+def _ratio_at_equal_gradients(row: Results, name: str) -> float | None:
     if name in TUNED:
         return _ratio_at(row, name, 1)
     if name == "partition_newton":
@@ -120,24 +121,24 @@ def _ratio_at_equal_gradients(row: Row, name: str) -> float | None:
     return None
 
 
-def _equivalents(row: Row) -> float:
-    """What a step of ours costs in gradients, without its direction."""
+def _equivalents(row: Results) -> float:
+    """The cost of a step of partition_newton without its direction, in gradients."""
     seconds = row["seconds"]
     more = seconds["partition_newton"] - seconds["muon_c"]
     return 1 + max(more, 0) / seconds["gradient"]
 
 
-def _ratio_at(row: Row, name: str, share: float) -> float | None:
-    """The loss after a share of the steps, over the final one of the best Adam."""
+def _ratio_at(row: Results, name: str, fraction: float) -> float | None:
+    """The loss after a fraction of the steps, over the final one of the best Adam."""
     curves, adam = _curves(row, name, "train"), _loss(row, "adam")
     if curves is None or adam is None:
         return None
-    places = np.linspace(0, 1, curves.shape[1])
+    steps = np.linspace(0, 1, curves.shape[1])
     logs = np.log(np.where(np.isfinite(curves), np.clip(curves, FLOOR, 1e9), 1e9))
-    return float(np.exp(np.interp(share, places, logs.mean(0))) / adam)
+    return float(np.exp(np.interp(fraction, steps, logs.mean(0))) / adam)
 
 
-def _divergences(row: Row, name: str) -> int | None:
+def _divergences(row: Results, name: str) -> int | None:
     curves = _curves(row, name, "train")
     if curves is None:
         return None
@@ -145,7 +146,7 @@ def _divergences(row: Row, name: str) -> int | None:
 
 
 def _table(
-    results: dict[str, Row], cell: Any, form: str, geometric_mean: bool = False
+    results: dict[str, Results], cell: Any, form: str, geometric_mean: bool = False
 ) -> str:
     columns = [
         name
@@ -170,13 +171,13 @@ def _table(
     return "\n".join(lines)
 
 
-def _equivalents_table(results: dict[str, Row]) -> str:
+def _equivalents_table(results: dict[str, Results]) -> str:
     lines = ["| problem | gradient-equivalents |", "| --- | --- |"]
     lines += [f"| {name} | {_equivalents(row):.2f} |" for name, row in results.items()]
     return "\n".join(lines)
 
 
-def _sweep(results: dict[str, Row], sweep: str) -> str:
+def _sweep(results: dict[str, Results], sweep: str) -> str:
     rates = list(SWEEPS[sweep].rates)
     header = " | ".join(f"{rate:g}" for rate in rates)
     lines = [
@@ -192,8 +193,8 @@ def _sweep(results: dict[str, Row], sweep: str) -> str:
     return "\n".join(lines)
 
 
-def _variants(results: dict[str, Row]) -> str:
-    columns = "over adam | at or below adam | most over the defaults | least"
+def _variants(results: dict[str, Results]) -> str:
+    columns = "ratio to adam | at or below adam | largest ratio to defaults | smallest"
     lines = [f"| variant | {columns} |", "| --- " * 5 + "|"]
     for name in ("partition_newton", *VARIANTS):
         rows = {p: row for p, row in results.items() if name in row}
@@ -216,7 +217,7 @@ def _variants(results: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def _times(results: dict[str, Row]) -> str:
+def _times(results: dict[str, Results]) -> str:
     columns = list(next(iter(results.values()))["seconds"])
     lines = [
         f"| problem | {' | '.join(columns)} |",
@@ -228,8 +229,8 @@ def _times(results: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def picture(name: str, row: Row) -> Figure:
-    """The training losses of all optimizers at their best, ours in strong lines."""
+def picture(name: str, row: Results) -> Figure:
+    """The training losses of all optimizers with their best rates."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     ax = figure.subplots()
     for optimizer in (*UNTUNED, *TUNED, *OURS):
@@ -245,7 +246,7 @@ def picture(name: str, row: Row) -> Figure:
             )
     top = np.array(next(iter(row.values()))["train"], float)[0, :, 0].mean()
     ax.set(
-        yscale="log", xlabel="share of the steps", ylabel="training loss", title=name
+        yscale="log", xlabel="fraction of the steps", ylabel="training loss", title=name
     )
     ax.set_ylim(top=3 * top)
     ax.legend(fontsize=6, ncols=2)

@@ -18,26 +18,34 @@ __all__ = [
 
 
 def check_number(
-    name: str, value: Any, *, minimum: float = 0, strict: bool = False
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0,
+    strict: bool = False,
+    below: float = np.inf,
 ) -> None:
-    """Check that `value` is a number, and a Python or NumPy number is large enough.
+    """Check that `value` is a number within bounds.
 
-    A number may also be an array, which may be traced, as by
-    :func:`optax.inject_hyperparams`. The value of an array is not checked.
+    Arrays of shape () are accepted whatever their value, because they may be traced, as
+    by :func:`optax.inject_hyperparams`.
 
     Args:
       name: the argument, for the message.
       value: what was given.
       minimum: the lower bound.
       strict: whether `value` must be greater than `minimum`.
+      below: the strict upper bound.
 
     Raises:
       TypeError: `value` is neither a number nor an array of shape ().
-      ValueError: a number is NaN or below `minimum`.
+      ValueError: a number is NaN or out of bounds.
     """
     if isinstance(value, int | float | np.integer | np.floating):
         if not (value > minimum if strict else value >= minimum):
             raise ValueError(f"{name} must {_bound(minimum, strict)}, got {value}.")
+        if np.isfinite(below) and value >= below:
+            raise ValueError(f"{name} must be less than {below}, got {value}.")
     elif not isinstance(value, np.ndarray | jax.Array):
         raise TypeError(f"{name} must be a number, got {_described(value)}.")
     elif np.ndim(value) != 0:

@@ -46,7 +46,7 @@ _MASKED = (
     "optax.partition or optax.multi_transform replaced by a MaskedNode. Do not wrap "
     "the optimizer in one of these: label the parameters that it must not change "
     "partitions.FROZEN in param_labels, and add the updates of another optimizer for "
-    "them, optax.tree.add(ours, theirs); see docs/faq.md."
+    "them, optax.tree.add(newton_updates, other_updates); see docs/faq.md."
 )
 _COPY = (
     "value_fn changes variables of an nnx model that was created outside of it (as "

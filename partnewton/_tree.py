@@ -19,8 +19,7 @@ def all_finite(tree: PyTree) -> jax.Array:
 
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    # In a computation of its own: otherwise XLA fuses it into each kernel that reads
-    # the result.
+    # Not inlined: XLA would fuse the check into each kernel that reads the result.
     return compat.outlined(check)(numbers)
 
 

@@ -99,7 +99,7 @@ def exponential(decay: Any = 0.9, *, absolute_third: bool = False) -> Average:
         summary: Summary, state: ExponentialState, params: Any = None
     ) -> tuple[Summary, ExponentialState]:
         del params
-        summary = _with_finite_third(summary, state.total, state.weight)
+        summary = _replace_nonfinite_third(summary, state.total, state.weight)
         new = tuple(summary)
         if absolute_third and isinstance(summary, Summary) and new[3] is not None:
             new = (*new[:3], jnp.abs(new[3]))
@@ -180,7 +180,7 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
     ) -> tuple[Summary, UniformState]:
         del params
         weights = (length(state.count),) * len(summary)
-        new = tuple(_with_finite_third(summary, state.current, weights))
+        new = tuple(_replace_nonfinite_third(summary, state.current, weights))
         count = optax.safe_increment(state.count)
         current, following = (jax.tree.map(jnp.add, x, new) for x in state[1:])
         is_exchange = count % period == 0
@@ -201,18 +201,18 @@ def uniform(period: int = 3, warm_up: int = 3) -> Average:
 
 
 def relative(average: Average) -> Average:
-    """Average summaries divided by the norm of their gradient.
+    """Average summaries after each is divided by the norm of its gradient.
 
-    The loss of late batches is smaller than that of early ones, so that early summaries
-    would dominate a plain average, and so would a single exploding batch. Here each
-    summary is divided by the norm of its gradient before it is averaged, and the
-    average is multiplied by the norm of the newest gradient. The learning rates of a
-    rule do not depend on the scale of the loss, so they are unaffected by this factor.
+    In a plain average, early summaries dominate because the loss decreases during
+    training, and so does a single batch with a very large loss. Here each summary is
+    divided by the norm of its gradient before it is averaged, and the average is
+    multiplied by the norm of the newest gradient. This final factor has no effect on
+    learning rates, which do not depend on the scale of the loss.
 
     The norm of the gradient is preferred to the loss, which may have an arbitrary
     constant added and may be negative, and to the norm of the Hessian, which vanishes
-    at a saturated softmax while the gradient does not: there the steps would become
-    arbitrarily long. Normalise the direction (see `normalize` of
+    at a saturated softmax while the gradient does not: steps would
+    become arbitrarily long there. Normalise the direction (see `normalize` of
     :func:`partnewton.scale_by_partition_newton`), because otherwise the norm depends on
     the length of the direction as well.
 
@@ -270,7 +270,7 @@ def nonnegative(average: Average) -> Average:
     return optax.chain(average, clip)
 
 
-def _with_finite_third(summary: Summary, total: tuple, weight: tuple) -> Summary:
+def _replace_nonfinite_third(summary: Summary, total: tuple, weight: tuple) -> Summary:
     """Replace non-finite entries of `third` by their average so far, initially zero."""
     if not isinstance(summary, Summary) or summary.third is None:
         return summary

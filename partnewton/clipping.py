@@ -34,15 +34,14 @@ def clip_by_parameter_rms(
 
         u_s <- u_s * min(1, max_ratio * r_s / rms(u_s)),
 
-    where the reference r_s is the largest value so far of rms(theta_s) and of the RMS
-    of all parameters with nonzero updates. So a bias that is initialised to zero is
-    compared with the other tensors, and a scalar that changes its sign with its earlier
-    absolute value. If all parameters are zero, the largest RMS among the first updates
-    defines the reference, r_s = max_s rms(u_s) / max_ratio.
+    where r_s is the maximum over all updates so far of two values: rms(theta_s), and
+    the RMS of all subsets with a nonzero update, taken together. The second one is for
+    biases that are initialised to zero; the maximum over time is for scalars that
+    change their sign. If all parameters are zero, r_s = max_s rms(u_s) / max_ratio.
 
-    A model of second or third order is accurate near the current parameters only, and
-    its derivatives do not show how near: they do not see the kinks of piecewise
-    functions, such as a relu or a hinge loss, or the loss on the next batches.
+    A model of second or third order is accurate only near the current parameters. How
+    near depends on properties that it does not contain, such as the kinks of a relu or
+    of a hinge loss, and the loss on the next batches.
     After :func:`partnewton.partition_newton`, clipping stops weights from growing
     without bound when steps that decrease the loss of one batch increase the weights,
     as in relu networks trained on noisy labels. Elsewhere it slows down the first
@@ -96,7 +95,7 @@ def clip_by_parameter_rms(
         counts = np.asarray(partition.counts(leaves), partition.dtype)
 
         def sums_of_squares(leaves: list) -> jax.Array:
-            active = [jnp.asarray(leaves[i]) for i in partition.active]
+            active = [jnp.asarray(x) for x in partition.take_active(leaves)]
             return partition.of_active().inner(active, active)
 
         param_squares = sums_of_squares(jax.tree.leaves(params))

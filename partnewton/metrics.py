@@ -37,8 +37,11 @@ def learning_rates(
       {'w': Array(0., dtype=float32)}
     """
     del params
-    ours = _only_state(state)
-    return {name: ours.learning_rates[..., s] for name, s in _names(ours).items()}
+    newton_state = _only_state(state)
+    return {
+        name: newton_state.learning_rates[..., s]
+        for name, s in _names(newton_state).items()
+    }
 
 
 def metrics(
@@ -54,8 +57,8 @@ def metrics(
     its step-size multiplier is "factor".
 
     This function does not wait for the device. It can be called inside a jitted step,
-    which then has some more small outputs. Fetch them when they are logged, for example
-    every hundred steps: ``jax.device_get(logged)`` returns NumPy scalars, which
+    which then returns additional small arrays. Fetch them when they are logged, for
+    example every hundred steps: ``jax.device_get(logged)`` returns NumPy scalars, which
     TensorBoard, Weights and Biases and ``print`` accept.
 
     Args:
@@ -81,23 +84,22 @@ def metrics(
       >>> print(logged["loss"], logged["learning_rate/w"], logged["curvature/w"])
       9.0 0.5 72.0
     """
-    ours = _only_state(state)
+    newton_state = _only_state(state)
     factors = [x.factor for x in _states_of(ScaleByLookbackState, state)]
-    leading = np.ndim(ours.learning_rates) - 1  # axes of an ensemble
+    leading = np.ndim(newton_state.learning_rates) - 1  # axes of an ensemble
     numbers = {
         name: x
-        for name, x in ours._asdict().items()
+        for name, x in newton_state._asdict().items()
         if isinstance(x, jax.Array | np.ndarray | np.generic) and np.ndim(x) == leading
     }
-    names = _names(ours)
+    factor = {"factor": factors[0]} if len(factors) == 1 else {}
+    rates, hessian = newton_state.learning_rates, newton_state.hessian
+    names = _names(newton_state)
     return (
         numbers
-        | ({"factor": factors[0]} if len(factors) == 1 else {})
-        | {
-            f"learning_rate/{name}": ours.learning_rates[..., s]
-            for name, s in names.items()
-        }
-        | {f"curvature/{name}": ours.hessian[..., s, s] for name, s in names.items()}
+        | factor
+        | {f"learning_rate/{name}": rates[..., s] for name, s in names.items()}
+        | {f"curvature/{name}": hessian[..., s, s] for name, s in names.items()}
     )
 
 

@@ -56,7 +56,7 @@ def partition_newton(
         and Adam for all other leaves, in the units of
         :func:`partnewton.directions.equilibrated`.
       rule: from a summary to lengths; by default :func:`partnewton.rules.robust` with
-        ``shrinkage=0.5``, on the subsets whose slope is
+        ``shrinkage=0.5``, wrapped in
         :func:`partnewton.rules.with_noise_floor`.
       average: a running average of the summaries; by default an exponential one of
         decay 0.9, each summary relative to its own gradient.

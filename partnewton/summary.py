@@ -63,7 +63,7 @@ def summarize(
 
     Args:
       value_fn: the loss, a function from `params` to a real scalar, differentiable
-        twice (three times with `third_order`). It contains its data.
+        twice (three times with `third_order`). Its data are constants.
       params: a pytree of real floating point arrays; leaves of other types must be
         labelled `partitions.FROZEN`.
       direction: a pytree with the paths and shapes of `params`. It has the sign of a
@@ -77,9 +77,9 @@ def summarize(
       batch_size: the number of subsets that are processed together. A larger number is
         faster and needs more memory. By default, the adjoint engine processes all
         subsets together, or as many as fit if the tangents of some operation would
-        exceed 1 GiB. With fewer than all, it evaluates the loss once for each pair of
-        blocks of half this size. The reference engine processes one subset at a time by
-        default.
+        exceed 1 GiB. With fewer than all, it makes one pass over the loss for each pair
+        of blocks of half this size. The reference engine processes one subset at a time
+        by default.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -141,10 +141,9 @@ def derivative_tensors(
       order: the highest order, at least 1.
       param_labels: the partition.
       engine: "adjoint", "jvp_of_grad", or "auto" for "adjoint". For the third order,
-        "adjoint" evaluates the loss S times and "jvp_of_grad" S (S + 1) / 2 times.
+        "adjoint" makes S passes over the loss, and "jvp_of_grad" S (S + 1) / 2.
         Tensors of order 4 and higher are always computed by "jvp_of_grad".
-      batch_size: the number of subsets, and of such evaluations, that are processed
-        together.
+      batch_size: the number of subsets, and of passes, that are processed together.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -209,24 +208,22 @@ class _EngineArguments:
             direction, params, partition=partition
         )
         everything, treedef = jax.tree.flatten(params)
-        active = partition.active
-        _check_equal_on_all_devices("params", [everything[i] for i in active])
-        _check_equal_on_all_devices("direction", [directions[i] for i in active])
+        leaves = partition.take_active(everything)
+        directions = partition.take_active(directions)
+        _check_equal_on_all_devices("params", leaves)
+        _check_equal_on_all_devices("direction", directions)
 
         def loss(leaves: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
-            filled = list(everything)
-            for i, leaf in zip(active, leaves, strict=True):
-                filled[i] = leaf
-            result = with_error_hints(value_fn, params)(
-                jax.tree.unflatten(treedef, filled)
-            )
+            filled = partition.put_active(everything, leaves)
+            value_of = with_error_hints(value_fn, params)
+            result = value_of(jax.tree.unflatten(treedef, filled))
             return _checked_loss(result, has_aux)
 
         self.loss = loss
-        self.leaves = [jnp.asarray(everything[i]) for i in active]
+        self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         self.direction = []
-        for i, leaf in zip(active, self.leaves, strict=True):
-            u = jnp.asarray(directions[i])
+        columns = partition.active, self.leaves, map(jnp.asarray, directions)
+        for i, leaf, u in zip(*columns, strict=True):
             if jnp.iscomplexobj(u):
                 raise TypeError(
                     f"direction: the leaf {partitions.leaf_names(params)[i]!r} has "

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from partnewton import Summary, averaging
@@ -62,6 +63,16 @@ def test_without_an_average_the_newest_summary_is_used():
     seen = summaries(3)
     for mean, summary in zip(averages(averaging.none(), seen), seen, strict=True):
         assert mean is summary
+
+
+def test_an_average_is_a_transformation_of_optax():
+    seen = summaries(4)
+    ours = averages(averaging.exponential(0.5), seen)
+    theirs = averages(optax.ema(0.5), seen)
+    for mean, expected in zip(ours, theirs, strict=True):
+        assert_close(mean, expected)
+    chained = optax.chain(averaging.exponential(0.5), averaging.none())
+    assert_close(averages(chained, seen)[-1], ours[-1])
 
 
 def test_the_state_keeps_its_types_and_the_decay_may_be_traced():

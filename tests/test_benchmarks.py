@@ -29,10 +29,11 @@ from benchmarks import (
     models,
     problems,
     reporting,
-    summary,
     training_optimizers,
     training_report,
 )
+from benchmarks.summary import command_line, measure, report
+from benchmarks.summary.measure import Measurement
 
 NETWORKS = models.NETWORKS | models.MORE
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
@@ -40,7 +41,7 @@ SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
 
 def run(folder, *arguments):
     """The JSON of a very small run."""
-    assert summary.main([*arguments, *SMALL, "--output", str(folder)]) == 0
+    assert command_line.main([*arguments, *SMALL, "--output", str(folder)]) == 0
     return json.loads((folder / "summary.json").read_text("utf-8"))
 
 
@@ -130,7 +131,7 @@ def test_a_scan_over_layers_is_the_loop_over_layers():
 
 
 def check_completeness(record, model, quantities):
-    engines = (*summary.ENGINES, summary.RIVAL)
+    engines = (*command_line.ENGINES, measure.HESSIAN_OF_PHI)
     assert [(row["engine"], row["quantity"]) for row in record["rows"]] == [
         ("", "forward"),
         ("", "gradient"),
@@ -179,29 +180,29 @@ def test_costs_are_told_in_gradients(record):
 
 def test_a_different_result_is_seen():
     right = [np.array([1.0, 4.0]), np.zeros(2)]
-    assert summary._difference(right, right) == 0
+    assert measure._difference(right, right) == 0
     wrong = [np.array([1.0, 3.0]), np.zeros(2)]
-    assert summary._difference(wrong, right) == 0.25
-    assert summary._difference([right[0], np.array([0, 0.5])], right) == 0.5
-    assert np.isnan(summary._difference([right[0], np.array([0, np.nan])], right))
+    assert measure._difference(wrong, right) == 0.25
+    assert measure._difference([right[0], np.array([0, 0.5])], right) == 0.5
+    assert np.isnan(measure._difference([right[0], np.array([0, np.nan])], right))
 
 
 @pytest.mark.slow
 def test_what_is_too_large_or_too_slow_is_skipped_with_a_reason():
     model = models.make("mlp", 2, scale=16)
     options = {"repeats": 1, "engines": ["jvp_of_grad"]}
-    *_, large = summary.measure(model, max_gib=1e-9, **options)
+    *_, large = measure.measure(model, max_gib=1e-9, **options)
     assert "GiB (--max-gib)" in large.skipped
     assert large.temp_bytes > 0
-    *_, slow = summary.measure(model, max_seconds=1e-9, **options)
+    *_, slow = measure.measure(model, max_seconds=1e-9, **options)
     assert "(--max-seconds)" in slow.skipped
     for row in (large, slow):
         assert row.seconds == []
-        assert row.skipped in summary.table([row_of_gradient(), row])
+        assert row.skipped in report.table([row_of_gradient(), row])
 
 
 def row_of_gradient():
-    return summary.Row("mlp", 2, 8, "", "gradient", compile_seconds=1.0, seconds=[1.0])
+    return Measurement("mlp", 2, 8, "", "gradient", compile_seconds=1.0, seconds=[1.0])
 
 
 @pytest.mark.slow
@@ -212,16 +213,16 @@ def test_without_an_engine_the_gradient_alone_is_measured(tmp_path):
 
 def test_a_median_in_gradients():
     rows = [
-        summary.Row("mlp", 2, 8, "", "forward", seconds=[1.0, 1.5, 9.0]),
-        summary.Row("mlp", 2, 8, "", "gradient", seconds=[3.0, 1.0, 9.0]),
-        summary.Row("mlp", 2, 8, "jvp_of_grad", "hessian", seconds=[30.0, 9.0, 12.0]),
+        Measurement("mlp", 2, 8, "", "forward", seconds=[1.0, 1.5, 9.0]),
+        Measurement("mlp", 2, 8, "", "gradient", seconds=[3.0, 1.0, 9.0]),
+        Measurement("mlp", 2, 8, "jvp_of_grad", "hessian", seconds=[30.0, 9.0, 12.0]),
     ]
-    summary._in_gradients(rows)
+    measure._in_gradients(rows)
     assert rows[2].gradients == 4
     assert rows[2].floor == 1 + 4 * 0.5
 
 
-@pytest.mark.parametrize("name", ["summary", "cost_report"])
+@pytest.mark.parametrize("name", ["summary.report", "cost_report"])
 def test_examples(name):
     results = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
     assert results.attempted > 0
@@ -242,7 +243,7 @@ def test_examples(name):
 )
 def test_a_wrong_argument_is_one_line(arguments, word, capsys):
     with pytest.raises(SystemExit) as error:
-        summary.main(arguments)
+        command_line.main(arguments)
     assert error.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1

@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 # The docstrings of these modules are the reference.
 MODULES = [
     "averaging",
+    "clipping",
     "cubic",
     "data",
     "directions",
@@ -31,7 +32,6 @@ MODULES = [
     "rules",
     "summary",
     "transform",
-    "trust",
 ]
 
 

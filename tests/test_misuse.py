@@ -179,7 +179,9 @@ def test_other_learning_rates_do_not_warn(value):
 
 
 def test_a_number_is_no_string_and_not_too_small():
-    _checks.check_number("share", 0.1, strict=True)
+    _checks.check_number("share", 0.1, strict=True, below=1)
+    with pytest.raises(ValueError, match=r"share must be less than 1, got 1\."):
+        _checks.check_number("share", 1, below=1)
     _checks.check_number("update_interval", np.int64(1), minimum=1)
     _checks.check_number("damping", jnp.array(-1.0))  # an array may be traced
     with pytest.raises(TypeError, match="backtracking must be a number, got the str"):

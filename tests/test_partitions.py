@@ -549,6 +549,9 @@ def test_frozen_updates_are_zero_whatever_they_were():
     assert (a.dtype, b.dtype, c.dtype) == (jnp.bfloat16, jnp.float32, jnp.int8)
     np.testing.assert_array_equal(d, [0, 0])  # a chain can scale it
 
+    assert partition.take_active("abcd") == ["a"]
+    assert partition.put_active("abcd", ["x"]) == ["x", "b", "c", "d"]
+
     moved = partition.moved(leaves, [a, b, c, d])
     np.testing.assert_array_equal(moved[0].astype(float), [7.0, 1.0])
     assert moved[0].dtype == jnp.bfloat16

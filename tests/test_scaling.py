@@ -32,5 +32,5 @@ def test_a_row_is_measured_and_printed():
 
 
 def test_what_needs_too_much_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr(scaling, "MOST_BYTES", 10.0)
+    monkeypatch.setattr(scaling, "MAX_BYTES", 10.0)
     assert scaling._timed(lambda x: x @ x.T, 2, jax.numpy.ones((8, 8))) is None

@@ -1,4 +1,4 @@
-"""For the site: references in docstrings become links, formulas become code blocks."""
+"""An extension of the site: references in docstrings become links."""
 
 import re
 
@@ -6,10 +6,10 @@ import griffe
 
 
 class Roles(griffe.Extension):
-    """Turns the references of docstrings, :func:`~a.b`, into Markdown."""
+    """Convert the references of docstrings, :func:`~a.b`, to Markdown."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: object) -> None:
-        """Rewrites one docstring."""
+        """Convert one docstring."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(
                 r":(?:func|class|data|mod|meth):`(~?)([\w.]+)`",

@@ -75,10 +75,10 @@ def minimise_absolute(b: jax.Array, B: jax.Array, damping: jax.Array) -> Absolut
     Returns:
       An :class:`AbsoluteModel`.
     """
-    return _minimise(b, B, damping)[0]
+    return _solve_in_eigenbasis(b, B, damping)[0]
 
 
-def _minimise(
+def _solve_in_eigenbasis(
     b: jax.Array, B: jax.Array, damping: jax.Array
 ) -> tuple[AbsoluteModel, _Spectrum]:
     vectors, values = lax.linalg.eigh(B, symmetrize_input=False)
@@ -90,7 +90,7 @@ def _minimise(
     is_positive = shifted > 0
     coordinates = jnp.where(is_positive, c / jnp.where(is_positive, shifted, 1), 0)
     step = jnp.sum(vectors * coordinates[None, :], 1)
-    magnitude = _product(vectors * size[None, :], vectors.T)
+    magnitude = _matmul(vectors * size[None, :], vectors.T)
     rounding = 4 * len(b) * jnp.finfo(B.dtype).eps
     rank = jnp.sum(size > rounding * jnp.max(size), dtype=jnp.int32)
     model = AbsoluteModel(step, magnitude, rank)
@@ -135,14 +135,14 @@ def _shift(w: jax.Array, c: jax.Array) -> jax.Array:
 
 
 @minimise_absolute.defjvp
-def _minimise_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _minimise_absolute_jvp(primals: tuple, tangents: tuple) -> tuple:
     _, _, damping = primals
     db, dB, ddamping = tangents
-    model, (V, values, z, shifted) = _minimise(*primals)
+    model, (V, values, z, shifted) = _solve_in_eigenbasis(*primals)
     size = jnp.abs(values)
     total = size[:, None] + size[None, :]
     loewner = (values[:, None] + values[None, :]) / jnp.where(total > 0, total, 1)
-    dmagnitude = loewner * _product(V.T, _product(dB, V))
+    dmagnitude = loewner * _matmul(V.T, _matmul(dB, V))
 
     # (|B| + y + damping/2 z z' / ||z||) dz = db - d|B| z - ddamping/2 ||z|| z
     largest = jnp.max(jnp.abs(z))
@@ -159,10 +159,10 @@ def _minimise_jvp(primals: tuple, tangents: tuple) -> tuple:
     dz = dz - factor * jnp.sum(direction * dz) * image
     return model, AbsoluteModel(
         step=jnp.sum(V * dz[None, :], 1),
-        magnitude=_product(V, _product(dmagnitude, V.T)),
+        magnitude=_matmul(V, _matmul(dmagnitude, V.T)),
         rank=np.zeros((), jax.dtypes.float0),
     )
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

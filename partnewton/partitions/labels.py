@@ -32,8 +32,8 @@ def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
 
     Raises:
       ValueError: a label without a leaf, a leaf without a label, an array of labels
-        that does not broadcast to its leaf, an unknown name, or no entry that is not
-        frozen.
+        that does not broadcast to its leaf, an unknown name, or a
+        partition without subsets.
       TypeError: a label of another type, or a parameter that is not real floating
         point and not frozen.
     """

@@ -34,7 +34,7 @@ class Partition:
 
     @property
     def size(self) -> int:
-        """S."""
+        """The number of subsets S."""
         return len(self.names)
 
     @functools.cached_property
@@ -47,12 +47,25 @@ class Partition:
         labels = tuple(self.labels[i] for i in self.active)
         return dataclasses.replace(self, labels=labels)
 
+    def take_active(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves at the indices `active`."""
+        return [leaves[i] for i in self.active]
+
+    def put_active(self, leaves: Sequence[Any], active: Sequence[Any]) -> list[Any]:
+        """The leaves, with those at the indices `active` replaced."""
+        result = list(leaves)
+        for i, leaf in zip(self.active, active, strict=True):
+            result[i] = leaf
+        return result
+
     def restrict(self, leaves: Sequence[jax.Array], s: jax.typing.ArrayLike) -> list:
         """The leaves with zeros outside of subset `s`, which may be traced."""
         return [
             jnp.where(sharded_like(x, label == s), x, jnp.zeros_like(x))
             for x, label in zip(leaves, self.labels, strict=True)
         ]
+
+    part = restrict  # the engines' name for it
 
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
         """The inner product <x, y> on each subset, (S,)."""
@@ -90,8 +103,8 @@ class Partition:
             padded = jnp.append(values, jnp.zeros(1, values.dtype))  # FROZEN = -1
             return [padded[label] for label in self.labels]
 
-        # In a computation of its own: kernels that read a scalar, not a position of a
-        # vector, are equal for leaves of equal shapes, and compiled once.
+        # Not inlined: kernels that read a scalar, instead of an element of a vector,
+        # are equal for leaves of equal shapes, and XLA compiles equal kernels once.
         return compat.outlined(broadcast)(values)
 
     def take(self, tree: Any) -> Any:

@@ -187,7 +187,7 @@ def by_path(
 def blocks(
     n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
 ) -> Callable[[PyTree], PyTree]:
-    """`n` subsets of consecutive tensors, whose numbers differ by at most one.
+    """`n` subsets of consecutive tensors, with equally many tensors up to one.
 
     Args:
       n: the number of subsets.
