@@ -21,7 +21,6 @@ from benchmarks import reporting
 from benchmarks.cost_cases import LINKS, NETWORKS, OPTIMIZERS
 from benchmarks.cost_report import Row, report
 from benchmarks.cost_training import MOST_STEPS, measure
-from partnewton.__main__ import Parser
 
 __all__ = ["main"]
 
@@ -29,9 +28,9 @@ QUICK_NETWORKS = ("spirals", "digits_cnn")
 QUICK_OPTIMIZERS = ("adamw", "muon", "partition_newton")
 
 
-def parser() -> Parser:
+def parser() -> reporting.Parser:
     """The parser of the command line."""
-    result = Parser(
+    result = reporting.Parser(
         prog="benchmarks.cost",
         usage="python -m benchmarks.cost [options]",
         description="Compiles and times training steps, each as a multiple of what the "

@@ -205,7 +205,7 @@ def _digits_cnn(key: jax.Array, batch: int, scale: int) -> tuple:
     """The network of ``python -m partnewton``; its widths are fixed."""
     del scale
     data, init = jax.random.split(key)
-    model = demo.Convolutional((8, 8, 1), nnx.Rngs(init))
+    model = Convolutional((8, 8, 1), nnx.Rngs(init))
     return *_classifier_of(model), _images(data, batch, (8, 8, 1))
 
 
