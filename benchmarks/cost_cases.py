@@ -12,7 +12,7 @@ from optax import contrib
 import partnewton as pn
 from benchmarks import models, problems
 from partnewton import averaging, directions, presets, rules
-from partnewton.transform import default_refreshes
+from partnewton._refresh import default_refreshes
 
 __all__ = ["LINKS", "NETWORKS", "OPTIMIZERS", "Optimizer", "optimizer"]
 

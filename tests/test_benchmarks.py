@@ -17,7 +17,7 @@ from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.transform import default_refreshes
+from partnewton._refresh import default_refreshes
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 

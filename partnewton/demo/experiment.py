@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 
 import partnewton as pn
+from partnewton._refresh import default_refreshes
 from partnewton.demo import data
 from partnewton.demo.models import MODELS, as_function
-from partnewton.transform import default_refreshes
 
 __all__ = ["BATCH", "Config", "Experiment", "prepare"]
 
