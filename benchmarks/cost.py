@@ -60,6 +60,13 @@ def parser() -> reporting.Parser:
         help=f"{', '.join(QUICK_NETWORKS)} with {', '.join(QUICK_OPTIMIZERS)} unless "
         "others are named, and one turn",
     )
+    add(
+        "--scale",
+        type=reporting.integer,
+        default=1,
+        metavar="N",
+        help="divide widths by this, for a trial (default: %(default)s)",
+    )
     add("--compile-only", action="store_true", help="compile, and take no step")
     add(
         "--turns",
@@ -117,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measure(
             network,
             tuple(dict.fromkeys(names)),
+            scale=options.scale,
             turns=turns,
             seconds=options.seconds,
             max_seconds=options.max_seconds,

@@ -305,6 +305,25 @@ def test_the_transformations_together_are_the_preset():
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 
+@pytest.mark.parametrize(
+    "network", some(list(cost_cases.NETWORKS), default=["diabetes", "lstm"])
+)
+def test_each_network_of_the_cost_takes_a_step_in_small(network):
+    training = cost_training.Training(network, "sgd", scale=16)
+    seconds, _ = training.turn(1)
+    assert seconds[0] > 0
+    assert training.row.compile_seconds > 0
+
+
+def test_the_state_of_the_preset_is_that_of_its_parts():
+    """One copy of the parameters and a few S x S numbers beside the direction's."""
+    names = ["partition_newton", *cost_cases.LINKS]
+    whole, direction, rates, lookback = state.bytes_per_parameter("digits_cnn", names)
+    assert whole == pytest.approx(direction + rates + lookback)
+    assert lookback == pytest.approx(4.0, abs=0.01)
+    assert rates < 0.1
+
+
 def row_of(optimizer, **fields):
     sizes = {"tensors": 8, "parameters": 100, "state_bytes": 800, "init_seconds": 0.1}
     times = {"trace_seconds": 1.0, "compile_seconds": 2.0}
