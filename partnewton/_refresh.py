@@ -13,6 +13,7 @@ from partnewton import averaging, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._measured_direction import MeasuredDirection
 from partnewton.engines.nesting import DifferentiationError
+from partnewton.engines.versions import apart
 from partnewton.summary import Summary, summarize
 
 __all__ = ["Refresh", "Refreshed", "default_refreshes", "refresh_interval"]
@@ -113,9 +114,16 @@ class Refresh:
     ) -> jax.Array:
         """The fraction of the step that decreases the loss enough, see backtracking."""
 
+        def value(params: Any) -> jax.Array:
+            result = loss(params)
+            return result[0] if self.has_aux else result
+
+        # In a computation of its own, as the values that the lookback asks for: what is
+        # equal is compiled once.
+        value = apart(value)
+
         def loss_at(t: jax.Array) -> jax.Array:
-            value = loss(direction.moved(-t * eta))
-            return value[0] if self.has_aux else value
+            return value(direction.moved(-t * eta))
 
         slope = jnp.sum(summary.gradient * eta)
         return descending_fraction(loss_at, summary.value, slope, self.backtracking)
