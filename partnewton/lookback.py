@@ -35,7 +35,7 @@ class ScaleByLookbackState(NamedTuple):
       slope: the derivative of the loss along the displacement over the last window, by
         which the factor was last adapted, shape ().
       anchor: the parameters at the start of the current window, None for leaves that
-        are frozen.
+        are frozen; None if the rate is 0.
       window_start: the count at that time, shape (), int32.
       slope_sum: the sum of the slopes that were measured since, shape ().
     """
@@ -97,7 +97,8 @@ def scale_by_lookback(
     each update with its own batch and its own displacement: n / 10 batches.
 
     Args:
-      rate: by how much the logarithm of the factor changes; with 0 it stays 1.
+      rate: by how much the logarithm of the factor changes. With the number 0 it stays
+        1, no slope is measured and no copy of the parameters is kept.
       slope_position: where along the displacement the slope is taken, 0 at its start
         and 1 at its end, below 1; above a half, or the factor would not decay under
         noise.
@@ -145,9 +146,11 @@ def scale_by_lookback(
     check_number("update_interval", update_interval, minimum=1)
     check_number("slope_position", slope_position, below=1)
 
+    is_constant = isinstance(rate, int | float) and rate == 0
+
     def init_fn(params: optax.Params) -> ScaleByLookbackState:
-        anchor = params
-        if not partitions.is_placeholder(params):
+        anchor = None if is_constant else params
+        if not is_constant and not partitions.is_placeholder(params):
             partition = partitions.partition_of(params, param_labels)
             # A buffer of its own, since both may be donated, and no weak type, which
             # would not outlast the first update.
@@ -172,6 +175,8 @@ def scale_by_lookback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByLookbackState]:
         check_arguments("scale_by_lookback", params, value_fn)
+        if is_constant:
+            return updates, state._replace(count=optax.safe_increment(state.count))
         loss_args = extract_fn_kwargs(value_fn, extra_args)
         partition = partitions.partition_of(params, param_labels)
 

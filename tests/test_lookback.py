@@ -185,6 +185,20 @@ def test_a_slope_that_is_not_finite_changes_nothing():
     assert np.all(np.isfinite(factors))
 
 
+def test_with_the_rate_zero_nothing_is_measured_and_no_copy_is_kept():
+    tx = pn.scale_by_lookback(0)
+    state = tx.init(PARAMS)
+    assert state.anchor is None
+
+    def value_fn(params):
+        pytest.fail("the loss was asked for")
+
+    update = jax.jit(functools.partial(tx.update, value_fn=value_fn))
+    _, after = update(PARAMS, state, PARAMS)
+    assert after.count == 1
+    assert types_of(state) == types_of(after)
+
+
 def test_with_the_rate_zero_the_multiplier_stays_one():
     steps, targets = steps_and_targets(9)
     factors, _, end = run(pn.scale_by_lookback(0.0), steps, targets)
