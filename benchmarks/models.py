@@ -17,7 +17,7 @@ import optax
 from flax import linen, nnx
 
 from benchmarks import networks, resnet
-from partnewton import demo
+from partnewton.demo.models import Convolutional
 
 __all__ = ["MORE", "NETWORKS", "Model", "NetworkSpec", "make"]
 

@@ -29,6 +29,7 @@ from benchmarks import (
     models,
     problems,
     reporting,
+    state,
     training_optimizers,
     training_report,
 )
