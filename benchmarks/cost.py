@@ -21,7 +21,6 @@ from benchmarks import reporting
 from benchmarks.cost_cases import LINKS, NETWORKS, OPTIMIZERS
 from benchmarks.cost_report import Row, report
 from benchmarks.cost_training import MOST_STEPS, measure
-from partnewton.__main__ import Parser
 
 __all__ = ["main"]
 
@@ -29,9 +28,9 @@ QUICK_NETWORKS = ("spirals", "digits_cnn")
 QUICK_OPTIMIZERS = ("adamw", "muon", "partition_newton")
 
 
-def parser() -> Parser:
+def parser() -> reporting.Parser:
     """The parser of the command line."""
-    result = Parser(
+    result = reporting.Parser(
         prog="benchmarks.cost",
         usage="python -m benchmarks.cost [options]",
         description="Compiles and times training steps, each as a multiple of what the "
@@ -60,6 +59,13 @@ def parser() -> Parser:
         action="store_true",
         help=f"{', '.join(QUICK_NETWORKS)} with {', '.join(QUICK_OPTIMIZERS)} unless "
         "others are named, and one turn",
+    )
+    add(
+        "--scale",
+        type=reporting.integer,
+        default=1,
+        metavar="N",
+        help="divide widths by this, for a trial (default: %(default)s)",
     )
     add("--compile-only", action="store_true", help="compile, and take no step")
     add(
@@ -118,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measure(
             network,
             tuple(dict.fromkeys(names)),
+            scale=options.scale,
             turns=turns,
             seconds=options.seconds,
             max_seconds=options.max_seconds,

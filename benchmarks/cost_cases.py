@@ -12,7 +12,7 @@ from optax import contrib
 import partnewton as pn
 from benchmarks import models, problems
 from partnewton import averaging, directions, presets, rules
-from partnewton.transform import default_refreshes
+from partnewton._refresh import default_refreshes
 
 __all__ = ["LINKS", "NETWORKS", "OPTIMIZERS", "Optimizer", "optimizer"]
 
@@ -85,8 +85,9 @@ def optimizer(name: str) -> Optimizer:
     return Optimizer(make, refreshes)
 
 
-def _problem(name: str) -> models.Model:
-    """A problem of the training benchmark, on its first batch."""
+def _problem(name: str, *, scale: int = 1) -> models.Model:
+    """A problem of the training benchmark, on its first batch; too small to scale."""
+    del scale
     problem = problems.make(name)
     return models.Model(
         name,
@@ -110,7 +111,7 @@ _MODELS = (
     "transformer_24",
     "transformer_24_scan",
 )
-NETWORKS: dict[str, Callable[[], models.Model]] = {
+NETWORKS: dict[str, Callable[..., models.Model]] = {
     **{name: functools.partial(_problem, name) for name in ("spirals", "diabetes")},
     **{name: functools.partial(models.make, name) for name in _MODELS},
 }

@@ -38,14 +38,16 @@ class Training:
     Args:
       network: a key of `cost_cases.NETWORKS`.
       name: of the optimizer.
+      scale: by which the widths of the network are divided.
 
     Attributes:
       row: what was measured so far.
     """
 
     @_without_persistent_cache()
-    def __init__(self, network: str, name: str):
-        model, chosen = cost_cases.NETWORKS[network](), cost_cases.optimizer(name)
+    def __init__(self, network: str, name: str, scale: int = 1):
+        model = cost_cases.NETWORKS[network](scale=scale)
+        chosen = cost_cases.optimizer(name)
         tx = optax.with_extra_args_support(chosen.make())
         leaves = jax.tree.leaves(model.params)
         self._is_brief = True
@@ -129,11 +131,11 @@ def _copy(tree: PyTree) -> PyTree:
 _here: Training | None = None  # that of this process
 
 
-def _prepare(network: str, name: str) -> Row:
+def _prepare(network: str, name: str, scale: int) -> Row:
     global _here
     # Several processes share an accelerator.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    _here = Training(network, name)
+    _here = Training(network, name, scale)
     return _here.row
 
 
@@ -149,6 +151,7 @@ def measure(
     network: str,
     names: Sequence[str],
     *,
+    scale: int = 1,
     turns: int,
     seconds: float,
     max_seconds: float,
@@ -159,6 +162,7 @@ def measure(
     Args:
       network: a key of `cost_cases.NETWORKS`.
       names: of optimizers.
+      scale: by which the widths of the network are divided.
       turns: of each optimizer; 0 to compile and nothing else.
       seconds: of a turn, or 30 steps where these take longer.
       max_seconds: an optimizer has no further turn when its turns took so long in all.
@@ -172,7 +176,7 @@ def measure(
         processes: dict[str, Executor] = {}
         for name in names:
             processes[name] = stack.enter_context(reporting.executor())
-            rows[name] = processes[name].submit(_prepare, network, name).result()
+            rows[name] = processes[name].submit(_prepare, network, name, scale).result()
             compiling = rows[name].compile_seconds
             log(f"{network} {name}: compiled in {compiling:.2f} CPU s")
             yield rows[name]

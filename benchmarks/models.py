@@ -17,7 +17,7 @@ import optax
 from flax import linen, nnx
 
 from benchmarks import networks, resnet
-from partnewton import demo
+from partnewton.demo.models import Convolutional
 
 __all__ = ["MORE", "NETWORKS", "Model", "NetworkSpec", "make"]
 
@@ -205,7 +205,7 @@ def _digits_cnn(key: jax.Array, batch: int, scale: int) -> tuple:
     """The network of ``python -m partnewton``; its widths are fixed."""
     del scale
     data, init = jax.random.split(key)
-    model = demo.Convolutional((8, 8, 1), nnx.Rngs(init))
+    model = Convolutional((8, 8, 1), nnx.Rngs(init))
     return *_classifier_of(model), _images(data, batch, (8, 8, 1))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a training step and a summary cost on an accelerator, in about eight minutes:
+# What a training step and a summary cost on an accelerator, in at most nine minutes:
 #
 #   bash benchmarks/on_gpu.sh OUTPUT [NETWORKS OF benchmarks.cost]
 #

@@ -15,6 +15,7 @@ class MeasuredDirection:
     """The incoming updates, and what a single pass over them tells of each subset.
 
     Attributes:
+      params: the parameters.
       partition: of the parameters.
       treedef: of the updates.
       is_measurable: whether all of the updates are finite, and not all of them zero.
@@ -28,7 +29,7 @@ class MeasuredDirection:
         normalize: str | None,
     ):
         self.partition = partitions.partition_of(params, param_labels)
-        self._updates, self._params = updates, params
+        self._updates, self.params = updates, params
         self._leaves = partitions.checked_direction(
             updates, params, "updates", self.partition
         )
@@ -68,7 +69,7 @@ class MeasuredDirection:
     def moved(self, eta: jax.Array) -> optax.Params:
         """The parameters after the step ``sum_s eta_s * u_s``."""
         steps = jax.tree.unflatten(self._params_treedef, self.scaled(eta))
-        return self.partition.moved(self._params, steps)
+        return self.partition.moved(self.params, steps)
 
     def is_finite(self, eta: jax.Array) -> jax.Array:
         """Whether eta_s * u_s is finite, in the dtypes of the parameters, for all s."""

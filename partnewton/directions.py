@@ -5,6 +5,7 @@ that a bad batch and frozen parameters leave no trace in its state, and `equilib
 for matrices whose rows or columns have units of their own.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -187,46 +188,54 @@ def equilibrated(
         params: optax.Params | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, EquilibratedState]:
-        count = optax.safe_increment(state.count)
-
-        def running(axis: int, old: Any) -> Any:
-            def mean(u: jax.Array, before: jax.Array) -> jax.Array:
-                square = jnp.mean(u.astype(_wide(u)) ** 2, axis, keepdims=True)
-                new = decay * before + (1 - decay) * square
-                return new.astype(before.dtype)
-
-            return _of_matrices(mean, updates, old)
-
-        rows, columns = running(1, state.rows), running(0, state.columns)
-
-        def unit(mean: jax.Array) -> jax.Array:
-            overall = jnp.mean(mean)  # in which the correction for zeros cancels
-            relative = mean / jnp.where(overall > 0, overall, 1)
-            # A row without any gradient has no units, and nothing to scale.
-            factor = jnp.where(relative > 0, relative + eps, 1) ** -power
-            return jnp.where(relative > 0, factor, 1)
-
+        running = functools.partial(_running_mean_square, decay=decay)
+        rows = _of_matrices(functools.partial(running, axis=1), updates, state.rows)
+        columns = _of_matrices(
+            functools.partial(running, axis=0), updates, state.columns
+        )
+        unit = functools.partial(_unit, power=power, eps=eps)
         units = _of_matrices(lambda u, r, c: unit(r) * unit(c), updates, rows, columns)
-
-        def scaled(tree: optax.Updates) -> optax.Updates:
-            leaves, treedef = jax.tree.flatten(tree)
-            factors = treedef.flatten_up_to(units)
-            return jax.tree.unflatten(
-                treedef,
-                [
-                    u if factor is None else (factor * u).astype(u.dtype)
-                    for u, factor in zip(leaves, factors, strict=True)
-                ],
-            )
-
-        equalised = scaled(updates)
         with permissive():
             outgoing, inner = direction.update(
-                equalised, state.inner, params, **extra_args
+                _multiplied(updates, units), state.inner, params, **extra_args
             )
-        return scaled(outgoing), EquilibratedState(count, rows, columns, inner)
+        count = optax.safe_increment(state.count)
+        new = EquilibratedState(count, rows, columns, inner)
+        return _multiplied(outgoing, units), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _running_mean_square(
+    u: jax.Array, before: jax.Array, *, axis: int, decay: jax.typing.ArrayLike
+) -> jax.Array:
+    """The running mean of the mean squares of rows (axis 1) or columns (axis 0)."""
+    square = jnp.mean(u.astype(_wide(u)) ** 2, axis, keepdims=True)
+    return (decay * before + (1 - decay) * square).astype(before.dtype)
+
+
+def _unit(
+    mean: jax.Array, power: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    """What the rows or columns of a matrix are multiplied by, from mean squares."""
+    overall = jnp.mean(mean)  # the correction for initial zeros cancels in the quotient
+    relative = mean / jnp.where(overall > 0, overall, 1)
+    # A row without any gradient has no units, and nothing to scale.
+    factor = jnp.where(relative > 0, relative + eps, 1) ** -power
+    return jnp.where(relative > 0, factor, 1)
+
+
+def _multiplied(tree: optax.Updates, units: Any) -> optax.Updates:
+    """The matrices of a tree times their units, all other leaves as they are."""
+    leaves, treedef = jax.tree.flatten(tree)
+    factors = treedef.flatten_up_to(units)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            u if factor is None else (factor * u).astype(u.dtype)
+            for u, factor in zip(leaves, factors, strict=True)
+        ],
+    )
 
 
 def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:

@@ -7,7 +7,6 @@ What differs from the paper: rates that cannot be trusted (not finite) are refus
 counted, and a subset whose direction is zero keeps its last rate.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -17,14 +16,13 @@ import numpy as np
 import optax
 
 from partnewton import averaging, partitions, rules
-from partnewton._backtracking import descending_fraction
 from partnewton._checks import check_average, check_number, check_rule
 from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._measured_direction import MeasuredDirection
+from partnewton._refresh import Refresh, Refreshed, refresh_interval
 from partnewton._tree import all_finite, select
-from partnewton.engines.nesting import DifferentiationError
-from partnewton.summary import Summary, summarize
+from partnewton.summary import Summary
 
 __all__ = ["ScaleByPartitionNewtonState", "scale_by_partition_newton"]
 
@@ -176,32 +174,18 @@ def scale_by_partition_newton(
     check_number("backtracking", backtracking)
     if update_interval is not None:
         check_number("update_interval", update_interval, minimum=1)
-    third_order = rules.needs_third_order(rule)
     if normalize not in (None, "norm", "rms"):
         raise ValueError(f"normalize must be 'norm', 'rms' or None, got {normalize!r}.")
-    # A number that is traced, as optax.inject_hyperparams makes it, may be any.
-    backtracks = not (isinstance(backtracking, int | np.integer) and backtracking == 0)
+    refresh = Refresh(
+        rule, average, smoothing, backtracking, engine, batch_size, has_aux
+    )
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
         if partitions.is_placeholder(params):  # nothing here is like the parameters
-            S, dtype, subsets = 1, np.dtype(np.float32), jnp.zeros(())
-        else:
-            partition = partitions.partition_of(params, param_labels)
-            S, dtype = partition.size, partition.dtype
-            subsets = {f"{s} {name}": None for s, name in enumerate(partition.names)}
-        summary = _zero_summary(S, dtype, third_order)
-        return ScaleByPartitionNewtonState(
-            jnp.zeros((), jnp.int32),
-            *summary,
-            learning_rates=jnp.zeros(S, dtype),
-            predicted_decrease=jnp.zeros((), dtype),
-            status=jnp.zeros((), jnp.int32),
-            notfinite_count=jnp.zeros((), jnp.int32),
-            next_refresh=jnp.zeros((), jnp.int32),
-            average=average.init(_zero_summary(S, dtype, third_order)),
-            smoothing=smoothing.init((jnp.zeros(S, dtype),)),
-            subsets=subsets,
-        )
+            return _initial_state(refresh, 1, np.dtype(np.float32), jnp.zeros(()))
+        partition = partitions.partition_of(params, param_labels)
+        subsets = {f"{s} {name}": None for s, name in enumerate(partition.names)}
+        return _initial_state(refresh, partition.size, partition.dtype, subsets)
 
     def update_fn(
         updates: optax.Updates,
@@ -215,69 +199,35 @@ def scale_by_partition_newton(
         loss_args = extract_fn_kwargs(value_fn, extra_args)
         direction = MeasuredDirection(updates, params, param_labels, normalize)
 
-        def loss_at(eta: jax.Array) -> jax.Array:
-            value = value_fn(direction.moved(-eta), **loss_args)
-            return value[0] if has_aux else value
-
-        def measured(third_order: bool) -> Summary:
-            result = summarize(
+        def refreshed(
+            old: ScaleByPartitionNewtonState,
+        ) -> ScaleByPartitionNewtonState:
+            found = refresh(
                 lambda x: value_fn(x, **loss_args),
-                params,
-                direction.normalized(),
-                param_labels=direction.partition,
-                third_order=third_order,
-                engine=engine,
-                batch_size=batch_size,
-                has_aux=has_aux,
+                direction,
+                old.learning_rates,
+                old.average,
+                old.smoothing,
             )
-            return result[0] if has_aux else result
-
-        def refresh(old: ScaleByPartitionNewtonState) -> ScaleByPartitionNewtonState:
-            summary = _with_finite_third(measured) if third_order else measured(False)
-            averaged, average_state = average.update(summary, old.average)
-            proposal = rule(averaged)
-            proposed = (proposal.learning_rates,)
-            (rates,), smoothing_state = smoothing.update(proposed, old.smoothing)
-            # A subset that did not move tells nothing of its rate.
-            silent = (summary.gradient == 0) & jnp.all(summary.hessian == 0, axis=1)
-            eta = jnp.where(silent, old.learning_rates, rates)
-            if backtracks:
-                slope = jnp.sum(summary.gradient * eta)
-                eta = eta * descending_fraction(
-                    lambda t: loss_at(t * eta), summary.value, slope, backtracking
-                )
-            new = old._replace(
-                loss=summary.value,
-                gradient=summary.gradient,
-                hessian=summary.hessian,
-                third=summary.third,
-                learning_rates=eta,
-                predicted_decrease=proposal.predicted_decrease,
-                status=proposal.status,
-                next_refresh=_next_refresh(old.count, update_interval, len(eta)),
-                average=average_state,
-                smoothing=smoothing_state,
-            )
-            count = optax.safe_increment(old.notfinite_count)
-            is_good = all_finite((summary, proposal, new))
-            return select(is_good, new, old._replace(notfinite_count=count))
+            following = _next_refresh(old.count, update_interval, len(old.gradient))
+            return _accepted(found, old, following)
 
         at_rest = jnp.all(state.learning_rates == 0)
         due = (state.count >= state.next_refresh) | at_rest
-        refreshed = jax.lax.cond(
-            due & direction.is_measurable, refresh, lambda old: old, state
+        new = jax.lax.cond(
+            due & direction.is_measurable, refreshed, lambda old: old, state
         )
-        eta = refreshed.learning_rates
+        eta = new.learning_rates
         is_usable = direction.is_finite(eta)
         # One update counts once, whatever was not finite.
         notfinite_count = jnp.where(
             is_usable,
-            refreshed.notfinite_count,
+            new.notfinite_count,
             optax.safe_increment(state.notfinite_count),
         )
         scaled = direction.scaled(eta, where=is_usable)
         count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(direction.treedef, scaled), refreshed._replace(
+        return jax.tree.unflatten(direction.treedef, scaled), new._replace(
             count=count, notfinite_count=notfinite_count
         )
 
@@ -286,34 +236,47 @@ def scale_by_partition_newton(
     )
 
 
-def _with_finite_third(measured: Callable[[bool], Summary]) -> Summary:
-    """A summary whose third order is zero where only the second order exists."""
-    try:
-        summary = measured(True)
-    except DifferentiationError as error:
-        summary = measured(False)  # or the same error for the second order
-        warnings.warn(
-            "value_fn can be differentiated twice, but not three times: learning rates "
-            f"are computed without the third order. {error}",
-            stacklevel=2,
-        )
-        return summary._replace(third=jnp.zeros_like(summary.gradient))
-    third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
-    return summary._replace(third=third)
+def _initial_state(
+    refresh: Refresh, size: int, dtype: np.dtype, subsets: Any
+) -> ScaleByPartitionNewtonState:
+    def zero_summary() -> Summary:  # buffers of its own for each, to be donated
+        third = jnp.zeros(size, dtype) if refresh.third_order else None
+        shapes = (), (size,), (size, size)
+        return Summary(*(jnp.zeros(shape, dtype) for shape in shapes), third)
+
+    return ScaleByPartitionNewtonState(
+        jnp.zeros((), jnp.int32),
+        *zero_summary(),
+        learning_rates=jnp.zeros(size, dtype),
+        predicted_decrease=jnp.zeros((), dtype),
+        status=jnp.zeros((), jnp.int32),
+        notfinite_count=jnp.zeros((), jnp.int32),
+        next_refresh=jnp.zeros((), jnp.int32),
+        average=refresh.average.init(zero_summary()),
+        smoothing=refresh.smoothing.init((jnp.zeros(size, dtype),)),
+        subsets=subsets,
+    )
 
 
-def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
-    """After how many updates rates are refreshed by default, `count` updates made."""
-    return xp.clip(count // 4, 20, max(20, 5 * size))
-
-
-def default_refreshes(num_updates: int, size: int) -> list[int]:
-    """The counts, of so many updates, at which rates are refreshed by default."""
-    counts, count = [], 0
-    while count < num_updates:
-        counts.append(count)
-        count += int(refresh_interval(count, size, np))
-    return counts
+def _accepted(
+    found: Refreshed, old: ScaleByPartitionNewtonState, next_refresh: jax.Array
+) -> ScaleByPartitionNewtonState:
+    """The state after a refresh; if that is not finite, the old one and a count."""
+    new = old._replace(
+        loss=found.summary.value,
+        gradient=found.summary.gradient,
+        hessian=found.summary.hessian,
+        third=found.summary.third,
+        learning_rates=found.learning_rates,
+        predicted_decrease=found.proposal.predicted_decrease,
+        status=found.proposal.status,
+        next_refresh=next_refresh,
+        average=found.average,
+        smoothing=found.smoothing,
+    )
+    count = optax.safe_increment(old.notfinite_count)
+    is_good = all_finite((found.proposal, new))
+    return select(is_good, new, old._replace(notfinite_count=count))
 
 
 def _next_refresh(
@@ -325,9 +288,3 @@ def _next_refresh(
     else:
         following = count + update_interval - count % update_interval
     return jnp.asarray(following, count.dtype)
-
-
-def _zero_summary(size: int, dtype: np.dtype, third_order: bool) -> Summary:
-    third = jnp.zeros(size, dtype) if third_order else None
-    shapes = (), (size,), (size, size)
-    return Summary(*(jnp.zeros(shape, dtype) for shape in shapes), third)

@@ -17,7 +17,7 @@ from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.transform import default_refreshes
+from partnewton._refresh import default_refreshes
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
@@ -29,6 +29,7 @@ from benchmarks import (
     models,
     problems,
     reporting,
+    state,
     training_optimizers,
     training_report,
 )
@@ -303,6 +304,25 @@ def test_the_transformations_together_are_the_preset():
     links = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
     found, expected = links.init(params), pn.partition_newton().init(params)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+@pytest.mark.parametrize(
+    "network", some(list(cost_cases.NETWORKS), default=["diabetes", "lstm"])
+)
+def test_each_network_of_the_cost_takes_a_step_in_small(network):
+    training = cost_training.Training(network, "sgd", scale=16)
+    seconds, _ = training.turn(1)
+    assert seconds[0] > 0
+    assert training.row.compile_seconds > 0
+
+
+def test_the_state_of_the_preset_is_that_of_its_parts():
+    """One copy of the parameters and a few S x S numbers beside the direction's."""
+    names = ["partition_newton", *cost_cases.LINKS]
+    whole, direction, rates, lookback = state.bytes_per_parameter("digits_cnn", names)
+    assert whole == pytest.approx(direction + rates + lookback)
+    assert lookback == pytest.approx(4.0, abs=0.01)
+    assert rates < 0.1
 
 
 def row_of(optimizer, **fields):

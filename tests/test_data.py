@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from partnewton import data
+from partnewton.demo import data
 
 IDX_FILES = {
     "train-images-idx3-ubyte": (7, 5, 4),

@@ -11,11 +11,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from support.selection import some
 
 import partnewton
 from partnewton import demo
 from partnewton.__main__ import main
+from partnewton.demo import files, models, training
+from partnewton.demo.evaluation import evaluation
+from partnewton.demo.experiment import BATCH, batch_indices
 
 PICTURES = ("losses.png", "partition.png")
 
@@ -114,11 +118,23 @@ def test_what_is_logged_is_of_the_batch_of_the_refresh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "halts"),
-    [(0, 10, [0, 1, 10]), (10, 11, [10, 11]), (10, 15, [10, 11, 15])],
+    ("steps", "evaluated"),
+    [(4, [0, 4]), (25, [0, 10, 20, 25]), (2500, list(range(0, 2501, 100)))],
 )
-def test_optimizers_halt_after_each_refresh(first, last, halts):
-    assert demo._halts(first, last, {0, 10, 30}) == halts
+def test_evaluations_are_ten_steps_apart_or_more(steps, evaluated):
+    assert training._evaluated_steps(steps) == evaluated
+
+
+@pytest.mark.parametrize("name", ["partition_newton", "adam", "sgd"])
+def test_a_step_takes_the_buffers_of_its_state(tmp_path, name):
+    experiment = demo.prepare(config(tmp_path, model="mlp", partition="whole"))
+    optimizer = training.optimizers(experiment)[name]
+    state = training.initial_state(experiment, optimizer)
+    step = training._step(experiment, optimizer.tx)
+    arguments = 0, state, experiment.dataset[:2], experiment.batches
+    text = jax.jit(step, donate_argnums=1).lower(*arguments).as_text()
+    aliased = text.count("tf.aliasing_output")
+    assert aliased == len(jax.tree.leaves(state))
 
 
 def test_gradient_equivalents_count_refreshes_at_their_measured_cost(record):
@@ -186,11 +202,11 @@ def config(tmp_path, **changes):
     return asked._replace(**changes)
 
 
-@pytest.mark.parametrize("model", some(demo.MODELS, default=["mlp"]))
+@pytest.mark.parametrize("model", some(models.MODELS, default=["mlp"]))
 def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, model):
     experiment = demo.prepare(config(tmp_path, model=model))
     train_images, train_labels, test_images, test_labels, _ = experiment.dataset
-    loss, accuracy = demo._evaluation(experiment)(experiment.params)
+    loss, accuracy = evaluation(experiment)(experiment.params)
     expected = experiment.value_fn(experiment.params, train_images, train_labels)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     predicted = experiment.logits_fn(experiment.params, test_images).argmax(axis=1)
@@ -200,9 +216,9 @@ def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, mode
 @pytest.mark.parametrize(
     "shape", some([(8, 8, 1), (28, 28, 1), (32, 32, 3), (5, 6, 1)], default=[(5, 6, 1)])
 )
-@pytest.mark.parametrize("model", demo.MODELS)
+@pytest.mark.parametrize("model", models.MODELS)
 def test_networks_take_images_of_any_size(model, shape):
-    network = demo.MODELS[model](shape, demo.nnx.Rngs(0))
+    network = models.MODELS[model](shape, nnx.Rngs(0))
     assert network(np.zeros((2, *shape), np.float32)).shape == (2, 10)
 
 
@@ -217,20 +233,20 @@ def test_the_seed_decides_the_initial_weights(tmp_path):
 
 
 def test_an_epoch_sees_each_image_once():
-    batches = demo._batches(count=640, steps=25, seed=0)
-    assert batches.shape == (25, demo.BATCH)
+    batches = batch_indices(count=640, steps=25, seed=0)
+    assert batches.shape == (25, BATCH)
     for epoch in (batches[:10], batches[10:20]):
         assert sorted(epoch.ravel()) == list(range(640))
     assert not np.array_equal(batches[0], batches[10])
 
 
 def test_a_small_set_is_one_batch():
-    assert demo._batches(count=5, steps=3, seed=0).shape == (3, 5)
+    assert batch_indices(count=5, steps=3, seed=0).shape == (3, 5)
 
 
 def test_json_has_null_for_what_is_not_finite():
     value = {"a": [1.0, math.nan, (math.inf, 2)], "b": None, "c": "text"}
-    assert demo._finite(value) == {"a": [1.0, None, [None, 2]], "b": None, "c": "text"}
+    assert files._finite(value) == {"a": [1.0, None, [None, 2]], "b": None, "c": "text"}
 
 
 # --- The command line ------------------------------------------------------------
@@ -326,7 +342,9 @@ def test_pictures_that_cannot_be_written_give_one_line(tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize("module", ["flax", "matplotlib.figure", "tqdm"])
 def test_a_missing_extra_gives_one_line(module, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "partnewton.demo")
+    for name in list(sys.modules):
+        if name.startswith("partnewton.demo"):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(partnewton, "demo")
     monkeypatch.setitem(sys.modules, module, None)
     error = error_of(["--steps", "1"], capsys)

@@ -12,7 +12,8 @@ import pytest
 from support.selection import some
 
 import partnewton as pn
-from partnewton import averaging, partitions, rules, transform
+from partnewton import averaging, partitions, rules
+from partnewton._refresh import default_refreshes
 
 PARAMS = {
     "dense": {"bias": jnp.array([0.5, -1.0]), "kernel": jnp.array([[1.0, 2.0]])},
@@ -982,7 +983,7 @@ def test_a_step_that_explodes_at_every_length_is_not_trusted():
 
 @pytest.mark.parametrize("size", [1, 4, 26, 300])
 def test_by_default_refreshes_become_rarer_up_to_five_times_the_number_of_subsets(size):
-    counts = transform.default_refreshes(5000, size)
+    counts = default_refreshes(5000, size)
     gaps = np.diff(counts)
     assert counts[:2] == [0, 20]
     assert np.all(np.diff(gaps) >= 0)
@@ -1000,4 +1001,4 @@ def test_the_default_refreshes_are_those_that_are_made():
     carry = PARAMS, tx.init(PARAMS)
     _, following = jax.jit(lambda c: jax.lax.scan(one, c, length=150))(carry)
     made = [0, *np.unique(following)[:-1].tolist()]
-    assert made == transform.default_refreshes(150, len(NAMES))
+    assert made == default_refreshes(150, len(NAMES))

@@ -1,0 +1,158 @@
+"""A refresh: learning rates computed from the loss along the current direction."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partnewton import averaging, rules
+from partnewton._backtracking import descending_fraction
+from partnewton._measured_direction import MeasuredDirection
+from partnewton.engines.nesting import DifferentiationError
+from partnewton.engines.versions import apart
+from partnewton.summary import Summary, summarize
+
+__all__ = ["Refresh", "Refreshed", "default_refreshes", "refresh_interval"]
+
+Loss = Callable[[Any], Any]  # from parameters to the loss, or to the loss and aux
+
+
+class Refreshed(NamedTuple):
+    """What a refresh computes.
+
+    Attributes:
+      summary: of the loss along the direction.
+      proposal: what the rule made of the averaged summary.
+      learning_rates: the proposed rates, smoothed and backtracked, (S,).
+      average: the state of the running average of summaries.
+      smoothing: the state of the running average of rates.
+    """
+
+    summary: Summary
+    proposal: rules.Proposal
+    learning_rates: jax.Array
+    average: Any
+    smoothing: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """How learning rates are refreshed.
+
+    The attributes are the arguments of :func:`partnewton.scale_by_partition_newton`.
+    """
+
+    rule: rules.Rule
+    average: averaging.Average
+    smoothing: averaging.Average
+    backtracking: jax.typing.ArrayLike
+    engine: str
+    batch_size: int | None
+    has_aux: bool
+
+    @property
+    def third_order(self) -> bool:
+        """Whether the rule reads the third order."""
+        return rules.needs_third_order(self.rule)
+
+    @property
+    def backtracks(self) -> bool:
+        """Whether it may halve rates; a traced number of halvings may be positive."""
+        is_static = isinstance(self.backtracking, int | np.integer)
+        return not (is_static and self.backtracking == 0)
+
+    def __call__(
+        self,
+        loss: Loss,
+        direction: MeasuredDirection,
+        old_rates: jax.Array,
+        average_state: Any,
+        smoothing_state: Any,
+    ) -> Refreshed:
+        """Measures the loss along the direction and solves for the rates."""
+        summary = self.measured(loss, direction)
+        averaged, average_state = self.average.update(summary, average_state)
+        proposal = self.rule(averaged)
+        (rates,), smoothing_state = self.smoothing.update(
+            (proposal.learning_rates,), smoothing_state
+        )
+        # The summary of a subset whose direction is zero says nothing about its rate.
+        silent = (summary.gradient == 0) & jnp.all(summary.hessian == 0, axis=1)
+        eta = jnp.where(silent, old_rates, rates)
+        if self.backtracks:
+            eta = eta * self.accepted_fraction(loss, direction, summary, eta)
+        return Refreshed(summary, proposal, eta, average_state, smoothing_state)
+
+    def measured(self, loss: Loss, direction: MeasuredDirection) -> Summary:
+        """The summary that the rule needs."""
+        if not self.third_order:
+            return self._summary(loss, direction, third_order=False)
+        try:
+            summary = self._summary(loss, direction, third_order=True)
+        except DifferentiationError as error:
+            # Or the same error for the second order.
+            summary = self._summary(loss, direction, third_order=False)
+            warnings.warn(
+                "value_fn can be differentiated twice, but not three times: learning "
+                f"rates are computed without the third order. {error}",
+                stacklevel=2,
+            )
+            return summary._replace(third=jnp.zeros_like(summary.gradient))
+        third = jnp.where(jnp.isfinite(summary.third), summary.third, 0)
+        return summary._replace(third=third)
+
+    def accepted_fraction(
+        self,
+        loss: Loss,
+        direction: MeasuredDirection,
+        summary: Summary,
+        eta: jax.Array,
+    ) -> jax.Array:
+        """The fraction of the step that decreases the loss enough, see backtracking."""
+
+        def value(params: Any) -> jax.Array:
+            result = loss(params)
+            return result[0] if self.has_aux else result
+
+        # In a computation of its own, as the values that the lookback asks for: what is
+        # equal is compiled once.
+        value = apart(value)
+
+        def loss_at(t: jax.Array) -> jax.Array:
+            return value(direction.moved(-t * eta))
+
+        slope = jnp.sum(summary.gradient * eta)
+        return descending_fraction(loss_at, summary.value, slope, self.backtracking)
+
+    def _summary(
+        self, loss: Loss, direction: MeasuredDirection, *, third_order: bool
+    ) -> Summary:
+        result = summarize(
+            loss,
+            direction.params,
+            direction.normalized(),
+            param_labels=direction.partition,
+            third_order=third_order,
+            engine=self.engine,
+            batch_size=self.batch_size,
+            has_aux=self.has_aux,
+        )
+        return result[0] if self.has_aux else result
+
+
+def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
+    """The default interval until the next refresh, after `count` updates."""
+    return xp.clip(count // 4, 20, max(20, 5 * size))
+
+
+def default_refreshes(num_updates: int, size: int) -> list[int]:
+    """The counts, below `num_updates`, at which rates are refreshed by default."""
+    counts, count = [], 0
+    while count < num_updates:
+        counts.append(count)
+        count += int(refresh_interval(count, size, np))
+    return counts

@@ -1,0 +1,147 @@
+"""What is asked for, and what all optimizers of the demonstration share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import partnewton as pn
+from partnewton._refresh import default_refreshes
+from partnewton.demo import data
+from partnewton.demo.models import MODELS, as_function
+
+__all__ = ["BATCH", "Config", "Experiment", "prepare"]
+
+BATCH = 64
+
+PyTree = Any
+
+
+class Config(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+      model: "cnn" or "mlp".
+      steps: how many steps each optimizer takes.
+      seed: of the split of the digits, the initial weights and the order of batches.
+      partition: "per_tensor", "whole", "weights_biases", "per_layer", "blocks:N" or
+        "alternate:N".
+      data_dir: a folder for :func:`partnewton.demo.data.from_folder`, or None for the
+        digits of scikit-learn.
+      output: the folder that the pictures and the curves are written to.
+    """
+
+    model: str
+    steps: int
+    seed: int
+    partition: str
+    data_dir: Path | None
+    output: Path
+
+
+class Experiment(NamedTuple):
+    """All that the optimizers share.
+
+    Attributes:
+      config: what was asked for.
+      dataset: the images, as numpy arrays.
+      batches: for each step the indices of the images of its batch, (steps, batch).
+      params: the initial weights.
+      logits_fn: ``logits_fn(params, images)``, a pure function.
+      value_fn: the loss, ``value_fn(params, images, labels)``, a pure function.
+      param_labels: the partition.
+    """
+
+    config: Config
+    dataset: data.Dataset
+    batches: np.ndarray
+    params: PyTree
+    logits_fn: Callable[[PyTree, jax.Array], jax.Array]
+    value_fn: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+    param_labels: Callable[[PyTree], PyTree]
+
+    @property
+    def refreshes(self) -> list[int]:
+        """The steps at which `partition_newton` refreshes by default."""
+        size = len(pn.subset_names(self.params, self.param_labels))
+        return default_refreshes(self.config.steps, size)
+
+
+def prepare(config: Config) -> Experiment:
+    """Reads the data, builds the network and makes the output folder.
+
+    Whatever can be wrong with a configuration is found here, before anything is
+    trained.
+
+    Args:
+      config: what is asked for.
+
+    Returns:
+      What the optimizers share.
+
+    Raises:
+      ValueError, OSError: something is wrong with the configuration or with the files
+        that it names; the message is one line for a person to read.
+      ImportError: a package that the demonstration needs is missing.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> experiment = prepare(Config("mlp", 5, 0, "whole", None, folder))
+      >>> experiment.batches.shape
+      (5, 64)
+    """
+    if config.data_dir is None:
+        dataset = data.digits(config.seed)
+    else:
+        dataset = data.from_folder(config.data_dir)
+    image_shape = dataset.train_images.shape[1:]
+    model = MODELS[config.model](image_shape, nnx.Rngs(config.seed))
+    params, logits_fn = as_function(model)
+
+    def value_fn(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = logits_fn(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    param_labels = _partition(config.partition)
+    try:
+        pn.subset_names(params, param_labels)
+    except ValueError as error:
+        raise ValueError(f"--partition {config.partition}: {error}") from error
+    _make_writable(config.output)
+    batches = batch_indices(len(dataset.train_images), config.steps, config.seed)
+    return Experiment(
+        config, dataset, batches, params, logits_fn, value_fn, param_labels
+    )
+
+
+def _partition(name: str) -> Callable[[PyTree], PyTree]:
+    kind, colon, count = name.partition(":")
+    partition = getattr(pn.partitions, kind)
+    return partition(int(count)) if colon else partition
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {folder}: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--output {folder}: the folder cannot be written to.")
+
+
+def batch_indices(count: int, steps: int, seed: int) -> np.ndarray:
+    """For each step the indices of a batch; each epoch shuffles all images anew."""
+    rng = np.random.default_rng(seed)
+    size = min(BATCH, count)
+    per_epoch = count // size
+    epochs = [
+        rng.permutation(count)[: per_epoch * size].reshape(per_epoch, size)
+        for _ in range(-(-steps // per_epoch))
+    ]
+    return np.concatenate(epochs)[:steps].astype(np.int32)

@@ -1,0 +1,129 @@
+"""The results of the demonstration, as pictures and as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from partnewton import plot
+from partnewton.demo.results import Results
+from partnewton.demo.training import PARTITION_NEWTON, Curves
+
+__all__ = ["write"]
+
+ROUNDING = 1e-7  # a loss below it, in float32, is rounding
+
+
+def write(results: Results) -> list[Path]:
+    """Writes two pictures and the curves to the output folder.
+
+    Args:
+      results: from :func:`run`.
+
+    Returns:
+      The paths of the files: losses.png, partition.png and curves.json.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
+    folder = results.experiment.config.output
+    paths = [folder / x for x in ("losses.png", "partition.png", "curves.json")]
+    _loss_picture(results).savefig(paths[0], dpi=130)
+    _partition_picture(results).savefig(paths[1], dpi=130)
+    content = json.dumps(_finite(_as_json(results)), allow_nan=False, indent=1)
+    paths[2].write_text(content + "\n", encoding="utf-8")
+    return paths
+
+
+def _loss_picture(results: Results) -> Figure:
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (by_step, by_work), (accuracy, promises) = figure.subplots(2, 2)
+    curves = results.curves
+    plot.losses({k: (c.steps, c.train_loss) for k, c in curves.items()}, by_step)
+    by_step.set_title("Train loss by step")
+    by_gradients = {
+        k: (c.gradient_equivalents, c.train_loss) for k, c in curves.items()
+    }
+    plot.losses(by_gradients, by_work)
+    by_work.set(title="Train loss by work done", xlabel="gradient-equivalents")
+    for ax in (by_step, by_work):
+        if ax.get_ylim()[0] < ROUNDING:
+            ax.set_ylim(bottom=ROUNDING)
+            ax.set_ylabel(f"train loss (below {ROUNDING:g} is rounding)")
+    plot.losses(
+        {k: (c.steps, c.test_accuracy) for k, c in curves.items()},
+        accuracy,
+        ylabel="test accuracy",
+        log=False,
+    )
+    accuracy.set_title("Test accuracy by step")
+    logged = curves[PARTITION_NEWTON].logged
+    shown = slice(_refreshes_above_rounding(curves[PARTITION_NEWTON]))
+    history = [logged[key][shown] for key in ("step", "predicted", "actual")]
+    plot.predicted_vs_actual(tuple(history), promises)
+    promises.set_title("Decrease of a batch's loss at each refresh")
+    return figure
+
+
+def _partition_picture(results: Results) -> Figure:
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    plot.hessian(results.summary, results.names, matrix)
+    matrix.set_title(
+        f"Partition Hessian after {results.looked_after} steps, as a correlation"
+    )
+    ours = results.curves[PARTITION_NEWTON]
+    shown = slice(_refreshes_above_rounding(ours))
+    step_sizes = {name: values[shown] for name, values in ours.step_sizes.items()}
+    plot.learning_rates((ours.logged["step"][shown], step_sizes), rates)
+    rates.set_title("RMS change of the entries of each subset in a step")
+    return figure
+
+
+def _refreshes_above_rounding(ours: Curves) -> int:
+    """How many refreshes there were before nothing but rounding was left of a loss."""
+    above = [x > ROUNDING for x in ours.logged["loss"]]
+    return above.index(False) if False in above else len(above)
+
+
+def _as_json(results: Results) -> dict[str, Any]:
+    config = results.experiment.config
+    return {
+        "model": config.model,
+        "steps": config.steps,
+        "seed": config.seed,
+        "partition": config.partition,
+        "dataset": results.experiment.dataset.name,
+        "optimizers": {
+            name: dataclasses.asdict(curves) for name, curves in results.curves.items()
+        },
+        "subsets": results.names,
+        "summary": {
+            name: np.asarray(x).tolist()
+            for name, x in results.summary._asdict().items()
+        },
+        "summary_after_steps": results.looked_after,
+        "correlation": plot.correlation(results.summary.hessian).tolist(),
+        "gradient_seconds": results.cost.gradient,
+        "summary_seconds": results.cost.summary,
+        "refresh_seconds": results.cost.refresh,
+        "wall_seconds": results.wall_seconds,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same value for JSON, which knows no NaN: None in their place."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

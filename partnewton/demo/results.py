@@ -1,0 +1,181 @@
+"""All of the demonstration: training, then the partition Hessian and its price."""
+
+import bisect
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import partnewton as pn
+from partnewton.demo.evaluation import compiled, evaluation
+from partnewton.demo.experiment import Experiment
+from partnewton.demo.training import (
+    PARTITION_NEWTON,
+    Curves,
+    Images,
+    Optimizer,
+    Training,
+    initial_state,
+    optimizers,
+    train,
+)
+
+__all__ = ["MEASURED_BATCHES", "Cost", "Results", "run"]
+
+MEASURED_BATCHES = 16  # for the partition Hessian, and for timings
+
+PyTree = Any
+
+
+class Cost(NamedTuple):
+    """What is done for one batch, in seconds.
+
+    Attributes:
+      gradient: one gradient.
+      summary: one summary.
+      refresh: by how much longer an update takes that refreshes the learning rates: the
+        summary, the averages, the rule and the check of the loss.
+    """
+
+    gradient: float
+    summary: float
+    refresh: float
+
+
+class Results(NamedTuple):
+    """What the demonstration found.
+
+    Attributes:
+      experiment: what was run.
+      curves: for each optimizer its curves.
+      summary: the mean summary over some batches, along their mean gradient, at the
+        weights that `partition_newton` had after `looked_after` steps.
+      looked_after: see there.
+      names: the names of the subsets.
+      cost: the price of a gradient, of a summary and of a refresh.
+      wall_seconds: the time that all of it took.
+    """
+
+    experiment: Experiment
+    curves: dict[str, Curves]
+    summary: pn.Summary
+    looked_after: int
+    names: tuple[str, ...]
+    cost: Cost
+    wall_seconds: float
+
+
+def run(experiment: Experiment) -> Results:
+    """Trains with each optimizer, then measures the partition Hessian.
+
+    Args:
+      experiment: from :func:`prepare`.
+
+    Returns:
+      The results, for :func:`report` and :func:`write`.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from partnewton.demo import Config, prepare
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> experiment = prepare(Config("mlp", 2, 0, "whole", None, folder))
+      >>> run(experiment).curves["adam"].steps
+      [0, 2]
+    """
+    start = time.perf_counter()
+    images = jax.device_put(experiment.dataset[:2])
+    evaluate = evaluation(experiment)
+    begin = time.perf_counter()
+    gradient = compiled(
+        jax.grad(experiment.value_fn), experiment.params, *_batch(experiment, 0)
+    )
+    compile_seconds = time.perf_counter() - begin
+    chosen = optimizers(experiment)
+    trained = {
+        name: train(experiment, images, evaluate, name, optimizer, compile_seconds)
+        for name, optimizer in chosen.items()
+    }
+    ours, optimizer = trained[PARTITION_NEWTON], chosen[PARTITION_NEWTON]
+    summary, cost = _measure(experiment, images, gradient, ours, optimizer)
+    curves = {name: training.curves for name, training in trained.items()}
+    for name, curve in curves.items():
+        refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0
+        curve.gradient_equivalents = [
+            step + refresh * bisect.bisect_left(experiment.refreshes, step)
+            for step in curve.steps
+        ]
+    names = pn.subset_names(experiment.params, experiment.param_labels)
+    wall_seconds = time.perf_counter() - start
+    return Results(
+        experiment, curves, summary, ours.looked_after, names, cost, wall_seconds
+    )
+
+
+def _batch(experiment: Experiment, i: int) -> tuple[jax.Array, ...]:
+    indices = experiment.batches[i]
+    return tuple(jnp.asarray(x[indices]) for x in experiment.dataset[:2])
+
+
+def _measure(
+    experiment: Experiment,
+    images: Images,
+    gradient: Callable[..., PyTree],
+    ours: Training,
+    optimizer: Optimizer,
+) -> tuple[pn.Summary, Cost]:
+    """The mean summary of some batches along their mean gradient, and timings."""
+    count = min(MEASURED_BATCHES, len(experiment.batches))
+    batches = [_batch(experiment, i) for i in range(count)]
+    params = ours.params
+
+    def summarize(params: PyTree, direction: PyTree, *batch: jax.Array) -> pn.Summary:
+        return pn.summarize(
+            lambda x: experiment.value_fn(x, *batch),
+            params,
+            direction,
+            param_labels=experiment.param_labels,
+        )
+
+    direction = _mean([gradient(params, *batch) for batch in batches])
+    summary = compiled(summarize, params, direction, *batches[0])
+    mean = _mean([summary(params, direction, *batch) for batch in batches])
+    # In turns: what else the machine does slows all of them alike.
+    seconds = np.array(
+        [
+            (
+                _seconds(gradient, params, *batch),
+                _seconds(summary, params, direction, *batch),
+                *_seconds_of_steps(experiment, images, ours, optimizer),
+            )
+            for batch in batches
+        ]
+    )
+    one_gradient, one_summary, with_refresh, without = np.median(seconds, axis=0)
+    return mean, Cost(one_gradient, one_summary, with_refresh - without)
+
+
+def _seconds_of_steps(
+    experiment: Experiment, images: Images, ours: Training, optimizer: Optimizer
+) -> tuple[float, float]:
+    """Of the first step, which refreshes the rates, and of one that does not."""
+    batches, seconds = jnp.asarray(experiment.batches), []
+    state = jax.block_until_ready(initial_state(experiment, optimizer))
+    for i in (0, 1):  # the index of a batch is clipped to those that there are
+        begin = time.perf_counter()
+        state = ours.step(i, state, images, batches)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[0], seconds[1]
+
+
+def _mean(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
+
+
+def _seconds(call: Callable[..., PyTree], *arguments: Any) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    return time.perf_counter() - begin
