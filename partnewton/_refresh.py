@@ -12,8 +12,8 @@ import numpy as np
 from partnewton import averaging, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._measured_direction import MeasuredDirection
+from partnewton.engines.compat import outlined
 from partnewton.engines.nesting import DifferentiationError
-from partnewton.engines.versions import apart
 from partnewton.summary import Summary, summarize
 
 __all__ = ["Refresh", "Refreshed", "default_refreshes", "refresh_interval"]
@@ -120,7 +120,7 @@ class Refresh:
 
         # In a computation of its own, as the values that the lookback asks for: what is
         # equal is compiled once.
-        value = apart(value)
+        value = outlined(value)
 
         def loss_at(t: jax.Array) -> jax.Array:
             return value(direction.moved(-t * eta))

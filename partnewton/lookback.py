@@ -21,7 +21,7 @@ from partnewton._error_hints import with_error_hints
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._strictness import permissive
 from partnewton._tree import select
-from partnewton.engines.versions import apart
+from partnewton.engines.compat import outlined
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
 
@@ -236,7 +236,7 @@ def _slope(
     steps = jax.tree.map(
         lambda now, then: _scaled(-width, now - then), partition.take(params), anchor
     )
-    value = apart(loss_at)  # one program for both
+    value = outlined(loss_at)  # one program for both
     here, there = value(params), value(partition.moved(params, steps))
     difference = (here - there).astype(jnp.float32)
     rounding = _ROUNDING * float(jnp.finfo(here.dtype).eps) * jnp.abs(here)

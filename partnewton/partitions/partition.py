@@ -65,8 +65,6 @@ class Partition:
             for x, label in zip(leaves, self.labels, strict=True)
         ]
 
-    part = restrict  # the engines' name for it
-
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
         """The inner product <x, y> on each subset, (S,)."""
         whole_sums, whole_labels = [], []

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from partnewton.engines import compat
 from partnewton.engines.adjoint.lowerings import switch
 
-__all__ = ["concatenate", "in_blocks", "materialized", "outlined"]
+__all__ = ["concatenate", "in_blocks", "outlined"]
 
 _LARGE = 2**20  # bytes
 _BEYOND_CACHE = 2**23  # numbers
