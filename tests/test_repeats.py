@@ -1,0 +1,228 @@
+"""Repeated layers, whose tangents pass them in a scan, against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+from support.oracles import assert_close, quick_jit
+from support.selection import some
+
+import partnewton as pn
+from partnewton.engines import compat
+from partnewton.engines.adjoint.build import program_of
+from partnewton.engines.adjoint.repeats import repeats_in
+
+WIDTH = 3
+LAYERS = 7
+X = np.random.default_rng(0).normal(size=(4, WIDTH))
+
+
+def draw(*shape, seed=0):
+    return jnp.array(np.random.default_rng([seed, *shape]).normal(size=shape))
+
+
+def params(num_layers=LAYERS):
+    return [
+        {"w": draw(WIDTH, WIDTH, seed=i), "b": draw(WIDTH, seed=i)}
+        for i in range(num_layers)
+    ]
+
+
+def layer(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"])
+
+
+def plain(ps):
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    for p in ps:
+        x = layer(p, x)
+    return jnp.sum(jnp.sin(x))
+
+
+def residual(ps):
+    """With a norm, whose statistics are smaller arrays than what they divide."""
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    for p in ps:
+        y = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1)
+        x = x + jnp.exp(p["b"]) * jnp.tanh(y @ p["w"])
+    return jnp.mean(x**3)
+
+
+def attention(ps):
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    for p in ps:
+        weights = jax.nn.softmax((x @ p["w"]) @ x.T)
+        x = x + weights @ x * p["b"]
+    return jnp.mean(jnp.sin(x))
+
+
+def densely_connected(ps):
+    """Each layer is read by the next one and again at the end."""
+    x, total = jnp.asarray(X, ps[0]["w"].dtype), 0.0
+    for p in ps:
+        x = layer(p, x)
+        total = total + jnp.sum(jnp.cos(x))
+    return total
+
+
+def with_a_common_input(ps):
+    """Each layer reads what was computed from the first parameters, too."""
+    first, *rest = ps
+    memory = x = layer(first, jnp.asarray(X, ps[0]["w"].dtype))
+    for p in rest:
+        x = jnp.tanh(x @ p["w"] + memory * p["b"])
+    return jnp.sum(x**2)
+
+
+def with_shared_weights(ps):
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    for p in ps:
+        x = jnp.tanh(x @ ps[0]["w"] + p["b"])
+    return jnp.sum(x**2)
+
+
+def backwards(ps):
+    """Weights are met in the other order."""
+    return plain(ps[::-1])
+
+
+def with_masks(ps):
+    """Masks depend on what moves, and are no part of the operations that move."""
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    for p in ps:
+        y = x @ p["w"] + p["b"]
+        x = jnp.where(y > 0.1, y**2 / 4, jnp.sin(y))
+    return jnp.sum(x)
+
+
+def through_scans(ps):
+    """The layers are a scan already, beside others that are none."""
+    half = LAYERS // 2
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *ps[:half])
+    x, _ = jax.lax.scan(
+        lambda x, p: (layer(p, x), None), jnp.asarray(X, ps[0]["w"].dtype), stacked
+    )
+    for p in ps[half:]:
+        x = layer(p, x)
+    return jnp.sum(jnp.sin(x))
+
+
+LOSSES = [
+    plain,
+    residual,
+    attention,
+    densely_connected,
+    with_a_common_input,
+    with_shared_weights,
+    backwards,
+    with_masks,
+    through_scans,
+]
+PARTITIONS = {
+    "per_tensor": pn.partitions.per_tensor,
+    "per_layer": pn.partitions.per_layer,
+    "weights_biases": pn.partitions.weights_biases,
+    "whole": pn.partitions.whole,
+    "alternate": pn.partitions.alternate(3),
+    "per_element": pn.partitions.per_element,
+    "frozen": pn.partitions.by_path(
+        [("(0|4).*w", pn.partitions.FROZEN), ("(.)", r"\1")]
+    ),
+}
+
+
+def each_loss(default=LOSSES):
+    return pytest.mark.parametrize(
+        "loss", some(LOSSES, default=default), ids=lambda x: x.__name__
+    )
+
+
+def repeats_of(loss, num_layers=LAYERS):
+    return repeats_in(program_of(compat.traced(loss, params(num_layers))[1])[0])
+
+
+@each_loss()
+def test_layers_are_found(loss):
+    repeats = repeats_of(loss)
+    assert max(len(repeat.parts) for repeat in repeats) >= LAYERS // 2
+
+
+def assert_engines_agree(loss, **options):
+    ps, direction = params(), jax.tree.map(lambda x: jnp.sin(3 * x) + 0.2, params())
+    summaries = [
+        quick_jit(functools.partial(pn.summarize, loss, engine=engine, **options))(
+            ps, direction
+        )
+        for engine in ("adjoint", "jvp_of_grad")
+    ]
+    found, expected = summaries
+    for field in found._fields:
+        x = np.asarray(getattr(expected, field))
+        assert np.any(x != 0)
+        assert_close(getattr(found, field), x, 1e-11, field)
+
+
+@each_loss()
+def test_summaries_against_the_reference(loss):
+    with jax.enable_x64(True):
+        assert_engines_agree(loss)
+
+
+@pytest.mark.parametrize("name", some(PARTITIONS, default=["per_layer", "frozen"]))
+@each_loss(default=[plain])
+def test_partitions_against_the_reference(loss, name):
+    with jax.enable_x64(True):
+        assert_engines_agree(loss, param_labels=PARTITIONS[name])
+
+
+@each_loss(default=[residual])
+def test_blocks_of_subsets_against_the_reference(loss):
+    with jax.enable_x64(True):
+        assert_engines_agree(loss, batch_size=6)
+
+
+@each_loss(default=[plain])
+def test_all_of_the_third_order_against_the_reference(loss):
+    with jax.enable_x64(True):
+        ps, direction = params(4), jax.tree.map(jnp.sin, params(4))
+        found, expected = (
+            quick_jit(functools.partial(pn.derivative_tensors, loss, engine=engine))(
+                ps, direction
+            )
+            for engine in ("adjoint", "jvp_of_grad")
+        )
+        for x, y in zip(found, expected, strict=True):
+            assert_close(x, np.asarray(y), 1e-10, "tensor")
+
+
+def num_equations(jaxpr):
+    """The equations in a jaxpr, each called one counted once."""
+    seen, total = set(), 0
+    left = [compat.open_jaxpr(jaxpr)]
+    while left:
+        inner = left.pop()
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            total += len(inner.eqns)
+            for equation in inner.eqns:
+                inside = core.jaxprs_in_params(equation.params)
+                left.extend(map(compat.open_jaxpr, inside))
+    return total
+
+
+def size_beyond_the_gradient(num_layers):
+    ps = params(num_layers)
+    summary = functools.partial(pn.summarize, plain, engine="adjoint")
+    sizes = [
+        num_equations(jax.make_jaxpr(summary)(ps, ps)),
+        num_equations(jax.make_jaxpr(jax.grad(plain))(ps)),
+    ]
+    return sizes[0] - sizes[1]
+
+
+def test_a_deep_network_is_traced_in_few_operations():
+    few, many = size_beyond_the_gradient(12), size_beyond_the_gradient(36)
+    assert many < 1.5 * few
