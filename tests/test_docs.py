@@ -110,6 +110,7 @@ def test_public_names_have_a_docstring_with_arguments_and_an_example(name):
                 f"{name}: {parameter} is not documented."
             )
         assert "Returns:" in text, name
+        assert ">>> " in text, name
     elif hasattr(x, "_fields"):
         assert "Attributes:" in text, name
         for field in x._fields:
