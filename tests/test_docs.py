@@ -17,12 +17,13 @@ import partnewton as pn
 
 ROOT = documents.ROOT
 DOCS = ROOT / "docs"
-# Their docstrings are the reference. The demonstration is run and not called.
+# Their docstrings are the reference. Of the demonstration only the data sets are in it.
 MODULES = [
     module.name
     for module in pkgutil.iter_modules(pn.__path__)
     if not module.name.startswith("_") and module.name != "demo"
 ]
+MODULES += ["demo.data"]
 
 
 def relative(page):
