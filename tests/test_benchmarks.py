@@ -301,8 +301,8 @@ def test_the_average_step_is_that_of_a_thousand():
 
 def test_the_transformations_together_are_the_preset():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    links = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
-    found, expected = links.init(params), pn.partition_newton().init(params)
+    chain = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
+    found, expected = chain.init(params), pn.partition_newton().init(params)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 

@@ -29,6 +29,7 @@ each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 # Those that run by default. Each operation by itself is in test_adjoint.py.
 SOME = (
     "mlp",
+    "convolutional_network",
     "a_weight_used_three_times",
     "scan_over_layers",
     "while_loop_on_data",

@@ -1,4 +1,4 @@
-"""Pictures: what stands in the axes, and that it can be read."""
+"""Pictures: what the axes show, and that it can be read."""
 
 import subprocess
 import sys

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from support.selection import some
+from support.states import newton_state
 
 import partnewton as pn
 from partnewton import averaging, directions, partitions, rules
@@ -68,13 +69,6 @@ def at(n, params):
     return jax.tree.map(lambda x: x[n - 1], params)
 
 
-def link_of(state):
-    def is_ours(x):
-        return isinstance(x, pn.ScaleByPartitionNewtonState)
-
-    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
-
-
 def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -105,10 +99,10 @@ def test_partition_newton_is_a_chain_of_four():
 
 @pytest.mark.parametrize("chain", [pn.partition_newton, pn.paper_newton])
 def test_presets_have_all_arguments_of_the_transformation(chain):
-    link = set(inspect.signature(pn.scale_by_partition_newton).parameters)
+    inner = set(inspect.signature(pn.scale_by_partition_newton).parameters)
     if chain is pn.partition_newton:
-        link -= {"smoothing", "normalize"}  # it averages summaries of unit directions
-    assert link <= set(inspect.signature(chain).parameters)
+        inner -= {"smoothing", "normalize"}  # it averages summaries of unit directions
+    assert inner <= set(inspect.signature(chain).parameters)
 
 
 @pytest.mark.slow
@@ -127,7 +121,7 @@ def test_between_refreshes_the_length_of_a_step_is_kept():
         updates, state = update(jax.grad(loss)(params), state, params)
         lengths = [jnp.sqrt(jnp.mean(u**2)) for u in jax.tree.leaves(updates)]
         np.testing.assert_allclose(
-            lengths, 0.3 * link_of(state).learning_rates, rtol=1e-5
+            lengths, 0.3 * newton_state(state).learning_rates, rtol=1e-5
         )
         if n == 0:
             first = lengths
@@ -187,7 +181,7 @@ def test_the_published_variants_run_and_lower_the_loss():
     for name, kwargs in variants.items():
         _, state, losses = train(pn.paper_newton(**kwargs), steps=40)
         assert losses[-1] < 0.5 * float(loss(PARAMS)), name
-        assert link_of(state).notfinite_count == 0, name
+        assert newton_state(state).notfinite_count == 0, name
 
 
 # --- nothing breaks them ---------------------------------------------------------
@@ -198,7 +192,7 @@ def test_the_defaults_train(direction):
     _, state, losses = train(preset(direction))
     # Steps of held length bounce in the valley: rounding decides when they settle.
     assert losses[-1] < 0.05 * float(loss(PARAMS))
-    assert link_of(state).notfinite_count == 0
+    assert newton_state(state).notfinite_count == 0
 
 
 # At the first step, at a refresh and between.
@@ -209,7 +203,7 @@ def test_a_batch_of_nans_is_skipped(direction, when):
     _, state, losses = train(preset(direction), factors=factors)
     _, _, undisturbed = train(preset(direction))
     assert np.all(np.isfinite(losses))
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
     before = losses[when - 1] if when else float(loss(PARAMS))
     assert losses[when] == pytest.approx(before, rel=1e-6)
     assert losses[-1] < max(3 * undisturbed[-1], 0.05 * float(loss(PARAMS)))
@@ -231,7 +225,7 @@ def test_a_constant_added_to_the_loss_trains_the_same(shift):
     shifted = at(60, shifted)
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(shifted), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
-    assert link_of(state).notfinite_count == 0
+    assert newton_state(state).notfinite_count == 0
 
 
 @pytest.mark.slow
@@ -260,7 +254,7 @@ def test_thousands_of_steps_at_the_optimum_stay_there(direction):
     run = jax.jit(lambda c: jax.lax.scan(step, c, length=3000)[0])
     after, state = run((params, tx.init(params)))
     assert_same(after, params)
-    assert link_of(state).notfinite_count == 0
+    assert newton_state(state).notfinite_count == 0
 
 
 @pytest.mark.slow
@@ -426,7 +420,7 @@ RECIPES = {
 def test_a_recipe_trains(recipe):
     _, state, losses = train(RECIPES[recipe]())
     assert losses[-1] < 0.05 * float(loss(PARAMS))
-    assert link_of(state).notfinite_count == 0
+    assert newton_state(state).notfinite_count == 0
 
 
 @pytest.mark.slow
@@ -474,4 +468,4 @@ def test_the_curvature_may_be_measured_on_other_data_than_the_gradient():
     tx = pn.partition_newton()
     grads = jax.grad(first)(PARAMS)
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=both)
-    np.testing.assert_allclose(link_of(state).loss, loss(PARAMS), rtol=1e-6)
+    np.testing.assert_allclose(newton_state(state).loss, loss(PARAMS), rtol=1e-6)

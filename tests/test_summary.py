@@ -655,7 +655,7 @@ def test_frozen_entries_do_not_move(x64, engine):
 
 
 def count(jaxpr, primitive, in_loops):
-    """How often a primitive stands in a jaxpr, inside or outside of its loops."""
+    """How often a primitive occurs in a jaxpr, inside or outside of its loops."""
 
     def jaxprs_of(eqn):
         for value in jax.tree.leaves(list(eqn.params.values())):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from support.selection import some
+from support.states import newton_state
 
 import partnewton as pn
 from partnewton import averaging, partitions, rules
@@ -40,7 +41,7 @@ def update(tx, direction, state, params, value_fn=loss, **extra):
 def step(tx, params, state, value_fn=loss, direction=None, **extra):
     """One step with the gradient, or with another direction: params and state.
 
-    The step is added: an optimizer, unlike the link alone, changes the sign.
+    The step is added: an optimizer, unlike this transformation alone, changes the sign.
     """
     if direction is None:
         direction = jax.grad(value_fn)(params)
@@ -53,22 +54,13 @@ def scale_by_newton(**kwargs):
 
 
 def paper(learning_rate=1.0, update_interval=1, **kwargs):
-    """The published method for full batches: momentum, the link and the sign."""
+    """The published method for full batches, momentum and sign included."""
     return pn.paper_newton(learning_rate, update_interval=update_interval, **kwargs)
 
 
 def newton_descent(**kwargs):
-    """A whole optimizer: the gradient, the link and the sign."""
+    """Newton's method along the gradient."""
     return paper(momentum=0.0, rule=rules.newton(), **kwargs)
-
-
-def link_of(state):
-    """The state of our link, wherever it stands."""
-
-    def is_ours(x):
-        return isinstance(x, pn.ScaleByPartitionNewtonState)
-
-    return next(x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x))
 
 
 def assert_same(actual, expected):
@@ -100,16 +92,16 @@ def test_each_subset_of_the_updates_is_multiplied_by_its_rate_without_change_of_
 
 
 def test_the_preset_is_a_chain_of_momentum_newton_and_learning_rate():
-    alias = paper(0.3, momentum=0.5, rule=rules.newton())
+    preset = paper(0.3, momentum=0.5, rule=rules.newton())
     chain = optax.chain(
         optax.ema(0.5),
         scale_by_newton(),
         optax.scale_by_learning_rate(0.3),
     )
     ours, theirs = PARAMS, PARAMS
-    state, other = alias.init(PARAMS), chain.init(PARAMS)
+    state, other = preset.init(PARAMS), chain.init(PARAMS)
     for _ in range(3):
-        ours, state = step(alias, ours, state)
+        ours, state = step(preset, ours, state)
         theirs, other = step(chain, theirs, other)
         assert_close(ours, theirs, rtol=1e-4)
     assert loss(ours) < loss(PARAMS)
@@ -117,11 +109,11 @@ def test_the_preset_is_a_chain_of_momentum_newton_and_learning_rate():
 
 @pytest.mark.slow
 def test_the_preset_has_the_arguments_of_the_transformation():
-    link = inspect.signature(pn.scale_by_partition_newton).parameters
-    alias = inspect.signature(pn.paper_newton).parameters
-    assert set(alias) == {*link, "learning_rate", "momentum"}
-    for name in set(link) - {"update_interval"}:
-        assert alias[name].default == link[name].default
+    inner = inspect.signature(pn.scale_by_partition_newton).parameters
+    preset = inspect.signature(pn.paper_newton).parameters
+    assert set(preset) == {*inner, "learning_rate", "momentum"}
+    for name in set(inner) - {"update_interval"}:
+        assert preset[name].default == inner[name].default
     rates = set()
     for kwargs in (
         {},
@@ -140,7 +132,7 @@ def test_the_preset_has_the_arguments_of_the_transformation():
             ours, state = step(tx, ours, state)
             theirs, other = step(chain, theirs, other)
         assert_close(ours, theirs)
-        rates.add(tuple(link_of(state).learning_rates.tolist()))
+        rates.add(tuple(newton_state(state).learning_rates.tolist()))
     assert len(rates) == 5  # each of them changes something
 
 
@@ -402,7 +394,7 @@ def test_while_all_rates_are_zero_they_are_refreshed_at_each_update():
     for bad in (True, False):
         grads = jax.grad(loss)(params)
         params, state = step(tx, params, state, failing_at_first, grads, bad=bad)
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
     assert loss(params) < loss(PARAMS)
 
 
@@ -441,7 +433,7 @@ def test_at_the_exact_optimum_the_parameters_stay(rule):
     tx = paper(rule=rule)
     after, state = step(tx, params, tx.init(params), bowl)
     assert_same(after, params)
-    assert link_of(state).notfinite_count == 0
+    assert newton_state(state).notfinite_count == 0
     # Displaced, the same state finds its way back.
     displaced = jax.tree.map(lambda x: x + 1.0, params)
     after, state = step(tx, displaced, tx.init(params), bowl)
@@ -550,10 +542,10 @@ def test_bad_gradients_never_reach_the_parameters(when, number, interval):
     bad = {**grads, "dense": {**grads["dense"], "bias": bias}}
     after, state = step(tx, params, state, direction=bad)
     assert_same(after, params)
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
     # It is forgotten: the training arrives at the minimum.
     params, state = train(after, state)
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
     assert_close(jax.grad(loss)(params), zeros(params), rtol=0, atol=1e-4)
 
 
@@ -598,11 +590,11 @@ def test_updates_that_overflow_half_precision_are_zero_and_counted():
     tx = newton_descent()
     after, state = step(tx, params, tx.init(params), flat)
     assert_same(after, params)
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
     # The training goes on.
     after, state = step(tx, params, state, bowl)
     assert_same(after, zeros(params))
-    assert link_of(state).notfinite_count == 1
+    assert newton_state(state).notfinite_count == 1
 
 
 def test_a_bad_update_at_a_bad_refresh_counts_once():
@@ -647,7 +639,7 @@ ERRORS = {
         ValueError,
         r"^value_fn: .*needs the loss",
     ),
-    "no params in the alias": (
+    "no params in the preset": (
         lambda: paper().update(PARAMS, paper().init(PARAMS), value_fn=loss),
         ValueError,
         r"^params: .*needs the parameters",
@@ -798,26 +790,26 @@ def test_learning_rates_are_named_in_the_order_of_the_subsets(labels, jit):
 
     def rates_after_a_step(params):
         _, state = step(tx, params, tx.init(params))
-        return list(pn.learning_rates(state, params).items()), link_of(state)
+        return list(pn.learning_rates(state, params).items()), newton_state(state)
 
     if jit:  # strings do not leave a jit
         named = {}
 
         def arrays(params):
-            items, link = rates_after_a_step(params)
+            items, newton = rates_after_a_step(params)
             named["names"] = [name for name, _ in items]
-            return [rate for _, rate in items], link
+            return [rate for _, rate in items], newton
 
-        rates, link = jax.jit(arrays)(PARAMS)
+        rates, newton = jax.jit(arrays)(PARAMS)
         found = named["names"]
     else:
-        items, link = rates_after_a_step(PARAMS)
+        items, newton = rates_after_a_step(PARAMS)
         found, rates = [name for name, _ in items], [rate for _, rate in items]
     expected = partitions.subset_names(PARAMS, param_labels or partitions.per_tensor)
     assert tuple(found) == expected
     if labels != "per_element":
         assert tuple(found) == names
-    np.testing.assert_array_equal(jnp.stack(rates), link.learning_rates)
+    np.testing.assert_array_equal(jnp.stack(rates), newton.learning_rates)
     assert all(rate.shape == () for rate in rates)
 
 
@@ -996,7 +988,7 @@ def test_the_default_refreshes_are_those_that_are_made():
     def one(carry, _):
         params, state = carry
         params, state = step(tx, params, state)
-        return (params, state), link_of(state).next_refresh
+        return (params, state), newton_state(state).next_refresh
 
     carry = PARAMS, tx.init(PARAMS)
     _, following = jax.jit(lambda c: jax.lax.scan(one, c, length=150))(carry)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pages() -> list[Path]:
-    """The README and what stands in docs/."""
+    """The README and the pages in docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
