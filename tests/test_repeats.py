@@ -21,7 +21,7 @@ X = np.random.default_rng(0).normal(size=(4, WIDTH))
 
 
 def draw(*shape, seed=0):
-    return jnp.array(np.random.default_rng([seed, *shape]).normal(size=shape))
+    return jnp.array(np.random.default_rng([seed, *shape]).normal(size=shape) / 2)
 
 
 def params(num_layers=LAYERS):
