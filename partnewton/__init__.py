@@ -1,6 +1,6 @@
 """Learning rates for subsets of the parameters, from exact second derivatives."""
 
-from partnewton import averaging, directions, partitions, rules
+from partnewton import averaging, directions, engines, partitions, rules
 from partnewton.clipping import ClipByParameterRmsState, clip_by_parameter_rms
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
@@ -26,6 +26,7 @@ __all__ = [
     "clip_by_parameter_rms",
     "derivative_tensors",
     "directions",
+    "engines",
     "learning_rates",
     "metrics",
     "paper_newton",

@@ -10,6 +10,7 @@ import optax
 
 __all__ = [
     "check_average",
+    "check_batch_size",
     "check_learning_rate",
     "check_number",
     "check_rule",
@@ -155,3 +156,9 @@ def _described(value: Any) -> str:
 
 def _name(value: Any) -> str:
     return getattr(value, "__name__", type(value).__name__)
+
+
+def check_batch_size(value: Any) -> None:
+    """Check that `value` is None or an integer of at least 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"batch_size must be at least 1, got {value}.")

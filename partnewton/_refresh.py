@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partnewton import averaging, rules
+from partnewton import averaging, engines, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._measured_direction import MeasuredDirection
 from partnewton.engines.compat import outlined
@@ -50,8 +50,7 @@ class Refresh:
     average: averaging.Average
     smoothing: averaging.Average
     backtracking: jax.typing.ArrayLike
-    engine: str
-    batch_size: int | None
+    engine: str | engines.Engine
     has_aux: bool
 
     @property
@@ -138,7 +137,6 @@ class Refresh:
             param_labels=direction.partition,
             third_order=third_order,
             engine=self.engine,
-            batch_size=self.batch_size,
             has_aux=self.has_aux,
         )
         return result[0] if self.has_aux else result

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from partnewton import averaging, directions, partitions, rules
+from partnewton import averaging, directions, engines, partitions, rules
 from partnewton._checks import check_learning_rate
 from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
@@ -29,8 +29,7 @@ def partition_newton(
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
     lookback_rate: jax.typing.ArrayLike = 0.2,
-    engine: str = "auto",
-    batch_size: int | None = None,
+    engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """One learning rate per subset, solved for: an optimizer to use as it is.
@@ -70,7 +69,7 @@ def partition_newton(
       lookback_rate: by how much the logarithm of the factor changes at the end of each
         window, see :func:`partnewton.scale_by_lookback`; 0 for a factor that is
         `learning_rate` throughout.
-      engine, batch_size, has_aux: as in :func:`scale_by_partition_newton`.
+      engine, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; its update function needs
@@ -116,7 +115,6 @@ def partition_newton(
             average=average,
             backtracking=backtracking,
             engine=engine,
-            batch_size=batch_size,
             has_aux=has_aux,
         ),
         scale_by_lookback(
@@ -166,8 +164,7 @@ def paper_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
     backtracking: jax.typing.ArrayLike = 0,
-    engine: str = "auto",
-    batch_size: int | None = None,
+    engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The published method: momentum, the cubic model of one batch, a factor.
@@ -183,7 +180,7 @@ def paper_newton(
       average: a running average of the summaries; by default none.
       smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
         by default none.
-      normalize, param_labels, backtracking, engine, batch_size, has_aux: as in
+      normalize, param_labels, backtracking, engine, has_aux: as in
         :func:`scale_by_partition_newton`.
       update_interval: refresh the rates at every so many updates.
 
@@ -221,7 +218,6 @@ def paper_newton(
             smoothing=smoothing,
             backtracking=backtracking,
             engine=engine,
-            batch_size=batch_size,
             has_aux=has_aux,
         ),
         optax.scale_by_learning_rate(learning_rate),

@@ -46,8 +46,7 @@ def summarize(
     *,
     param_labels: partitions.ParamLabels = partitions.per_tensor,
     third_order: bool = True,
-    engine: str = "auto",
-    batch_size: int | None = None,
+    engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> Any:
     """Exact derivatives of a loss along a direction, to second or third order.
@@ -72,14 +71,9 @@ def summarize(
       param_labels: the partition, specified as in :func:`optax.partition`; see
         :mod:`partnewton.partitions`. By default there is one subset per leaf.
       third_order: whether to compute `third`.
-      engine: "adjoint", the fast engine, which is also what "auto" selects; or
-        "jvp_of_grad", the reference implementation by Hessian-vector products.
-      batch_size: the number of subsets that are processed together. A larger number is
-        faster and needs more memory. By default, the adjoint engine processes all
-        subsets together, or as many as fit if the tangents of some operation would
-        exceed 1 GiB. With fewer than all, it makes one pass over the loss for each pair
-        of blocks of half this size. The reference engine processes one subset at a time
-        by default.
+      engine: "adjoint", the fast engine, which is also what "auto" selects;
+        "jvp_of_grad", the reference implementation by Hessian-vector products; or one
+        of them with a bound on its memory, such as ``engines.Adjoint(batch_size=32)``.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -103,7 +97,6 @@ def summarize(
     References:
       P. Wolinski, arXiv 2312.03885.
     """
-    _check_batch_size(batch_size)
     arguments = _EngineArguments(value_fn, params, direction, param_labels, has_aux)
     (value, aux), gradient, hessian, third = engines.get(engine).summarize(
         arguments.loss,
@@ -111,7 +104,6 @@ def summarize(
         arguments.direction,
         arguments.partition,
         third_order=third_order,
-        batch_size=batch_size,
     )
     summary = Summary(value.astype(gradient.dtype), gradient, hessian, third)
     return (summary, aux) if has_aux else summary
@@ -124,8 +116,7 @@ def derivative_tensors(
     *,
     order: int = 3,
     param_labels: partitions.ParamLabels = partitions.per_tensor,
-    engine: str = "auto",
-    batch_size: int | None = None,
+    engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> Any:
     """All mixed derivatives of a loss along a direction, up to a given order.
@@ -143,7 +134,6 @@ def derivative_tensors(
       engine: "adjoint", "jvp_of_grad", or "auto" for "adjoint". For the third order,
         "adjoint" makes S passes over the loss, and "jvp_of_grad" S (S + 1) / 2.
         Tensors of order 4 and higher are always computed by "jvp_of_grad".
-      batch_size: the number of subsets, and of passes, that are processed together.
       has_aux: whether `value_fn` returns ``(loss, aux)``.
 
     Returns:
@@ -165,7 +155,6 @@ def derivative_tensors(
     """
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}.")
-    _check_batch_size(batch_size)
     arguments = _EngineArguments(value_fn, params, direction, param_labels, has_aux)
     (_, aux), tensors = engines.get(engine).derivative_tensors(
         arguments.loss,
@@ -173,7 +162,6 @@ def derivative_tensors(
         arguments.direction,
         arguments.partition,
         order=order,
-        batch_size=batch_size,
     )
     return (tensors, aux) if has_aux else tensors
 
@@ -296,8 +284,3 @@ _DIFFERS = {
 def _varying(x: Any) -> frozenset[str]:
     """The manual mesh axes along which an array may differ."""
     return jax.typeof(x).manual_axis_type.varying
-
-
-def _check_batch_size(batch_size: int | None) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from partnewton import averaging, partitions, rules
+from partnewton import averaging, engines, partitions, rules
 from partnewton._checks import check_average, check_number, check_rule
 from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
@@ -85,8 +85,7 @@ def scale_by_partition_newton(
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
     backtracking: jax.typing.ArrayLike = 0,
-    engine: str = "auto",
-    batch_size: int | None = None,
+    engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each subset of the updates by a learning rate that is solved for.
@@ -135,8 +134,6 @@ def scale_by_partition_newton(
         as the flat curvature of a saturated softmax. Where the value of a loss is not
         what its gradient descends (stop-gradient targets), rates are not halved.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
-      batch_size: how many subsets are processed at once, see
-        :func:`partnewton.summarize`.
       has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
 
     Returns:
@@ -176,9 +173,7 @@ def scale_by_partition_newton(
         check_number("update_interval", update_interval, minimum=1)
     if normalize not in (None, "norm", "rms"):
         raise ValueError(f"normalize must be 'norm', 'rms' or None, got {normalize!r}.")
-    refresh = Refresh(
-        rule, average, smoothing, backtracking, engine, batch_size, has_aux
-    )
+    refresh = Refresh(rule, average, smoothing, backtracking, engine, has_aux)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
         if partitions.is_placeholder(params):  # nothing here is like the parameters

@@ -559,7 +559,7 @@ def stacked_weights(engine: str, **kwargs: Any) -> set[tuple[int, ...]]:
 def test_no_stack_of_weights_is_ever_built():
     assert stacked_weights("adjoint") == set()
     # A way of looking that finds something where there is something:
-    assert (8, 7, 11) in stacked_weights("jvp_of_grad", batch_size=8)
+    assert (8, 7, 11) in stacked_weights(pn.engines.JvpOfGrad(batch_size=8))
 
 
 def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
@@ -601,7 +601,7 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
         def summary_and_calls():
             # Not one function twice, which jax would trace but once.
             compute = functools.partial(
-                pn.summarize, problem.loss, engine="adjoint", batch_size=batch_size
+                pn.summarize, problem.loss, engine=pn.engines.Adjoint(batch_size)
             )
             compiled = jax.jit(compute).lower(problem.params, problem.direction)
             calls = compiled.compile().as_text().count(" call(")

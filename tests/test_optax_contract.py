@@ -286,7 +286,7 @@ FACTORIES = {
         pn.paper_newton, learning_rate=0.3, param_labels=partitions.whole
     ),
 }
-STATIC = ("rule", "param_labels", "average", "batch_size")
+STATIC = ("rule", "param_labels", "average", "engine")
 
 
 @pytest.mark.parametrize("case", some(FACTORIES, default=["a_rule"]))

@@ -1,5 +1,6 @@
 """Losses with rules of their own: a summary is the derivative of their gradient."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,7 +17,9 @@ from support.oracles import quick_jit
 from support.selection import some
 
 import partnewton as pn
-from partnewton.engines import ENGINES, final, jvp_of_grad, rows
+from partnewton.engines import ENGINES, jvp_of_grad
+from partnewton.engines.adjoint import final
+from partnewton.engines.adjoint.tangent import apply
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 adjoint_by_default = pytest.mark.parametrize(
@@ -216,7 +219,7 @@ SOME = ["clipped", "in_a_cond", "in_a_scan", "kernel", "linear_solve"]
 @pytest.mark.parametrize("name", some(LOSSES, default=SOME))
 def test_a_summary_is_the_derivative_of_the_gradient(name, engine, monkeypatch):
     if engine == "adjoint":  # which does it by itself
-        monkeypatch.delattr(jvp_of_grad, "summarize")
+        monkeypatch.delattr(jvp_of_grad.JvpOfGrad, "summarize")
     assert_is_derivative_of_gradient(LOSSES[name], params, engine)
 
 
@@ -237,7 +240,7 @@ def _(size, batched, x):
 
 def test_rows_that_cannot_be_batched_go_one_by_one():
     columns = np.arange(6.0).reshape(3, 2), np.ones((3, 1))
-    (found,) = rows.apply(lambda x, y: [cannot_be_batched(x) + y], *columns)
+    (found,) = apply(lambda x, y: [cannot_be_batched(x) + y], *columns)
     np.testing.assert_array_equal(found, 2 * columns[0] + 1)
 
 
@@ -246,8 +249,11 @@ def test_rows_that_cannot_be_batched_go_one_by_one():
 def test_batches_of_subsets(batch_size, engine):
     def compute(p, u):
         return [
-            pn.summarize(LOSSES["clipped"], p, u, engine=engine, batch_size=n)
-            for n in (batch_size, None)
+            pn.summarize(LOSSES["clipped"], p, u, engine=some_engine)
+            for some_engine in (
+                dataclasses.replace(pn.engines.get(engine), batch_size=batch_size),
+                engine,
+            )
         ]
 
     found, expected = quick_jit(compute)(params(), direction_of(params()))

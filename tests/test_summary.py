@@ -1,5 +1,6 @@
 """Summaries: the facts of the mathematics, and what the interface promises."""
 
+import dataclasses
 import functools
 import math
 
@@ -86,6 +87,11 @@ def summaries(name, engine) -> dict[str, pn.Summary]:
         }
 
     return quick_jit(compute)(problem.params, problem.direction)
+
+
+def in_batches(engine, batch_size):
+    """The engine of a name with a number of subsets at once."""
+    return dataclasses.replace(pn.engines.get(engine), batch_size=batch_size)
 
 
 def summarize_mlp(engine, direction=None, params=None, **kwargs):
@@ -279,9 +285,8 @@ def test_derivative_tensors_agree_with_phi_and_with_the_summary(x64, name, engin
             u,
             order=3,
             param_labels=labels,
-            engine=engine,
+            engine=in_batches(engine, 2),
             has_aux=True,
-            batch_size=2,
         )
     )(problem.params, problem.direction)
     assert aux == {"seven": 7.0}
@@ -571,10 +576,16 @@ def test_numpy_arrays_and_numbers_are_parameters_too(engine):
 # --- Options -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [pn.engines.Adjoint, pn.engines.JvpOfGrad])
+def test_a_batch_of_no_subsets_is_an_error(kind):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        kind(batch_size=0)
+
+
 @adjoint_by_default
 @pytest.mark.parametrize("batch_size", some([1, 3, 6, 100], default=[3]))
 def test_the_batch_size_changes_no_number(x64, batch_size, engine):
-    summary = summarize_mlp(engine, batch_size=batch_size)
+    summary = summarize_mlp(in_batches(engine, batch_size))
     assert_summaries_close(summary, summarize_mlp(engine), rtol=1e-14)
 
 
@@ -796,7 +807,7 @@ def good():
         ),
         ({"param_labels": {"a": "x"}}, ValueError, r"param_labels: the leaf 'b/c'"),
         ({"engine": "fast"}, ValueError, r"engine must be one of 'auto', .*got 'fast'"),
-        ({"batch_size": 0}, ValueError, r"batch_size must be at least 1, got 0"),
+        ({"engine": pn.engines.Adjoint}, TypeError, r"engine must be a name or an"),
     ],
 )
 def test_arguments_that_do_not_fit_raise(function, transform, change, error, message):

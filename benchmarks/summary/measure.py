@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 import partnewton as pn
 from benchmarks import models
+from partnewton import engines
 
 __all__ = ["Measurement", "measure"]
 
@@ -115,17 +116,18 @@ def _function(
             return _hessian_of_phi(value_fn, params, direction, quantity)
         if quantity == TENSOR:
             return pn.derivative_tensors(
-                value_fn, params, direction, engine=engine, batch_size=batch_size
+                value_fn, params, direction, engine=some_engine
             )
         return pn.summarize(
             value_fn,
             params,
             direction,
             third_order=quantity == THIRD,
-            engine=engine,
-            batch_size=batch_size,
+            engine=some_engine,
         )
 
+    if engine in engines.ENGINES:
+        some_engine = dataclasses.replace(engines.get(engine), batch_size=batch_size)
     return run
 
 

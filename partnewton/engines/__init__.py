@@ -1,29 +1,105 @@
 """How derivatives along the parts of a direction are computed.
 
-An engine is a module with two functions,
-
-    summarize(loss, leaves, direction, partition, *, third_order, batch_size)
-        -> (value, aux), gradient, hessian, third
-    derivative_tensors(loss, leaves, direction, partition, *, order, batch_size)
-        -> (value, aux), tensors
-
-where `loss` maps a list of arrays to ``(value, aux)``, `leaves` and `direction` are
-such lists, with equal shapes and dtypes, and `partition` is their
-:class:`~partnewton.partitions.Partition`. Engines agree to rounding on everything.
+There are two engines, which agree to rounding on everything: :class:`Adjoint`, the fast
+one, and :class:`JvpOfGrad`, the reference. The adjoint engine is taught primitives by
+:func:`register_linear`, :func:`register_elementwise` and :func:`rule`; see
+``docs/engine.md``.
 """
 
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from partnewton.engines import adjoint, jvp_of_grad
+import jax
 
-ENGINES: dict[str, ModuleType] = {"adjoint": adjoint, "jvp_of_grad": jvp_of_grad}
-AUTO = "adjoint"
+from partnewton.engines.adjoint import Adjoint
+from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.registry import (
+    register_elementwise,
+    register_linear,
+    register_piecewise_constant,
+    register_piecewise_linear,
+    rule,
+)
+from partnewton.engines.adjoint.tangent import Jet, Tangent, push
+from partnewton.engines.adjoint.terms import Terms
+from partnewton.engines.jvp_of_grad import JvpOfGrad
+from partnewton.partitions import Partition
+
+__all__ = [
+    "ENGINES",
+    "Adjoint",
+    "Engine",
+    "Jet",
+    "JvpOfGrad",
+    "Op",
+    "Request",
+    "Tangent",
+    "Terms",
+    "get",
+    "push",
+    "register_elementwise",
+    "register_linear",
+    "register_piecewise_constant",
+    "register_piecewise_linear",
+    "rule",
+]
+
+Leaves = Sequence[jax.Array]
+Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 
 
-def get(name: str) -> ModuleType:
-    """The engine called `name`, or the one that "auto" stands for."""
-    engine = ENGINES.get(AUTO if name == "auto" else name)
-    if engine is None:
-        choices = ", ".join(repr(x) for x in ("auto", *ENGINES))
-        raise ValueError(f"engine must be one of {choices}, got {name!r}.")
+class Engine(Protocol):
+    """What computes the derivatives of a loss along the parts of a direction.
+
+    The arguments of both methods are `loss`, a function from a list of arrays to
+    ``(value, aux)``, two such lists of equal shapes and dtypes, and the partition of
+    their entries.
+    """
+
+    def summarize(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        third_order: bool,
+    ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
+        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        ...
+
+    def derivative_tensors(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        order: int,
+    ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+        """Value and aux, and the tensors of order 1 to `order`."""
+        ...
+
+
+ENGINES: dict[str, Engine] = {"adjoint": Adjoint(), "jvp_of_grad": JvpOfGrad()}
+
+
+def get(engine: str | Engine) -> Engine:
+    """The engine of some name, "auto" for the fast one, or an engine itself.
+
+    Raises:
+      ValueError: there is no engine of this name.
+      TypeError: it is neither.
+    """
+    if isinstance(engine, str):
+        name = "adjoint" if engine == "auto" else engine
+        if name not in ENGINES:
+            choices = ", ".join(repr(x) for x in ("auto", *ENGINES))
+            raise ValueError(f"engine must be one of {choices}, got {engine!r}.")
+        return ENGINES[name]
+    if isinstance(engine, type) or not hasattr(engine, "summarize"):
+        raise TypeError(
+            "engine must be a name or an engine such as "
+            f"partnewton.engines.Adjoint(batch_size=32), got {engine!r}."
+        )
     return engine

@@ -8,6 +8,7 @@ forward mode over the gradient there are other ways: see
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partnewton._checks import check_batch_size
 from partnewton.engines import nesting
 from partnewton.engines.axes import refuse_named_axes
 from partnewton.partitions import Partition
@@ -25,97 +27,120 @@ Leaves = Sequence[jax.Array]
 Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 
 
-def summarize(
-    loss: Loss,
-    leaves: Leaves,
-    direction: Leaves,
-    partition: Partition,
-    *,
-    third_order: bool,
-    batch_size: int | None,
-) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
-    """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
-    value_and_aux, (gradient, hessian) = derivative_tensors(
-        loss, leaves, direction, partition, order=2, batch_size=batch_size
-    )
-    if not third_order:
-        return value_and_aux, gradient, hessian, None
+@dataclasses.dataclass(frozen=True)
+class JvpOfGrad:
+    """The reference engine.
 
-    def third_of(s: jax.Array) -> jax.Array:
-        u_s = partition.restrict(direction, s)
-        return nesting.third(loss, leaves, u_s, None, partition.dtype)
-
-    def third_forwards(s: jax.Array) -> jax.Array:
-        u_s = partition.restrict(direction, s)
-        return _entry(loss, leaves, [u_s] * 3, partition.dtype)
-
-    third = _first_of(
-        [third_of, third_forwards], jnp.arange(partition.size), batch_size
-    )
-    return value_and_aux, gradient, hessian, third
-
-
-def derivative_tensors(
-    loss: Loss,
-    leaves: Leaves,
-    direction: Leaves,
-    partition: Partition,
-    *,
-    order: int,
-    batch_size: int | None,
-) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-    """Value and aux, and the tensors of order 1 to `order`.
-
-    D^d L[u_s1, ..., u_sd] is the inner product of u_sd with the derivative of the
-    gradient along u_s1, ..., u_s(d-1): one pass for each multiset of d - 1 subsets
-    gives S entries at once.
+    Attributes:
+      batch_size: the number of subsets that are processed at once, by default one.
+        Memory grows with it, and so does speed.
     """
-    refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
-    try:
-        linear = nesting.linearize(loss, leaves)
-    except nesting.DifferentiationError as error:
-        if (
-            error.kernels
-        ):  # jax differentiates them in part, to fail when it lowers them
-            raise
-        try:
-            return _forwards(loss, leaves, direction, partition, order, batch_size)
-        except Exception:
-            raise error from error.__cause__
 
-    def contract(gradient_like: Leaves) -> jax.Array:
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size)
+
+    def summarize(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        third_order: bool,
+    ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
+        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        value_and_aux, (gradient, hessian) = self.derivative_tensors(
+            loss, leaves, direction, partition, order=2
+        )
+        if not third_order:
+            return value_and_aux, gradient, hessian, None
+
+        def third_of(s: jax.Array) -> jax.Array:
+            u_s = partition.restrict(direction, s)
+            return nesting.third(loss, leaves, u_s, None, partition.dtype)
+
+        def third_forwards(s: jax.Array) -> jax.Array:
+            u_s = partition.restrict(direction, s)
+            return _entry(loss, leaves, [u_s] * 3, partition.dtype)
+
+        third = _first_of(
+            [third_of, third_forwards], jnp.arange(partition.size), self.batch_size
+        )
+        return value_and_aux, gradient, hessian, third
+
+    def derivative_tensors(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        order: int,
+    ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+        """Value and aux, and the tensors of order 1 to `order`.
+
+        D^d L[u_s1, ..., u_sd] is the inner product of u_sd with the derivative of the
+        gradient along u_s1, ..., u_s(d-1): one pass for each multiset of d - 1 subsets
+        gives S entries at once.
+        """
+        refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
+        try:
+            linear = nesting.linearize(loss, leaves)
+        except nesting.DifferentiationError as error:
+            if error.kernels:
+                # jax differentiates them in part, and fails when it lowers them.
+                raise
+            try:
+                return _forwards(
+                    loss, leaves, direction, partition, order, self.batch_size
+                )
+            except Exception:
+                raise error from error.__cause__
+
+        def contract(gradient_like: Leaves) -> jax.Array:
+            return partition.inner(gradient_like, direction)
+
+        def product_of(s: jax.Array) -> jax.Array:
+            return contract(linear.product(*partition.restrict(direction, s)))
+
+        hessian = _map(product_of, jnp.arange(partition.size), self.batch_size)
+        # A rule that is no derivative may have a gradient with a Jacobian that is not
+        # symmetric.
+        tensors = [contract(linear.gradient), 0.5 * (hessian + hessian.T)]
+        higher = functools.partial(
+            _tensor_of_order, loss, leaves, direction, partition, self.batch_size
+        )
+        tensors += [higher(d) for d in range(3, order + 1)]
+        return (linear.value, linear.aux), tuple(tensors[:order])
+
+
+def _tensor_of_order(
+    loss: Loss,
+    leaves: Leaves,
+    direction: Leaves,
+    partition: Partition,
+    batch_size: int | None,
+    d: int,
+) -> jax.Array:
+    """All D^d L[u_s1, ..., u_sd], for d of at least 3."""
+    grad_fn = jax.grad(lambda x: loss(x)[0])
+
+    def row(subsets: jax.Array) -> jax.Array:
+        parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
+        gradient_like = functools.reduce(_along, parts, grad_fn)(leaves)
         return partition.inner(gradient_like, direction)
 
-    def product_of(s: jax.Array) -> jax.Array:
-        return contract(linear.product(*partition.restrict(direction, s)))
+    def entries(subsets: jax.Array) -> jax.Array:
+        parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
+        last = (partition.restrict(direction, s) for s in range(partition.size))
+        return jnp.stack(
+            [_entry_backwards(loss, leaves, [*parts, v], partition) for v in last]
+        )
 
-    hessian = _map(product_of, jnp.arange(partition.size), batch_size)
-    # A rule that is no derivative may have a gradient whose Jacobian is not symmetric.
-    tensors = [contract(linear.gradient), 0.5 * (hessian + hessian.T)]
-    grad_fn = jax.grad(lambda x: loss(x)[0])
-    for d in range(3, order + 1):
-
-        def row(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
-            return contract(functools.reduce(_along, parts, grad_fn)(leaves))
-
-        def entries(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
-            return jnp.stack(
-                [
-                    _entry_backwards(
-                        loss,
-                        leaves,
-                        [*parts, partition.restrict(direction, s)],
-                        partition,
-                    )
-                    for s in range(partition.size)
-                ]
-            )
-
-        rows = _first_of([row, entries], _multisets(partition.size, d - 1), batch_size)
-        tensors.append(_symmetric_tensor(rows, partition.size, d))
-    return (linear.value, linear.aux), tuple(tensors[:order])
+    rows = _first_of([row, entries], _multisets(partition.size, d - 1), batch_size)
+    return _symmetric_tensor(rows, partition.size, d)
 
 
 def _forwards(

@@ -22,47 +22,92 @@ All of the third order needs only first derivatives of values and of cotangents,
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from partnewton.engines import jvp_of_grad
+from partnewton._checks import check_batch_size
 from partnewton.engines.adjoint.problem import Problem, ReverseModeError
 from partnewton.engines.adjoint.sweeps import sums_along, third_order_tensor
+from partnewton.engines.jvp_of_grad import JvpOfGrad
 from partnewton.partitions import Partition
 
-__all__ = ["derivative_tensors", "summarize"]
+__all__ = ["Adjoint"]
 
 Leaves = Sequence[jax.Array]
 Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 
 
-def summarize(
-    loss: Loss,
-    leaves: Leaves,
-    direction: Leaves,
-    partition: Partition,
-    *,
-    third_order: bool,
-    batch_size: int | None,
-) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
-    """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
-    problem = Problem(loss, leaves, partition)
-    try:
-        outputs, *found = _summarize(
-            problem, leaves, direction, third_order, batch_size
-        )
-        return problem.value_and_aux(outputs), *found
-    except ReverseModeError:
-        return jvp_of_grad.summarize(
-            loss,
-            leaves,
-            direction,
-            partition,
-            third_order=third_order,
-            batch_size=batch_size,
+@dataclasses.dataclass(frozen=True)
+class Adjoint:
+    """The fast engine.
+
+    Attributes:
+      batch_size: the number of subsets that move together. By default all, or as many
+        as fit if the tangents that some operation writes would exceed 1 GiB. With fewer
+        than all, there is one sweep for each pair of blocks of half this size.
+
+    Example:
+      >>> from partnewton import summarize
+      >>> loss = lambda x: jax.numpy.sum(x**3)
+      >>> print(summarize(loss, 1.0, 2.0, engine=Adjoint(batch_size=32)).hessian)
+      [[24.]]
+    """
+
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size)
+
+    def summarize(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        third_order: bool,
+    ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
+        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        problem = Problem(loss, leaves, partition)
+        try:
+            outputs, *found = _summarize(
+                problem, leaves, direction, third_order, self.batch_size
+            )
+            return problem.value_and_aux(outputs), *found
+        except ReverseModeError:
+            return JvpOfGrad(self.batch_size).summarize(
+                loss, leaves, direction, partition, third_order=third_order
+            )
+
+    def derivative_tensors(
+        self,
+        loss: Loss,
+        leaves: Leaves,
+        direction: Leaves,
+        partition: Partition,
+        *,
+        order: int,
+    ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+        """Value and aux, and the tensors of order 1 to `order`.
+
+        The third order takes one pass for each subset. Beyond it, and where a part of
+        the loss is left to jax, the reference engine does the work.
+        """
+        if order <= 3:
+            problem = Problem(loss, leaves, partition)
+            compute = functools.partial(
+                _tensors, problem, leaves, direction, order, self.batch_size
+            )
+            with contextlib.suppress(ReverseModeError):
+                found = problem.attempted(compute)
+                if found is not None:
+                    return found
+        return JvpOfGrad(self.batch_size).derivative_tensors(
+            loss, leaves, direction, partition, order=order
         )
 
 
@@ -91,37 +136,19 @@ def _summarize(
     return problem.attempted(compute)
 
 
-def derivative_tensors(
-    loss: Loss,
+def _tensors(
+    problem: Problem,
     leaves: Leaves,
     direction: Leaves,
-    partition: Partition,
-    *,
     order: int,
     batch_size: int | None,
-) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-    """Value and aux, and the tensors of order 1 to `order`.
-
-    The third order takes one pass for each subset. Beyond it, and where a part of the
-    loss is left to jax, the reference engine does the work.
-    """
-    if order <= 3:
-        problem = Problem(loss, leaves, partition)
-
-        def compute() -> tuple | None:
-            if order == 3 and problem.program.final:
-                return None
-            point = problem.linearize(leaves)
-            *tensors, _ = sums_along(problem, direction, point, False, batch_size)
-            if order == 3:
-                third = third_order_tensor(problem, direction, leaves, batch_size)
-                tensors.append(third)
-            return problem.value_and_aux(point.outputs), tuple(tensors[:order])
-
-        with contextlib.suppress(ReverseModeError):
-            found = problem.attempted(compute)
-            if found is not None:
-                return found
-    return jvp_of_grad.derivative_tensors(
-        loss, leaves, direction, partition, order=order, batch_size=batch_size
-    )
+) -> tuple | None:
+    """Value and aux, and the tensors; None if a part of the loss is left to jax."""
+    if order == 3 and problem.program.final:
+        return None
+    point = problem.linearize(leaves)
+    *tensors, _ = sums_along(problem, direction, point, False, batch_size)
+    if order == 3:
+        third = third_order_tensor(problem, direction, leaves, batch_size)
+        tensors.append(third)
+    return problem.value_and_aux(point.outputs), tuple(tensors[:order])
