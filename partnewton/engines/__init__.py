@@ -1,9 +1,13 @@
 """How derivatives along the parts of a direction are computed.
 
-There are two engines, which agree to rounding on everything: :class:`Adjoint`, the fast
-one, and :class:`JvpOfGrad`, the reference. The adjoint engine is taught primitives by
-:func:`register_linear`, :func:`register_elementwise` and :func:`rule`; see
-``docs/engine.md``.
+There are two engines, whose results agree up to rounding: :class:`Adjoint`, the fast
+one, and :class:`JvpOfGrad`, the reference.
+
+:func:`register_linear`, :func:`register_elementwise`,
+:func:`register_piecewise_linear`, :func:`register_piecewise_constant` and :func:`rule`
+extend the adjoint engine by primitives; the other names are what a rule receives, uses
+and returns. Primitives that are not registered are differentiated by jax: registration
+is for speed only. It is not checked, so compare both engines where a primitive is new.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +16,7 @@ from typing import Any, Protocol
 import jax
 
 from partnewton.engines.adjoint import Adjoint
-from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.op import Apply, Op, Request
 from partnewton.engines.adjoint.registry import (
     register_elementwise,
     register_linear,
@@ -20,7 +24,16 @@ from partnewton.engines.adjoint.registry import (
     register_piecewise_linear,
     rule,
 )
-from partnewton.engines.adjoint.tangent import Jet, Tangent, push
+from partnewton.engines.adjoint.tangent import (
+    Jet,
+    Span,
+    Tangent,
+    add,
+    densify,
+    overlap,
+    push,
+    restrict,
+)
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.jvp_of_grad import JvpOfGrad
 from partnewton.partitions import Partition
@@ -28,19 +41,25 @@ from partnewton.partitions import Partition
 __all__ = [
     "ENGINES",
     "Adjoint",
+    "Apply",
     "Engine",
     "Jet",
     "JvpOfGrad",
     "Op",
     "Request",
+    "Span",
     "Tangent",
     "Terms",
+    "add",
+    "densify",
     "get",
+    "overlap",
     "push",
     "register_elementwise",
     "register_linear",
     "register_piecewise_constant",
     "register_piecewise_linear",
+    "restrict",
     "rule",
 ]
 
@@ -49,7 +68,7 @@ Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 
 
 class Engine(Protocol):
-    """What computes the derivatives of a loss along the parts of a direction.
+    """The methods that compute derivatives of a loss along the parts of a direction.
 
     The arguments of both methods are `loss`, a function from a list of arrays to
     ``(value, aux)``, two such lists of equal shapes and dtypes, and the partition of
@@ -85,7 +104,17 @@ ENGINES: dict[str, Engine] = {"adjoint": Adjoint(), "jvp_of_grad": JvpOfGrad()}
 
 
 def get(engine: str | Engine) -> Engine:
-    """The engine of some name, "auto" for the fast one, or an engine itself.
+    """Returns an engine, by its name or as it is.
+
+    Args:
+      engine: "adjoint", "jvp_of_grad", "auto" for the default, or an engine.
+
+    Returns:
+      An engine.
+
+    Example:
+      >>> get("auto") is get("adjoint")
+      True
 
     Raises:
       ValueError: there is no engine of this name.

@@ -20,12 +20,13 @@ __all__ = ["Apply", "Loop", "Op", "Request", "Rule"]
 
 
 class Request(NamedTuple):
-    """What is asked of the rules.
+    """What the rules compute.
 
     Attributes:
-      third_order: whether second derivatives of values, and terms of third order, are.
+      third_order: whether second derivatives of values and terms of the third order are
+        requested.
       dtype: of the sums over all operations.
-      tangents_are_fixed: whether derivatives of the terms are to leave out those of the
+      tangents_are_fixed: whether derivatives of the terms leave out those of the
         tangents.
     """
 
@@ -35,10 +36,10 @@ class Request(NamedTuple):
 
 
 class Apply(Protocol):
-    """How values move behind an operation z = f(x), and what it adds to the loss.
+    """Derivatives of the outputs of an operation z = f(x), and its terms.
 
     With xdot_s and xddot_s the first and second derivatives of its inputs along subset
-    s, and lambda = dL/dz, a rule returns the jets of the outputs,
+    s, and lambda = dL/dz, a rule returns the jets of the active outputs,
 
         zdot_s  = Df[xdot_s]
         zddot_s = D2f[xdot_s, xdot_s] + Df[xddot_s],
@@ -51,9 +52,9 @@ class Apply(Protocol):
     Args:
       op: the operation.
       primals: the values of all of its inputs.
-      cotangents: lambda of each active output; of no use for a linear operation.
+      cotangents: lambda of each active output; None if the rule is not curved.
       jets: of each active input.
-      request: whether the third order is asked for.
+      request: whether the third order is requested.
     """
 
     def __call__(
@@ -67,12 +68,12 @@ class Apply(Protocol):
 
 
 class Rule(NamedTuple):
-    """A rule and what the engine prepares for it.
+    """A rule for operations of one kind.
 
     Attributes:
-      name: what it is called.
+      name: the name of the rule.
       apply: the function.
-      is_curved: whether it adds terms, for which it needs the cotangents.
+      is_curved: whether it returns terms, for which it needs the cotangents.
     """
 
     name: str
@@ -82,22 +83,23 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """A function between some variables.
+    """One or more equations of the jaxpr as one function.
 
     Attributes:
-      rule: how tangents pass it; None if it does not depend on the parameters, or the
-        loss not on it.
-      equations: what it consists of.
-      inputs: the variables that it reads, each once; those of a scan as the equation
-        has them.
-      outputs: the variables that it writes and others read.
-      active_inputs: the places of the inputs that depend on the parameters.
-      active_outputs: the places of the outputs that do, and that the loss depends on.
-      loop: what is inside of a scan.
-      is_guarded: whether a derivative or a cotangent may be infinite at an entry which
-        no subset moves, so that it must not count there.
+      rule: its rule; None if it does not depend on the parameters, or the loss does not
+        depend on it.
+      equations: the equations.
+      inputs: the variables that it reads, each once; for a scan, the operands of the
+        equation.
+      outputs: the variables that it writes and that are read elsewhere.
+      active_inputs: the positions of the inputs that depend on the parameters.
+      active_outputs: the positions of the outputs that depend on the parameters, and on
+        which the loss depends.
+      loop: the body and the lengths of a scan.
+      is_guarded: whether a derivative or a cotangent may be infinite at an entry that
+        does not depend on the parameters, and has to be masked there.
       has_mask: whether a cotangent may be infinite where the derivatives are zero.
-      places: where the equations are in the flattened jaxpr.
+      places: the positions of the equations in the flattened jaxpr.
     """
 
     rule: Rule | None
@@ -118,7 +120,7 @@ class Op:
 
     @property
     def is_curved(self) -> bool:
-        """Whether it adds terms to the derivatives of the loss by itself."""
+        """Whether its rule returns terms of its own, unlike a scan or a linear one."""
         return self.rule is not None and self.rule.is_curved and self.loop is None
 
     @property
@@ -141,12 +143,12 @@ class Op:
         members: Sequence[int] | None = None,
         function: Callable[..., list[jax.Array]] | None = None,
     ) -> Callable[..., list[jax.Array]]:
-        """The operation as a function of active inputs to the active outputs.
+        """The operation as a function from active inputs to the active outputs.
 
         Args:
           primals: the values of all inputs.
-          members: which of the active inputs it is a function of; by default all.
-          function: the operation computed in another way.
+          members: which of the active inputs are its arguments; by default all.
+          function: another implementation of the operation.
         """
         function = self.function if function is None else function
         places = self.active_inputs

@@ -1,7 +1,7 @@
-"""What the engine knows of primitives, by name, and how it is taught more.
+"""Tables of primitives, by name, and the functions that add to them.
 
-An operation of which nothing is known is a local function that jax differentiates: all
-that is registered here makes the engine faster, and changes no result.
+jax differentiates operations that are in none of the tables. So a correct entry makes
+the engine faster and does not change a result.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -49,14 +49,14 @@ _CUSTOM: dict[str, list[_Custom]] = {}
 
 
 def register_linear(*names: str, operands: Collection[int] | None = None) -> None:
-    """Declares primitives to be linear in some of their operands together.
+    """Declares that primitives are linear in some of their operands jointly.
 
-    Tangents pass a linear operation as values do, and it adds nothing.
+    The operation itself is applied to the rows of the tangents, and has no terms.
 
     Args:
-      names: of the primitives.
-      operands: the places of the operands in which it is linear while the others are
-        constant; by default all.
+      names: the names of the primitives.
+      operands: the positions of the operands in which they are linear while the other
+        operands are constant; by default all.
 
     Example:
       >>> register_linear("fft")
@@ -66,26 +66,39 @@ def register_linear(*names: str, operands: Collection[int] | None = None) -> Non
 
 
 def register_piecewise_linear(*names: str) -> None:
-    """Declares primitives to be linear in real operands, almost everywhere."""
+    """Declares that primitives are linear in real operands, almost everywhere.
+
+    Args:
+      names: the names of the primitives.
+
+    Example:
+      >>> register_piecewise_linear("max", "sort")
+    """
     _PIECEWISE_LINEAR.update(names)
 
 
 def register_piecewise_constant(*names: str) -> None:
-    """Declares primitives to be constant in real operands, almost everywhere."""
+    """Declares that primitives are constant in real operands, almost everywhere.
+
+    Args:
+      names: the names of the primitives.
+
+    Example:
+      >>> register_piecewise_constant("floor", "sign")
+    """
     _PIECEWISE_CONSTANT.update(names)
 
 
 def register_elementwise(*names: str, singular: str | None = None) -> None:
     """Declares that an entry of the result depends on the same entry of the operands.
 
-    Derivatives of an elementwise operation are arrays of the shape of its result, and
-    consecutive ones on one variable are treated as a single operation.
+    Derivatives of an elementwise operation are arrays of the shape of its result.
+    Consecutive elementwise equations of one variable become a single operation.
 
     Args:
-      names: of the primitives.
-      singular: where some derivative, of any order, is infinite: None for nowhere,
-        "zero" for where the operand, or a divisor, is zero, "elsewhere" for other
-        numbers.
+      names: the names of the primitives.
+      singular: where a derivative of any order is infinite: None for nowhere, "zero"
+        for where the operand, or a divisor, is zero, "elsewhere" for other numbers.
 
     Example:
       >>> register_elementwise("tanh", "exp")
@@ -99,19 +112,29 @@ def rule(
     when: Callable[[Equation, Collection[int]], bool] | None = None,
     is_curved: bool = True,
 ) -> Callable[[Apply], Apply]:
-    """Registers a function as the rule of some primitives.
+    """Registers a function as the rule of primitives.
 
-    It is called as :class:`~partnewton.engines.adjoint.op.Apply` says, while the
-    summary is traced. The last one that was registered goes first.
+    The engine calls ``function(op, primals, cotangents, jets, request)`` when it traces
+    a summary; see :class:`~partnewton.engines.Apply`. If several rules apply
+    to an operation, the one that was registered last is used.
 
     Args:
-      names: of the primitives.
-      when: from an equation and the places of its active operands to whether the rule
-        is for it; by default it always is.
-      is_curved: whether the rule needs the cotangents.
+      names: the names of the primitives.
+      when: whether the rule applies, as a function of an equation and of the positions
+        of its active operands; by default it always applies.
+      is_curved: whether the rule returns terms, for which it needs the cotangents.
 
     Returns:
-      A decorator that returns the function as it is.
+      A decorator that returns the function unchanged.
+
+    Example:
+      >>> from partnewton.engines import Jet, Terms, push
+      >>> def doubled(places):
+      ...     return lambda row: [2 * row]
+      >>> @rule("double", is_curved=False)
+      ... def double_rule(op, primals, cotangents, jets, request):
+      ...     first, second = (push(doubled, [x]) for x in jets[0])
+      ...     return [Jet(first[0], second and second[0])], Terms()
     """
 
     def register(apply: Apply) -> Apply:

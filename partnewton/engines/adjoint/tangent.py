@@ -1,10 +1,10 @@
-"""Derivatives of values along the subsets, with a row for each subset that moves them.
+"""Derivatives of values along subsets, with rows for those that a value depends on.
 
-When subset s moves along its part of the direction, the derivative of an intermediate
-value is one row. Which subsets a value depends on is known when the loss is traced, and
-subsets are numbered in the order in which the loss meets them. So a value has the rows
-from one number to another and no others: a weight has one row, its own; a layer near
-the input has few.
+The derivative of a value along the direction of subset s is one row of its tangent. The
+subsets on which a value depends are known when the loss is traced, and subsets are
+numbered in the order in which the loss uses them. So the rows of a tangent belong to a
+contiguous range of subsets, its span: that of a weight has one row; those of layers
+near the input have few.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """The number of a subset that is not known when a function is traced.
+    """The number of a subset, where it is known only when a program runs.
 
     Attributes:
       index: the number.
@@ -47,10 +47,14 @@ class Place:
 
 
 class Span(NamedTuple):
-    """The subsets from `start` on, `count` of them.
+    """A contiguous range of subsets.
 
-    Spans that start at the same `Place` have the same subsets; those that start at two
-    different places have none in common.
+    Spans that start at the same `Place` contain the same subsets, and spans that start
+    at different places have no subset in common.
+
+    Attributes:
+      start: the number of the first subset.
+      count: the number of subsets.
     """
 
     start: int | Place
@@ -89,12 +93,12 @@ jax.tree_util.register_dataclass(Tangent, data_fields=["values"], meta_fields=["
 
 
 class Jet(NamedTuple):
-    """How one value moves, to second order.
+    """First and second derivatives of one value.
 
     Attributes:
-      first: its derivatives along each subset; None if it does not move.
-      second: its second derivatives along each subset; None if all are zero or no
-        third order is asked for.
+      first: its derivatives along each subset; None if they are zero.
+      second: its second derivatives, twice along each subset; None if they are zero, or
+        if the third order is not requested.
     """
 
     first: Tangent | None = None
@@ -105,7 +109,7 @@ class Jet(NamedTuple):
 
 
 def hull(spans: Sequence[Span]) -> Span:
-    """The smallest span around some others."""
+    """The smallest span that contains some others."""
     first, *others = dict.fromkeys(spans)
     if not others:
         return first
@@ -117,7 +121,18 @@ def hull(spans: Sequence[Span]) -> Span:
 
 
 def overlap(a: Span, b: Span) -> Span | None:
-    """The subsets that two spans have in common; None if there are none."""
+    """The subsets that two spans have in common.
+
+    Args:
+      a, b: the spans.
+
+    Returns:
+      A span, or None if they have no subset in common.
+
+    Example:
+      >>> overlap(Span(0, 4), Span(2, 5))
+      Span(start=2, count=2)
+    """
     if a == b:
         return a
     if not a.is_static:
@@ -151,7 +166,19 @@ def group_by_support(
 
 
 def restrict(tangent: Tangent, span: Span) -> jax.Array:
-    """The rows of some of the subsets; zeros where the tangent has none."""
+    """The rows of some of the subsets.
+
+    Args:
+      tangent: the tangent.
+      span: the subsets, some of which the tangent has rows for.
+
+    Returns:
+      An array (span.count, *shape), zero where the tangent has no row.
+
+    Example:
+      >>> restrict(Tangent(jnp.array([5.0, 6.0, 7.0]), start=1), Span(2, 2)).tolist()
+      [6.0, 7.0]
+    """
     if tangent.span == span:
         return tangent.values
     if not span.is_static and tangent.span.is_static:
@@ -175,6 +202,10 @@ def densify(tangent: Tangent | None, span: Span, like: jax.Array | None = None):
     Returns:
       An array (span.count, *shape), zero where the tangent has no row.
 
+    Example:
+      >>> densify(Tangent(jnp.array([5.0, 6.0]), start=1), Span(0, 4)).tolist()
+      [0.0, 5.0, 6.0, 0.0]
+
     Raises:
       ValueError: a row would be lost.
     """
@@ -197,7 +228,19 @@ def densify(tangent: Tangent | None, span: Span, like: jax.Array | None = None):
 
 
 def add(*terms: Tangent | None) -> Tangent | None:
-    """The sum of some tangents of one and the same value."""
+    """The sum of tangents of the same value, which may have different spans.
+
+    Args:
+      terms: the tangents; None stands for zero.
+
+    Returns:
+      A tangent, or None if all are None.
+
+    Example:
+      >>> total = add(Tangent(jnp.ones(2), start=0), Tangent(jnp.ones(2), start=1))
+      >>> total.values.tolist()
+      [1.0, 2.0, 1.0]
+    """
     tangents = [x for x in terms if x is not None]
     by_span: dict[Span, list[Tangent]] = {}
     for x in tangents:
@@ -253,16 +296,21 @@ def push(
     *,
     takes_rows: bool = False,
 ) -> list[Tangent] | None:
-    """A linear function of several tangents, on all of their rows.
+    """Applies a linear function of several operands to the rows of their tangents.
 
     Args:
-      function_of: from the places of some tangents to the function of a row of each of
-        these, as if all others were zero; it returns a list of arrays.
-      tangents: of each operand, or None.
-      takes_rows: whether the function is of all rows at once.
+      function_of: maps the positions of some operands to the linear function of these,
+        the others being zero: from one row of each to a list of arrays.
+      tangents: the tangent of each operand, or None.
+      takes_rows: whether the function is given all rows at once instead of one.
 
     Returns:
       The tangents of each result, or None if no operand has any.
+
+    Example:
+      >>> (twice,) = push(lambda _: lambda row: [2 * row], [Tangent(jnp.ones((1, 3)))])
+      >>> twice.values.tolist()
+      [[2.0, 2.0, 2.0]]
     """
     members: dict[Span, list[int]] = {}
     for n, x in enumerate(tangents):
@@ -284,13 +332,13 @@ def apply(
     takes_rows: bool = False,
     batch_size: int | None = None,
 ) -> list[jax.Array]:
-    """A function on each row of some columns, or on all rows if it takes them.
+    """Applies a function to each row of some arrays.
 
     Args:
-      function: of one row of each column, or of all rows; it returns a list of arrays.
-      columns: arrays with the rows along the first axis.
-      takes_rows: whether the function is of all rows.
-      batch_size: how many rows are computed at once; by default all.
+      function: from one row of each array, or from all rows, to a list of arrays.
+      columns: the arrays, with the rows along the first axis.
+      takes_rows: whether the function is given all rows at once instead of one.
+      batch_size: the number of rows that are computed at once; by default all.
     """
     if takes_rows:
         return list(function(*columns))

@@ -1,7 +1,8 @@
-"""What operations add to the derivatives of the loss, kept until all is placed at once.
+"""The contributions of operations to the derivatives of the loss.
 
-A rule returns terms and changes nothing: terms of several operations are joined by `+`,
-and :meth:`Terms.total` makes the S x S matrix and the S numbers of them.
+A rule returns its terms, and has no side effects. Those of several operations are added
+by `+`, which collects them; :meth:`Terms.total` computes the sums, an S x S matrix and
+S numbers, at once.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ __all__ = ["Terms", "over_all_devices", "placed"]
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Numbers, by subsets.
+    """An array of terms, with axes for subsets.
 
     Attributes:
       values: an array with an axis for each span.
       spans: the subsets of each axis.
-      factor: what the numbers are multiplied by.
+      factor: a number by which the values are to be multiplied.
     """
 
     values: jax.Array
@@ -37,7 +38,7 @@ class _Block:
         return all(span.is_static for span in self.spans)
 
     def places(self, within: Span) -> np.ndarray:
-        """Where the numbers are in an array of the subsets of a span, raveled."""
+        """The flat indices of the values in an array over the subsets of a span."""
         index = [np.arange(x.start, x.stop) - within.start for x in self.spans]
         shape = (within.count,) * len(self.spans)
         return np.ravel_multi_index(np.ix_(*index), shape).astype(np.int32).ravel()
@@ -53,7 +54,7 @@ class Terms:
     """Terms of the Hessian and of the diagonal of the third order.
 
     Attributes:
-      hessian: blocks with two axes; the symmetric part of their sum counts.
+      hessian: blocks with two axes; only the symmetric part of their sum is used.
       third: blocks with one axis.
     """
 
@@ -69,14 +70,31 @@ class Terms:
         weight: jax.Array | None = None,
         factor: float = 1.0,
     ) -> "Terms":
-        """The products sum_i weight_i left_si right_ti, of which the symmetric part
-        counts."""
+        """Terms sum_i weight_i left_si right_ti of the Hessian, symmetrised.
+
+        Args:
+          left, right: tangents of values of the same shape.
+          weight: an array of this shape; by default ones.
+          factor: a number by which all are multiplied.
+
+        Returns:
+          The terms.
+        """
         values = over_all_devices(gram(left.values, right.values, weight))
         return cls(hessian=(_Block(values, (left.span, right.span), factor),))
 
     @classmethod
     def of_third(cls, span: Span, values: jax.Array, *, factor: float = 1.0) -> "Terms":
-        """A number for each of some subsets."""
+        """Terms of the third order.
+
+        Args:
+          span: the subsets.
+          values: a number for each of them, (span.count,).
+          factor: a number by which all are multiplied.
+
+        Returns:
+          The terms.
+        """
         return cls(third=(_Block(over_all_devices(values), (span,), factor),))
 
     @classmethod
