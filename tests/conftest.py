@@ -31,3 +31,14 @@ def _compiled_programs_are_dropped():
 
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def registry_is_restored(monkeypatch):
+    """Primitives that a test registers with the engine are removed after it."""
+    from partnewton.engines.adjoint import registry
+
+    for name in ("_ELEMENTWISE", "_LINEAR", "_PIECEWISE_CONSTANT", "_PIECEWISE_LINEAR"):
+        monkeypatch.setattr(registry, name, getattr(registry, name).copy())
+    custom = {name: [*rules] for name, rules in registry._CUSTOM.items()}
+    monkeypatch.setattr(registry, "_CUSTOM", custom)

@@ -1,4 +1,4 @@
-"""The fast engine: its tables, its sparsity, its rules, and where it can be used."""
+"""The engine "adjoint": operations, tangents, lowerings, and transformations of jax."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ from support.selection import some
 
 import partnewton as pn
 from partnewton.engines import compat
-from partnewton.engines.adjoint import inner, registry, sweeps
+from partnewton.engines.adjoint import inner, lowerings, registry, sweeps
 from partnewton.engines.adjoint.build import program_of
 from partnewton.engines.adjoint.lowerings import (
     convolutions,
@@ -52,7 +52,7 @@ def program_for(loss: Callable, *args: Any) -> Program:
 
 
 class Case(NamedTuple):
-    """An operation of one or two arrays, each of which moves."""
+    """An operation of one or two arrays, each of which depends on the parameters."""
 
     rule: str
     function: Callable
@@ -174,7 +174,7 @@ OPERATIONS = {
     "top_k": Case("piecewise_linear", lambda x: lax.top_k(x, 2)[0], (M,)),
 }
 
-# Those that are about devices: see support/adjoint_on_devices.py.
+# Those that concern devices: see support/adjoint_on_devices.py.
 OF_DEVICES = frozenset(
     [
         "all_gather",
@@ -198,8 +198,8 @@ OF_DEVICES = frozenset(
 def loss_around(case: Case) -> tuple[Callable, PyTree, PyTree]:
     """A loss with the operation in it, a point and a direction.
 
-    What it is applied to moves with all parameters, and to second order; products with
-    fixed matrices keep it from being one step with its neighbours.
+    Its operands depend on all parameters, with second derivatives. Products with
+    constant matrices separate it from its neighbours, as an operation of its own.
     """
     sizes = [int(np.prod(shape)) for shape in case.shapes]
 
@@ -221,7 +221,7 @@ def loss_around(case: Case) -> tuple[Callable, PyTree, PyTree]:
 
 
 def with_both_engines(function, loss, params, direction, **kwargs):
-    """What a function of the library makes of a loss, with adjoint and reference."""
+    """The results of a function of the library, with both engines."""
     return [
         quick_jit(functools.partial(function, loss, engine=engine, **kwargs))(
             params, direction
@@ -288,7 +288,7 @@ def test_tensors_of_an_operation_against_the_reference(name):
         )
 
 
-def test_each_operation_in_the_tables_has_its_test():
+def test_each_registered_operation_has_its_case():
     known = {*registry._LINEAR, *registry._PIECEWISE_LINEAR}
     known |= {"conv_general_dilated", "dot_general", "mul"}
     assert known - OPERATIONS.keys() - OF_DEVICES == {"copy_p"}
@@ -309,7 +309,7 @@ def _(primals: tuple, tangents: tuple) -> tuple:
 
 
 def normalised(x: jax.Array) -> jax.Array:
-    """Reads at the end what was computed from its beginning, by a way that is cut."""
+    """Reads at its end a value computed from its start, behind a stop_gradient."""
     y = jnp.sin(x)
     return y * jnp.exp(y - lax.stop_gradient(jnp.max(jnp.cumsum(y))))
 
@@ -353,7 +353,7 @@ def test_elementwise_functions_against_the_reference(name):
 
 
 class Convolution(NamedTuple):
-    """A convolution, and whether its image is too small."""
+    """A convolution, and whether its kernel is larger than its image."""
 
     image: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -396,7 +396,7 @@ def test_convolutions(name):
         direction = {k: jnp.array(normal(*v, seed=6)) for k, v in shapes.items()}
 
         def loss(p: PyTree) -> jax.Array:
-            # Both operands move, along several subsets and to second order.
+            # Both operands have second derivatives along several subsets.
             x, k = jnp.sin(p["x"] * p["b"]), jnp.sin(p["k"]) * jnp.sum(p["b"] ** 2)
             return jnp.sum(jnp.tanh(case.apply(x, k)) ** 2)
 
@@ -425,7 +425,7 @@ def test_inner_products_of_rows_that_are_longer_than_a_block(weighted, monkeypat
     np.testing.assert_allclose(blocks, (a * weight) @ b.T, rtol=1e-12, atol=1e-12)
 
 
-def test_many_long_rows_take_the_way_by_blocks(monkeypatch):
+def test_inner_products_of_many_long_rows_are_computed_in_blocks(monkeypatch):
     monkeypatch.setattr(memory, "_BEYOND_CACHE", 2**12)
     a, weight = normal(9, 40, 60), normal(40, 60)
     with jax.enable_x64(True):
@@ -436,10 +436,10 @@ def test_many_long_rows_take_the_way_by_blocks(monkeypatch):
     np.testing.assert_allclose(found, np.einsum("imn,jmn,mn->ij", a, a, weight))
 
 
-# --- Steps ---------------------------------------------------------------------------
+# --- Operations ----------------------------------------------------------------------
 
 
-def kinds(loss: Callable, *shapes: tuple[int, ...]) -> list[str]:
+def curved_rules(loss: Callable, *shapes: tuple[int, ...]) -> list[str]:
     """The rules of the operations that are curved, in order."""
     ops = program_for(loss, *[jnp.ones(shape) for shape in shapes]).ops
     return [op.rule.name for op in ops if op.is_curved]
@@ -494,21 +494,21 @@ def dropout(w1, w2):
         (dropout, (W1, W2), ["elementwise", "bilinear"]),
     ],
 )
-def test_runs_of_elementwise_operations_are_one_step(loss, shapes, expected):
-    assert kinds(loss, *shapes) == expected
+def test_runs_of_elementwise_equations_are_one_operation(loss, shapes, expected):
+    assert curved_rules(loss, *shapes) == expected
 
 
-def masks_in_turn(params: PyTree) -> jax.Array:
-    """Each of two runs waits for the other, by way of masks, if it goes on."""
+def masks_of_each_other(params: PyTree) -> jax.Array:
+    """Two runs of elementwise equations that depend on each other through masks."""
     x = jnp.tanh(params["x"])
     y = jnp.where(x > 0, jnp.sin(params["y"]), params["y"])
     return jnp.sum(jnp.where(y > 0, jnp.exp(x), x) * y)
 
 
-def test_no_run_waits_for_itself():
+def test_operations_have_an_order_if_runs_depend_on_each_other_through_masks():
     with jax.enable_x64(True):
         params = {"x": jnp.array(normal(20)), "y": jnp.array(normal(20, seed=1))}
-        assert_engines_agree(masks_in_turn, params, params)
+        assert_engines_agree(masks_of_each_other, params, params)
 
 
 # --- Sparsity over subsets -----------------------------------------------------------
@@ -558,11 +558,11 @@ def stacked_weights(engine: str, **kwargs: Any) -> set[tuple[int, ...]]:
 
 def test_no_stack_of_weights_is_ever_built():
     assert stacked_weights("adjoint") == set()
-    # A way of looking that finds something where there is something:
+    # The same search finds the stacks of the reference engine.
     assert (8, 7, 11) in stacked_weights(pn.engines.JvpOfGrad(batch_size=8))
 
 
-def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
+def test_tangents_have_rows_for_the_subsets_on_which_a_value_depends(monkeypatch):
     met = []
 
     def watched(op, primals, cotangents, jets, request):
@@ -575,7 +575,7 @@ def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
     registry.rule("dot_general", when=is_product)(watched)
     compute = functools.partial(pn.summarize, dense_loss, engine="adjoint")
     jax.eval_shape(compute, layers(), layers())
-    # Weight and bias of one layer after the other; the first weight meets data alone.
+    # Products of layers 2 to 4: the first operand depends on all layers before.
     assert met == [
         [(0, 2), (2, 3)],
         [(0, 4), (4, 5)],
@@ -583,7 +583,7 @@ def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
     ]
 
 
-# --- Large sweeps, step by step -------------------------------------------------------
+# --- Large sweeps, compiled in parts --------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", some([None, 4], default=[None]))
@@ -594,12 +594,14 @@ def test_values_carry_the_rows_of_the_subsets_they_depend_on(monkeypatch):
         default=["convolutional_network"],
     ),
 )
-def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
+def test_sweeps_of_separately_compiled_operations_are_the_same(
+    name, batch_size, monkeypatch
+):
     with jax.enable_x64(True):
         problem = models.make(name, jnp.float64)
 
         def summary_and_calls():
-            # Not one function twice, which jax would trace but once.
+            # A new function each time, since jax caches the trace of a function.
             compute = functools.partial(
                 pn.summarize, problem.loss, engine=pn.engines.Adjoint(batch_size)
             )
@@ -610,8 +612,8 @@ def test_a_sweep_step_by_step_is_the_same(name, batch_size, monkeypatch):
         expected, fused = summary_and_calls()
         monkeypatch.setattr(sweeps, "_CACHED_BYTES", 0)
         monkeypatch.setattr(memory, "_LARGE", 0)
-        found, apart = summary_and_calls()
-    assert (apart > fused + 5) == (jax.default_backend() == "cpu")
+        found, outlined = summary_and_calls()
+    assert (outlined > fused + 5) == (jax.default_backend() == "cpu")
     for field in expected._fields:
         x, y = getattr(found, field), getattr(expected, field)
         assert_close(x, np.asarray(y), 1e-12, field)
@@ -633,7 +635,7 @@ def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
 
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[2**23]))
-def test_where_the_loss_is_not_finite_all_is_nan(cached, monkeypatch):
+def test_a_summary_is_nan_where_the_loss_is_not_finite(cached, monkeypatch):
     monkeypatch.setattr(sweeps, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
@@ -657,6 +659,16 @@ def test_sums_by_products(axes, dtype):
         found = quick_jit(lambda x: reductions.total(x, axes))(x)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, np.sum(np.asarray(x, float), axes))
+
+
+def test_lowerings_can_be_disabled():
+    def primitives() -> set[str]:
+        jaxpr = jax.make_jaxpr(lambda x: lowerings.total(x, (1,)))(jnp.ones((2, 3)))
+        return {e.primitive.name for e in compat.open_jaxpr(jaxpr).eqns}
+
+    assert ("dot_general" in primitives()) == (jax.default_backend() == "cpu")
+    with lowerings.disabled():
+        assert primitives() == {"reduce_sum"}
 
 
 # --- Batched products ----------------------------------------------------------------
@@ -698,7 +710,7 @@ def test_batched_products_of_rows(with_rows):
         pytest.param("ij,jk->ik", [(3, 4), (4, 5)], True, marks=pytest.mark.slow),
     ],
 )
-def test_batched_products_are_brought_in_order_once(formula, shapes, in_order):
+def test_the_axes_of_batched_products_are_transposed_once(formula, shapes, in_order):
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(formula, x, y)
 
@@ -768,7 +780,7 @@ def test_piecewise_linear_networks_have_no_third_order(dtype):
         assert summary.third.dtype == dtype
         assert np.all(summary.hessian != 0)
         np.testing.assert_array_equal(summary.third, 0)
-        # The paper's reason, multilinearity, is gone with two tensors in a subset.
+        # With several tensors in a subset, the loss is not multilinear.
         in_one = functools.partial(compute, param_labels=pn.partitions.whole)
         whole = quick_jit(in_one)(params, direction)
         assert np.all(whole.third != 0)
@@ -809,7 +821,7 @@ def test_tensors_of_third_order_are_those_of_the_reference(name):
 
 
 def products_in(jaxpr: Any) -> float:
-    """The multiplications of all products of matrices, those in loops repeated."""
+    """The number of multiplications in matrix products, loops multiplied out."""
     total = 0.0
     for equation in compat.open_jaxpr(jaxpr).eqns:
         inner = sum(map(products_in, core.jaxprs_in_params(equation.params)))
@@ -823,7 +835,7 @@ def products_in(jaxpr: Any) -> float:
 
 
 def passes(depth: int, engine: str) -> float:
-    """What the third order of a chain costs, in gradients a subset."""
+    """The cost of the third order of a chain, in gradients per subset."""
     width = 256
     params = [jnp.ones((width, width))] * depth
     x = jnp.ones((4, width))
@@ -837,19 +849,19 @@ def passes(depth: int, engine: str) -> float:
 
 
 def test_the_third_order_takes_one_pass_a_subset():
-    ours = [passes(depth, "adjoint") for depth in (4, 16)]
-    theirs = [passes(depth, "jvp_of_grad") for depth in (4, 16)]
-    assert ours[1] < 1.5 * ours[0]
-    assert theirs[1] > 2.5 * theirs[0]
-    assert ours[1] < theirs[1] / 4
+    adjoint = [passes(depth, "adjoint") for depth in (4, 16)]
+    reference = [passes(depth, "jvp_of_grad") for depth in (4, 16)]
+    assert adjoint[1] < 1.5 * adjoint[0]
+    assert reference[1] > 2.5 * reference[0]
+    assert adjoint[1] < reference[1] / 4
 
 
-# --- Rules of one's own --------------------------------------------------------------
+# --- Custom differentiation rules ----------------------------------------------------
 
 
 @jax.custom_vjp
 def rounded(x: jax.Array) -> jax.Array:
-    """Rounds, and lets gradients straight through."""
+    """Rounds; a straight-through estimator of the gradient."""
     return jnp.round(x)
 
 
@@ -875,8 +887,9 @@ SURROGATE = [
     [[0, 1, 0], [1, 0, 0], [0, 0, 0]],
     [[0, 0, 0], [0, 0, 1], [0, 1, 0]],
 ]
-# Round has no slope where values are differentiated. Of the pair a, w the gradient of w
-# moves with a, and that of a does not move with w: the symmetric part counts.
+# The derivative of the value of `round` is zero. For a * rounded(w), the gradient with
+# respect to w has the derivative one along a, and that with respect to a has the
+# derivative zero along w. A summary contains the symmetric part.
 OF_THE_GRADIENT = [np.multiply(0.5, x) for x in SURROGATE]
 OF_THE_GRADIENT[0] = np.zeros((3, 3))
 
@@ -897,7 +910,7 @@ def test_straight_through_estimators(quantised, engine, expected):
 
 @each_engine
 def test_a_custom_vjp_keeps_its_own_rule(engine):
-    """A rule that doubles the slope of tanh: what it says is what is propagated."""
+    """A rule with twice the derivative of tanh is propagated as it is."""
 
     @jax.custom_vjp
     def steep(x):
@@ -1027,8 +1040,9 @@ def test_on_four_devices(check):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_what_the_page_about_the_engine_claims():
+@pytest.mark.usefixtures("registry_is_restored")
+def test_the_examples_of_the_page_about_the_engine():
     page = Path(__file__).parent.parent / "docs" / "engine.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec(compile("\n".join(blocks), str(page), "exec"), {})

@@ -23,6 +23,7 @@ from support.selection import some
 import partnewton as pn
 from partnewton import engines
 from partnewton.engines import ENGINES
+from partnewton.engines.adjoint import lowerings
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
@@ -149,6 +150,17 @@ def test_float32_is_close_to_float64(name, engine):
     assert {x.dtype for x in summary} == {np.dtype(np.float32)}
     tolerances = [max(x, exact.rounding) for x in (1e-5, 2e-5, 1e-4, 5e-4)]
     assert_summary_is(summary, fine, fine, tolerances, name)
+
+
+WITH_LOWERINGS = ["attention", "convolutional_network", "lstm"]
+
+
+@pytest.mark.parametrize("name", some(WITH_LOWERINGS, default=["attention"]))
+def test_summaries_without_lowerings_are_the_derivatives_of_phi(name):
+    problem, fine = oracle(name)
+    with jax.enable_x64(True), lowerings.disabled():
+        summary = summaries(problem, "adjoint", ["squares"])["squares"]
+    assert_summary_is(summary, fine, fine, (1e-13, 1e-9, 1e-9, 1e-9), name)
 
 
 # Problems that are about zeros.
