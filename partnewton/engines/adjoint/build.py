@@ -1,4 +1,4 @@
-"""From the jaxpr of a loss to a program: its operations, and their rules."""
+"""Builds the program of a loss from its jaxpr: operations, and their rules."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -37,20 +37,19 @@ __all__ = ["program_of"]
 def program_of(
     jaxpr: Any, opaque: Collection[int] = (), branches: dict[int, int] | None = None
 ) -> tuple[Program, list[jax.Array]]:
-    """The program of a loss, whose value is the first output of its closed jaxpr.
+    """The program of a loss, the first output of a closed jaxpr.
 
-    All inputs of the jaxpr move.
+    All inputs of the jaxpr are active.
 
     Args:
       jaxpr: the closed jaxpr.
-      opaque: the places of equations that are left to jax, among all that the calls
-        in the jaxpr amount to; see `Step.places`.
-      branches: for the places of some equations that are a `cond`, which of its
-        branches stands there instead.
+      opaque: the positions, in the flattened jaxpr, of equations that become part of
+        the final step.
+      branches: maps positions of `cond` equations to the branch that replaces them.
 
     Returns:
-      A program whose inputs are some constants and the inputs, and the values of these
-      constants.
+      A program whose inputs are constants followed by the inputs of the jaxpr, and the
+      values of these constants.
     """
     flat = flattened(jaxpr, branches)
     needed = [n == 0 for n in range(len(flat.outputs))]
@@ -65,14 +64,16 @@ def _program(
     num_fixed: int | None = None,
     opaque: Collection[int] = (),
 ) -> Program:
-    """Gathers the equations of a flat jaxpr into ops.
+    """Groups the equations of a flattened jaxpr into operations.
 
     Args:
       flat: the jaxpr.
-      moving: the inputs that move with the parameters.
+      moving: the active inputs.
       needed: for each output whether the loss depends on it.
-      num_fixed: for the body of a loop, how many inputs do not change; else None.
-      opaque: the places of equations that are left to jax, besides those that must be.
+      num_fixed: for the body of a loop, the number of inputs that are the same in each
+        iteration; None for a loss.
+      opaque: the positions of equations that become part of the final step, besides
+        those that always do.
     """
     active = active_variables(flat, moving)
     pairs = zip(flat.outputs, needed, strict=True)
@@ -97,7 +98,7 @@ def _program(
     readers = _readers(flat, [*groups, last, rest])
 
     def gathered(n: int, group: Sequence[int]) -> tuple[tuple, list, list]:
-        """The equations of a group, what they read and what others read of them."""
+        """The equations of a group, what they read, and what is read of them."""
         equations = tuple(flat.equations[i] for i in group)
         results = [v for e in equations for v in e.outvars]
         others = [v for v in results if readers.get(v, set()) - {n}]
@@ -114,7 +115,7 @@ def _program(
             ops.append(op)
             continue
         if is_scan(equations[0]):
-            # Inputs may repeat and outputs may be of no use, but all have their places.
+            # All inputs and outputs are kept, even if repeated or unused.
             (i,) = group
             op = _scan_op(equations[0], flat.bodies[i], active, relevant)
             ops.append(dataclasses.replace(op, **common))
@@ -170,7 +171,7 @@ def _readers(flat: Graph, groups: Sequence[Sequence[int]]) -> dict[Variable, set
 
 
 def _read(equations: Sequence[Equation]) -> list[Variable]:
-    """What some equations read and do not write themselves, each once."""
+    """The variables that equations read from outside, each once."""
     written = {v for equation in equations for v in equation.outvars}
     read = dict.fromkeys(
         v for equation in equations for v in dataflow.operands(equation)
@@ -183,7 +184,7 @@ def _rule(
     active_inputs: Sequence[Variable],
     active: Collection[Variable],
 ) -> Rule:
-    """The rule for some equations that are one operation."""
+    """The rule of an operation that consists of some equations."""
     places = [
         [n for n, v in enumerate(e.invars) if is_variable(v) and v in active]
         for e in equations
@@ -212,7 +213,7 @@ def _scan_op(
     active: Collection[Variable],
     relevant: Collection[Variable],
 ) -> Op:
-    """A `scan` as an operation, with the inputs and outputs of the equation."""
+    """The operation of a `scan`, with the inputs and outputs of the equation."""
     num_constants, num_carry = compat.arity(equation)
     flags = [is_variable(v) and v in active for v in equation.invars]
     flags, outputs = active_in_loop(equation, flat, flags)

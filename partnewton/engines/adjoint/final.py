@@ -1,14 +1,15 @@
-"""The final step: all from the first operation on that jax has to differentiate.
+"""The final step: operations that jax differentiates as one function.
 
-Write the loss as F(x), with x what the final step reads, and g for the gradient of F
-as `jax.grad` has it. The gradient of the loss is x'(theta)^T g(x(theta)). Its
-derivatives along the direction are those of the steps before, with g as the adjoint of
-x, and besides
+It begins with operations that have to be differentiated in this way, such as those with
+a `custom_vjp`, and contains all that depend on them. Let F(x) be the loss as a function
+of the inputs x of the final step, and g = `jax.grad(F)`. The gradient of the loss is
+x'(theta)^T g(x(theta)). Its derivatives are the terms of the operations before, with g
+as the cotangent of x, and
 
     hessian_st += <xdot_s, Dg[xdot_t]>
     third_s    += <xdot_s, D2g[xdot_s, xdot_s] + Dg[xddot_s]> + 2 <xddot_s, Dg[xdot_s]>.
 
-Nothing is assumed about g, which need not be the gradient of anything.
+By its custom rules, g need not be the gradient of any function.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ from partnewton.engines.adjoint.terms import Terms, over_all_devices
 
 __all__ = ["Final", "sweep_final"]
 
-_MOST_BYTES = 2**30  # of what the products with several vectors write at once
+_MOST_BYTES = 2**30  # that products with several vectors write at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Final:
-    """The final step of a program at a point, and its linearised gradient.
+    """The final step of a program at a point, and its linearized gradient.
 
     Attributes:
-      op: everything in it, as one operation.
-      function: from the active inputs to the loss and what else the step computes.
+      op: all of its equations, as one operation.
+      function: from the active inputs to the loss and the other outputs of the step.
       point: the values of the active inputs.
       linear: value, gradient and products with the derivative of the gradient.
     """
@@ -48,7 +49,7 @@ class Final:
 
     @property
     def bytes_of_a_row(self) -> int:
-        """What the products with one vector take, at least 1."""
+        """The bytes that a product with one vector writes, at least 1."""
         written = [v for e in self.op.equations for v in e.outvars]
         return max(1, sum(v.aval.size * v.aval.dtype.itemsize for v in written))
 
@@ -56,7 +57,7 @@ class Final:
 def sweep_final(
     final: Final, jets: Jets, request: Request
 ) -> tuple[Tangent | None, Terms]:
-    """The derivatives of the loss along the subsets, and what the final step adds."""
+    """The derivatives of the loss along the subsets, and terms of the final step."""
     moved = [(n, v) for n, v in enumerate(final.op.read) if v in jets]
     if not moved:
         return None, Terms()

@@ -1,8 +1,8 @@
-"""Which equations make one operation.
+"""Groups of equations that become one operation.
 
-All elementwise equations that depend on one and the same variable alone, a gelu for
-example, are one function of that variable: one weighted Gram product at its input,
-instead of one for each of them.
+All elementwise equations that depend on the same single variable, those of a gelu for
+example, are one function of that variable, with one weighted Gram matrix instead of one
+for each equation.
 """
 
 import heapq
@@ -25,16 +25,15 @@ def grouped(
     relevant: Collection[Variable],
     singularities: Singularities,
 ) -> list[list[int]]:
-    """The equations at some places in groups.
+    """Divides equations into groups: runs of elementwise ones, and single equations.
 
-    All elementwise equations that depend on one and the same variable alone, a gelu for
-    example, are one group: one function of that variable. Every other equation is a
-    group of its own.
+    A run consists of all elementwise equations that depend on the same single variable.
+    It ends where an equation depends on a result of the run by another path, too.
     """
-    run_of: dict[Variable, Variable] = {}  # a run is called as what it starts from
+    run_of: dict[Variable, Variable] = {}  # runs are named by their first variable
     runs: dict[Variable, list[int]] = {}
-    behind: dict[Variable, set[Variable]] = {}  # the runs that a variable comes after
-    before: dict[Variable, set[Variable]] = {}  # the runs that a run comes after
+    behind: dict[Variable, set[Variable]] = {}  # runs that a variable depends on
+    before: dict[Variable, set[Variable]] = {}  # runs that a run depends on
     groups = []
     for i in places:
         equation = equations[i]
@@ -42,11 +41,11 @@ def grouped(
         read = {v for v in awaited if v in active}
         names = {run_of.get(v, v) for v in read}
         written = [v for v in equation.outvars if v in relevant]
-        # No run may wait for what comes after itself, by way of a mask or of a
-        # stop_gradient for example.
+        # A run must not depend on results of its own by way of other operations, such as
+        # a mask or a stop_gradient.
         fixed = [behind.get(v, set()) for v in awaited if v not in read]
         is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
-        # What is infinite behind a mask would spoil the derivative of the whole run.
+        # An infinite derivative after a mask would make that of the whole run NaN.
         is_start |= singularities.is_singular(equation) and not read.isdisjoint(
             singularities.masked & run_of.keys()
         )
@@ -74,7 +73,7 @@ def grouped(
 def _all_before(
     runs: Iterable[Variable], before: dict[Variable, set[Variable]]
 ) -> set[Variable]:
-    """Some runs and all that they come after."""
+    """Some runs and all runs that they depend on."""
     found, left = set(), list(runs)
     while left:
         run = left.pop()
@@ -87,7 +86,7 @@ def _all_before(
 def ordered(
     groups: Sequence[list[int]], equations: Sequence[Equation]
 ) -> list[list[int]]:
-    """The groups in an order in which they can be executed, as near to the old one."""
+    """The groups in an order of execution, by their first equations where possible."""
     group_of = {i: n for n, group in enumerate(groups) for i in group}
     waits_for: list[set[int]] = [set() for _ in groups]
     writer: dict[Any, int] = {}

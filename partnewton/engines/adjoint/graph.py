@@ -1,4 +1,4 @@
-"""The jaxpr of a loss, flattened, and what in it depends on the parameters."""
+"""The flattened jaxpr of a loss, and which of its variables are active."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -31,14 +31,14 @@ _LARGE_BRANCH = 10  # equations: with fewer, a `cond` is one operation
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """A jaxpr with all calls of other jaxprs written out.
+    """A jaxpr in which calls of other jaxprs are inlined.
 
     Attributes:
-      constants: the variables that stand for constants, and their values.
+      constants: the variables of constants, and their values.
       inputs: the variables of the inputs.
-      equations: what is between them and the outputs.
+      equations: the equations in order.
       outputs: variables or literals.
-      bodies: the flat bodies of the equations that are a `scan`, by place.
+      bodies: the flattened body of each `scan`, by the position of its equation.
     """
 
     constants: dict[Variable, Any]
@@ -63,7 +63,7 @@ def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
             return names[atom] if is_variable(atom) else atom
 
         def named(atom: Any) -> Variable:
-            """A variable for a literal, too: a carry that starts from it may move."""
+            """A variable for a literal, which may be the initial value of a carry."""
             if not is_variable(atom):
                 literal, atom = atom, fresh(atom.aval)
                 flat.constants[atom] = np.asarray(literal.val, atom.aval.dtype)
@@ -96,7 +96,7 @@ def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
 
 
 def active_variables(flat: Graph, moving: Iterable[Variable]) -> set[Variable]:
-    """The variables whose derivative along the parameters may differ from zero."""
+    """The variables whose derivative with respect to the parameters may be nonzero."""
     active = {v for v in moving if is_inexact(v)}
     for i, equation in enumerate(flat.equations):
         read = [v for v in dataflow.operands(equation) if v in active]
@@ -131,12 +131,12 @@ def active_in_loop(
 
 
 class BranchPoint(NamedTuple):
-    """A `cond` that most of a loss may be inside of.
+    """A `cond` that may contain most of a loss.
 
     Attributes:
-      place: of its equation.
-      branches: the numbers of the branches that may be taken.
-      index: from the inputs of the jaxpr to the place in `branches` of what is taken.
+      place: the position of its equation.
+      branches: the numbers of the branches that can be selected.
+      index: maps the inputs of the jaxpr to a position in `branches`, the selected one.
     """
 
     place: int
@@ -147,9 +147,9 @@ class BranchPoint(NamedTuple):
 def branch_point_of(
     jaxpr: Any, branches: dict[int, int] | None = None
 ) -> BranchPoint | None:
-    """The only large `cond` that a loss depends on, if there is just one.
+    """The large `cond` that a loss depends on, if there is exactly one.
 
-    With several, the programs of all combinations would be too many.
+    With several, there would be a program for each combination of branches.
     """
     flat = flattened(jaxpr, branches)
     if any(equation.effects for equation in flat.equations):
@@ -190,7 +190,7 @@ def depends_on(jaxpr: Any, place: int = 0) -> bool:
 
 
 def is_inexact(atom: Any) -> bool:
-    """Whether it is of real or complex numbers."""
+    """Whether a variable or literal is real or complex."""
     return jnp.issubdtype(atom.aval.dtype, np.inexact)
 
 

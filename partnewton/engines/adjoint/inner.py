@@ -1,4 +1,4 @@
-"""Inner products of rows, in which zero times anything is zero where it has to be."""
+"""Inner products of rows of tangents, and products in which 0 * inf is 0."""
 
 from typing import Any
 
@@ -17,21 +17,21 @@ __all__ = ["dots", "gram", "guarded_product", "where_moved", "wide_dtype", "wide
 def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """The inner products of rows, (r, *shape) x (c, *shape) -> (r, c), in real numbers.
 
-    Tangents pair with adjoints without conjugation, as in jax's transposition.
+    Products are not conjugated, as in the transposition of jax.
 
     Args:
       a, b: the rows.
-      weight: what the terms of each inner product are multiplied by, (*shape).
+      weight: factors of the terms of each inner product, (*shape).
     """
     dtype = wide_dtype(a, b)
     a, b = a.astype(dtype), b.astype(dtype)
     if compat.may_be_sharded(a, b):
-        # To join axes that are sharded would be to gather them.
+        # A reshape that joins sharded axes would gather the arrays.
         a = a if weight is None else weight * a
         explicit = compat.is_explicit(a) or compat.is_explicit(b)
         kwargs = {"out_sharding": jax.P(None, None)} if explicit else {}
         return _inner(a, b, **kwargs).real
-    # One contracted axis: with more, some backends take a much slower way.
+    # One contracted axis: with several, some backends are much slower.
     operands = [a.reshape(len(a), -1), b.reshape(len(b), -1)]
     if weight is not None:
         operands.append(weight.astype(dtype).reshape(1, -1))
@@ -57,11 +57,11 @@ def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
 
 
 def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
-    """The inner products of rows with rows of the same place, (r, *shape) -> (r,).
+    """The inner products of corresponding rows, (r, *shape) -> (r,).
 
     Args:
       a, b: the rows.
-      is_guarded: whether zero times infinity is zero.
+      is_guarded: whether a product with a zero factor is zero even if the other is inf.
     """
     dtype = wide_dtype(a, b)
     product = guarded_product(a.astype(dtype), b.astype(dtype), is_guarded).real
@@ -69,7 +69,7 @@ def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
 
 
 def guarded_product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
-    """The product; if guarded, zero times anything is zero, even infinity."""
+    """The product; if guarded, it is zero if a factor is zero, even for 0 * inf."""
     product = a * b
     if not is_guarded:
         return product
@@ -77,7 +77,7 @@ def guarded_product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
 
 
 def where_moved(x: jax.Array, *tangents: Tangent | None) -> jax.Array:
-    """x, but zero at the entries that some of the tangents leave where they are."""
+    """x, with zeros at the entries at which a tangent is zero in all rows."""
     for tangent in tangents:
         if tangent is not None:
             moved = jnp.any(tangent.values != 0, axis=0)
@@ -86,11 +86,11 @@ def where_moved(x: jax.Array, *tangents: Tangent | None) -> jax.Array:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """In float32 at least."""
+    """The array in float32 or a wider dtype."""
     return x.astype(wide_dtype(x))
 
 
 def wide_dtype(*arrays: jax.Array) -> np.dtype:
-    """The common dtype of some arrays, float32 at least; float8 has no other."""
+    """The common dtype of arrays, at least float32; float8 dtypes promote with none."""
     wide = [jnp.float32 if x.dtype.itemsize == 1 else x.dtype for x in arrays]
     return at_least_float32(*wide)

@@ -1,4 +1,4 @@
-"""A loss at a point as a program: its values, and the cotangents of its operations."""
+"""A loss and a partition; values and cotangents of the loss at a point."""
 
 import copy
 import functools
@@ -30,12 +30,12 @@ class ReverseModeError(Exception):
 
 
 class Linearized(NamedTuple):
-    """Two of the three sweeps: values forwards and cotangents backwards.
+    """The results of the first two sweeps: values forwards and cotangents backwards.
 
     Attributes:
       outputs: the loss, and the arrays in its aux.
       residuals: the values at the inputs of the operations.
-      cotangents: at the outputs of the curved operations.
+      cotangents: those of the results of curved operations.
       final: the final step, if there is one.
     """
 
@@ -53,7 +53,7 @@ class Problem:
       constants: the values of the first inputs of the program.
       inputs: the variables of the leaves, which are the other inputs.
       partition: of the leaves.
-      order: the subsets in the order in which the program meets them.
+      order: the subsets in the order in which the program uses them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Problem:
         self.__dict__.pop("repeats", None)
 
     def _flat(self, loss: Callable) -> Callable[[Leaves], list[jax.Array]]:
-        """The loss as a function to arrays; what else is in aux is kept aside."""
+        """The loss as a function to a list of arrays; other parts of aux are saved."""
 
         def flat(leaves: Leaves) -> list[jax.Array]:
             value, aux = loss(leaves)
@@ -89,7 +89,7 @@ class Problem:
         return flat
 
     def value_and_aux(self, outputs: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
-        """What the loss returns, from the outputs of its program."""
+        """Value and aux of the loss, from the outputs of its program."""
         value, *aux = outputs
         arrays = iter(aux)
         parts = [next(arrays) if x is None else x for x in self._aux]
@@ -102,11 +102,11 @@ class Problem:
 
     @functools.cached_property
     def branch_point(self) -> BranchPoint | None:
-        """The `cond` that most of the loss is inside of, if there is one."""
+        """The `cond` that contains most of the loss, if there is one."""
         return branch_point_of(self._jaxpr, self._branches)
 
     def in_branch(self, number: int) -> "Problem":
-        """The same problem in one of the branches of its branch point."""
+        """The problem with one branch in place of its branch point."""
         problem = copy.copy(self)
         problem._opaque = set()
         problem._branches = {**self._branches, self.branch_point.place: number}
@@ -115,9 +115,10 @@ class Problem:
         return problem
 
     def attempted(self, compute: Callable[[], Any]) -> Any:
-        """The result of a function that goes through the program.
+        """The result of a function that executes sweeps of the program.
 
-        An operation that jax cannot differentiate by itself is left to the final step.
+        If the rule of an operation raises an exception, the operation becomes part of
+        the final step, and the function is called again.
         """
         while True:
             try:
@@ -136,7 +137,7 @@ class Problem:
             if self.program.final:
                 return self._linearize_with_final(leaves)
             return self._linearize(leaves)
-        except Exception as error:  # jax has no common class for what it refuses
+        except Exception as error:  # jax has no common class for missing derivatives
             raise ReverseModeError from error
 
     def _linearize(self, leaves: Leaves) -> Linearized:
@@ -186,7 +187,7 @@ def _is_array(x: Any) -> bool:
 def _order_of_use(
     program: Program, inputs: Sequence[Variable], partition: Partition
 ) -> list[int]:
-    """The subsets in the order in which the program meets them."""
+    """The subsets in the order in which the program uses them."""
     met: dict[Variable, int] = {}
     for n, op in enumerate(program.ops):
         for v in filter(is_variable, op.inputs):

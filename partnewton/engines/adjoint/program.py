@@ -1,9 +1,8 @@
-"""A loss as a sequence of operations, and its values forwards.
+"""A loss as a sequence of operations, and the first sweep: values forwards.
 
 Most operations are one equation of the jaxpr of the loss. A run of elementwise
-equations on one variable, such as a gelu, is one operation; a `scan` is one with a
-program of its own. How a program is made is the subject of
-:mod:`partnewton.engines.adjoint.build`.
+equations of one variable, such as a gelu, is one operation; a `scan` is one whose body
+is a program. Programs are built in :mod:`partnewton.engines.adjoint.build`.
 """
 
 import dataclasses
@@ -29,9 +28,9 @@ class Residuals:
     """The values at the inputs of the operations of a program.
 
     Attributes:
-      values: of the inputs of all operations through which tangents pass.
-      loops: for each scan the residuals of its body, with an axis for the iterations
-        in front of every array.
+      values: of the inputs of all operations that have a rule.
+      loops: for each scan the residuals of its body, with a leading axis for the
+        iterations.
     """
 
     values: dict[Variable, jax.Array]
@@ -52,13 +51,13 @@ class Program:
     """A sequence of operations.
 
     Attributes:
-      inputs: the variables that it starts from.
-      outputs: what it results in, variables or literals.
-      ops: in an order in which they can be executed.
-      fixed: the inputs that are the same each time, for the body of a loop.
-      final: all from the first operation on that has to be differentiated by jax, as
-        one function to the loss and to what else is asked for; None if there is none.
-      rest: what is executed behind it, for its outputs or effects.
+      inputs: the variables of its inputs.
+      outputs: variables or literals.
+      ops: the operations in order of execution.
+      fixed: for the body of a loop, the inputs that are the same in each iteration.
+      final: the final step: one operation that jax differentiates as a whole, and whose
+        first output is the loss; None if there is none.
+      rest: operations after the final step, for other outputs or effects.
     """
 
     inputs: tuple[Variable, ...]
@@ -77,7 +76,7 @@ class Program:
 
     @functools.cached_property
     def _invariant(self) -> frozenset[Variable]:
-        """The variables that depend on fixed inputs alone: they are no residuals."""
+        """The variables that depend only on fixed inputs, which are recomputed."""
         invariant = set(self.fixed)
         for op in self._invariant_steps:
             invariant.update(op.outputs)
@@ -95,7 +94,7 @@ class Program:
         return tuple(ops)
 
     def is_active(self) -> Residuals:
-        """Which residuals depend on the parameters, as residuals that are booleans."""
+        """Whether each residual depends on the parameters, as a tree of booleans."""
         active = {op.inputs[i] for op in self.ops for i in op.active_inputs}
         loops = {n: op.loop.body for n, op in enumerate(self.ops) if op.loop}
         return Residuals(
@@ -104,7 +103,7 @@ class Program:
         )
 
     def invariants(self, fixed: Sequence[jax.Array]) -> dict[Variable, jax.Array]:
-        """The values of all variables that depend on the fixed inputs alone."""
+        """The values of all variables that depend only on the fixed inputs."""
         values = dict(zip(self.fixed, fixed, strict=True))
         for op in self._invariant_steps:
             results = op.function(*values_of(op.inputs, values))
@@ -112,9 +111,9 @@ class Program:
         return values
 
     def perturbations(self, leading: tuple[int, ...] = ()) -> Perturbations:
-        """Zeros to be added to what the curved ops result in.
+        """Zeros that are added to the results of curved operations.
 
-        The derivatives of the loss with respect to these are the adjoints.
+        The derivatives of the loss with respect to them are the cotangents.
         """
         perturbations: Perturbations = {}
         for n, op in enumerate(self.ops):
@@ -130,10 +129,10 @@ class Program:
     def run(
         self, inputs: Sequence[jax.Array], perturbations: Perturbations
     ) -> tuple[list[jax.Array], Residuals]:
-        """Executes the ops of a program that has no final one.
+        """Executes a program without a final step.
 
         Args:
-          inputs: the values to start from.
+          inputs: the values of the inputs.
           perturbations: as from :meth:`perturbations`.
 
         Returns:
@@ -145,7 +144,7 @@ class Program:
     def begin(
         self, inputs: Sequence[jax.Array], perturbations: Perturbations
     ) -> tuple[dict[Variable, jax.Array], Residuals]:
-        """Executes the ops up to the final one: all values, and the residuals."""
+        """Executes the operations before the final step: all values, and residuals."""
         values = dict(zip(self.inputs, inputs, strict=True))
         loops = {}
         for n, op in enumerate(self.ops):
@@ -164,14 +163,14 @@ class Program:
 
     @functools.cached_property
     def handed_on(self) -> tuple[Variable, ...]:
-        """What is computed up to the final op and read from there on."""
+        """The variables that are computed before the final step and read later."""
         later = [self.final, *self.rest] if self.final else []
         read = [v for op in later for v in op.inputs]
         written = {v for op in self.ops for v in op.outputs}
         return tuple(v for v in dict.fromkeys((*read, *self.outputs)) if v in written)
 
     def end(self, values: dict[Variable, jax.Array]) -> list[jax.Array]:
-        """Executes what is behind the final op: the outputs, from all values."""
+        """Executes the operations after the final step, and returns the outputs."""
         values = dict(values)
         for op in self.rest:
             results = op.function(*values_of(op.inputs, values))

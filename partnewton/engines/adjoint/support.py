@@ -1,4 +1,4 @@
-"""Which subsets move each variable, and how many bytes their tangents take."""
+"""The span of each variable, and the bytes of the tangents."""
 
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.op import Loop, Op
@@ -12,7 +12,7 @@ Spans = dict[Variable, Span]
 
 
 def spans_in(program: Program, spans: Spans) -> Spans:
-    """The subsets that move each variable, from those that move the inputs."""
+    """The span of the tangent of each variable, from the spans of the inputs."""
     found = dict(spans)
     for op in program.ops:
         read = [found[v] for v in op.read if v in found]
@@ -29,14 +29,14 @@ def spans_in(program: Program, spans: Spans) -> Spans:
 
 
 def spans_in_loop(loop: Loop, spans: Spans) -> Spans:
-    """The same inside of a scan, over all of its iterations."""
+    """The spans in the body of a scan, which include those of all iterations."""
     _, carry, _ = loop.split(loop.inputs)
     results = loop.body.outputs[: loop.num_carry]
     while True:
         found = spans_in(loop.body, spans)
         grown = dict(spans)
         for v, w in zip(carry, results, strict=True):
-            # A result may be a literal, which nothing moves and nothing hashes.
+            # A result may be a literal, which is constant and not hashable.
             both = [spans.get(v), found.get(w) if is_variable(w) else None]
             both = [span for span in both if span is not None]
             if both:
@@ -47,13 +47,13 @@ def spans_in_loop(loop: Loop, spans: Spans) -> Spans:
 
 
 def _entering(op: Op, spans: Spans) -> Spans:
-    """The subsets that move the inputs of the body of a scan."""
+    """The spans of the inputs of the body of a scan."""
     pairs = [(op.loop.inputs[i], op.inputs[i]) for i in op.active_inputs]
     return {v: spans[w] for v, w in pairs if w in spans}
 
 
 def bytes_of_a_row(program: Program, spans: Spans) -> int:
-    """The bytes of tangents that one subset takes at most, averaged over subsets."""
+    """The bytes that the largest operation writes, divided by the number of subsets."""
     everyone = hull(list(spans.values())) if spans else Span(0, 1)
     found = spans_in(program, spans)
     most = 1

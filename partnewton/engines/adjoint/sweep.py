@@ -1,4 +1,4 @@
-"""Tangents forwards: jets from operation to operation, and the terms that these add."""
+"""The third sweep: jets forwards through operations, and the terms of these."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from partnewton.engines.compat import Variable
 
 __all__ = ["Jets", "OperationError", "passed", "sweep"]
 
-Jets = dict[Variable, Jet]  # of the variables that move
+Jets = dict[Variable, Jet]  # of the variables with a nonzero tangent
 
 
 class OperationError(Exception):
-    """jax cannot do with an operation by itself what its rule asks for."""
+    """The rule of an operation raised an exception, such as one of jax."""
 
     def __init__(self, op: Op):
         self.op = op
@@ -34,21 +34,21 @@ def sweep(
     *,
     one_by_one: bool = False,
 ) -> Terms:
-    """Passes jets through some operations.
+    """Propagates jets through operations.
 
     Args:
       ops: the operations with their numbers in the program.
       residuals: the values at their inputs.
-      cotangents: at the outputs of the curved ones, by number.
-      jets: of what the operations read; those of what they write are entered.
-      request: what is asked for.
-      one_by_one: whether each curved operation is compiled by itself.
+      cotangents: those of the results of curved operations, by number.
+      jets: those of the inputs; the jets of the results are added to it.
+      request: what the rules compute.
+      one_by_one: whether each curved operation is a call that XLA does not inline.
 
     Returns:
       The terms of all operations.
 
     Raises:
-      OperationError: jax refuses what a rule asks for.
+      OperationError: a rule raised an exception.
     """
     terms = Terms()
     for n, op in ops:
@@ -80,7 +80,7 @@ def passed(
 
     try:
         found, terms = (lowerings.outlined(run) if by_itself else run)()
-    except Exception as error:  # jax has no common class for what it refuses
+    except Exception as error:  # jax has no common class for missing derivatives
         raise OperationError(op) from error
     if request.tangents_are_fixed:
         found = jax.lax.stop_gradient(found)

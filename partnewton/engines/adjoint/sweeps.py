@@ -35,16 +35,16 @@ def sums_along(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Gradient (S,), hessian (S, S) and third (S,) or None.
 
-    Two subsets meet only if their tangents are there at the same time. So, where the
-    memory does not suffice for all at once, subsets come in blocks, each block with
-    each other one.
+    An entry of the hessian needs the tangents of two subsets in the same sweep. If the
+    memory does not suffice for all subsets, they are divided into blocks, and there is
+    one sweep for each pair of blocks.
 
     Args:
       problem: the loss.
       direction: of the leaves.
-      point: where the loss is linearised.
-      third_order: whether third is asked for.
-      batch_size: how many subsets move at once; by default as many as 1 GiB holds.
+      point: the linearization of the loss.
+      third_order: whether third is requested.
+      batch_size: the number of subsets in one sweep; by default as many as 1 GiB holds.
     """
     S, dtype = problem.partition.size, problem.partition.dtype
     row = _bytes_of_a_row(problem)
@@ -59,7 +59,7 @@ def sums_along(
         new = [x & ~y for x, y in zip(now, known, strict=True)]
         is_large = len(subsets) * row > _CACHED_BYTES
         more = _sweep(problem, direction, point, subsets, request, is_large)
-        # Where the loss is not finite there is nothing to be measured.
+        # If the loss is not finite, neither are its derivatives.
         value = point.outputs[0]
         if not compat.varying_axes(value):
             more = [jnp.where(jnp.isfinite(value), x, jnp.nan) for x in more]
@@ -75,8 +75,8 @@ def third_order_tensor(
 ) -> jax.Array:
     """All of the third order, (S, S, S).
 
-    With M_s the derivative of the sum of all local products along
-    (xdot_s / 3, lambdadot_s), the tangents in these products being held fixed,
+    With M_s the derivative of the sum of all terms along (xdot_s / 3, lambdadot_s),
+    where the tangents in these terms are constants,
 
         D3 L[u_s, u_t, u_r] = M_s[t, r] + M_t[s, r] + M_r[s, t].
     """
@@ -126,7 +126,7 @@ def _sweep(
     request: Request,
     one_by_one: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradient, hessian and third, zero wherever a subset that does not move is met."""
+    """Gradient, hessian and third, zero at all entries of other subsets."""
     program, everyone = problem.program, Span(0, len(subsets))
 
     def run(
@@ -138,7 +138,7 @@ def _sweep(
 
     ends = program.final.read if program.final else program.outputs[:1]
     ends = list(filter(is_variable, ends))
-    # By itself: XLA would compute values and cotangents again for each of its readers.
+    # Not inlined: XLA would recompute values and cotangents for each consumer.
     found, terms = lowerings.outlined(run)(direction, point.residuals, point.cotangents)
     jets = {v: x for v, x in zip(ends, found, strict=True) if x.first}
     slope = jets[ends[0]].first if jets else None
@@ -159,7 +159,7 @@ def _sweep_ops(
     request: Request,
     one_by_one: bool,
 ) -> Terms:
-    """Passes jets through all operations, and enters those of every variable."""
+    """Propagates jets through all operations, and adds those of all variables."""
     ops = list(enumerate(problem.program.ops))
     spans = spans_in(problem.program, {v: x.first.span for v, x in jets.items()})
     common = residuals, cotangents, jets, request
@@ -175,7 +175,7 @@ def _sweep_ops(
 def _spread(
     size: int, subsets: Sequence[int], *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Numbers by place among some subsets become numbers by subset."""
+    """Scatters arrays over some subsets to arrays over all subsets."""
     if len(subsets) == size:
         back = np.argsort(subsets)
         return tuple(x[np.ix_(*[back] * x.ndim)] for x in arrays)
@@ -189,7 +189,7 @@ def _spread(
 def _jets_of_leaves(
     problem: Problem, direction: Leaves, subsets: Sequence[int]
 ) -> Jets:
-    """The direction at each leaf, a row for each subset that has a part in it."""
+    """The direction of each leaf, with a row for each subset that has entries in it."""
     places = {s: n for n, s in enumerate(subsets)}
     jets = {}
     for v, u, label in zip(
@@ -208,7 +208,7 @@ def _jets_of_leaves(
 
 
 def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The subsets of each sweep, in the order in which the loss meets them."""
+    """The subsets of each sweep, in the order in which the loss uses them."""
     S = len(order)
     if batch_size >= S:
         return [list(order)]
@@ -218,7 +218,7 @@ def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def _bytes_of_a_row(problem: Problem) -> int:
-    """What one subset takes where most tangents are alive; at least 1."""
+    """The bytes per subset of the tangents of the largest operation; at least 1."""
     place = {s: n for n, s in enumerate(problem.order)}
     spans = {}
     for v, label in zip(problem.inputs, problem.partition.labels, strict=True):

@@ -116,7 +116,7 @@ jax.tree_util.register_dataclass(
 
 
 def placed(tangent: Tangent | None, span: Span, dtype: np.dtype) -> jax.Array:
-    """The rows of a scalar as numbers, one for each subset of a span."""
+    """The tangent of a scalar as an array with an entry for each subset of a span."""
     if tangent is None:
         return jnp.zeros(span.count, dtype)
     return _total([_Block(tangent.values.real, (tangent.span,))], 1, span, dtype)
@@ -125,7 +125,7 @@ def placed(tangent: Tangent | None, span: Span, dtype: np.dtype) -> jax.Array:
 def _total(
     blocks: Sequence[_Block], ndim: int, span: Span, dtype: np.dtype
 ) -> jax.Array:
-    """The sum of some blocks, which are placed together as far as possible."""
+    """The sum of blocks over a span, with few scatter operations."""
     full, known, others = [], [], []
     for block in blocks:
         if all(x == span for x in block.spans):
@@ -138,7 +138,7 @@ def _total(
 
 
 def _add_known(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
-    """Adds blocks of subsets whose numbers are known."""
+    """Adds blocks whose subsets are known at trace time, in one scatter per factor."""
     flat = total.ravel()
     for factor in sorted({block.factor for block in blocks}):
         some = [block for block in blocks if block.factor == factor]
@@ -150,7 +150,7 @@ def _add_known(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Ar
 
 
 def _add_rows(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
-    """Adds blocks of subsets whose numbers are not known, as rows of the total."""
+    """Adds blocks whose subsets are known at run time, as rows of the total."""
     if not blocks:
         return total
     index, rows = [], []
@@ -158,7 +158,7 @@ def _add_rows(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Arr
         values = block.factor * block.values.astype(total.dtype)
         spans = block.spans
         if len(spans) == 2:
-            if spans[0].is_static:  # the symmetric part counts
+            if spans[0].is_static:  # only the symmetric part is used
                 values, spans = values.T, spans[::-1]
             columns = Tangent(values.T, spans[1].start)
             values = densify(columns, span).T
@@ -170,6 +170,6 @@ def _add_rows(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Arr
 
 
 def over_all_devices(x: jax.Array) -> jax.Array:
-    """The sum over the devices of a `shard_map`, as far as they have their own."""
+    """The sum over the axes of a `shard_map` along which an array varies."""
     axes = compat.varying_axes(x)
     return jax.lax.psum(x, axes) if axes else x
