@@ -1,18 +1,19 @@
-"""The fast engine: local second derivatives against one adjoint.
+"""The fast engine: sums of second derivatives of operations, weighted by cotangents.
 
-Write the loss as a sequence of operations z_k = f_k(inputs of k). With lambda_k =
-dL/dz_k, the cotangents of an ordinary gradient, and xdot_s the tangents of the inputs
-of operation k when subset s moves,
+Let the loss be a sequence of operations z_k = f_k(x_k), lambda_k = dL/dz_k the
+cotangents of an ordinary gradient, and xdot_s the tangents of the inputs x_k along
+subset s. Then
 
     D2 L[u_s, u_t] = sum_k lambda_k . D2 f_k [xdot_s, xdot_t],
 
-because the cotangent takes up every second-order term but those that an operation
-creates by itself. So there is no Hessian-vector product, and nothing of the shape of a
-weight: values go forwards, cotangents backwards, tangents forwards, and the sums are
-taken on the way. Tangents of second order give the diagonal of the third order
-likewise; see :class:`partnewton.engines.adjoint.op.Apply`.
+since a second-order term that originates at operation k changes the loss by its product
+with lambda_k. So there are no Hessian-vector products, and no arrays of the shape of a
+weight, but three sweeps: values forwards, cotangents backwards, and tangents forwards,
+with the sums computed in the last one. The diagonal of the third order is computed in
+the same way from second derivatives of values along each subset; see
+:class:`partnewton.engines.adjoint.op.Apply`.
 
-All of the third order needs only first derivatives of values and of cotangents, by the
+The third-order tensor needs only first derivatives of values and of cotangents, by the
 "2n + 1 rule": with lambdadot_s the derivative of the cotangents along s,
 
     D3 L[u_s, u_t, u_r] = sum_k   lambda_k . D3 f_k [xdot_s, xdot_t, xdot_r]

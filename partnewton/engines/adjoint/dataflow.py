@@ -1,8 +1,7 @@
-"""What equations read and write, and which of them only jax itself can differentiate.
+"""Dependencies between equations, and the equations that belong to the final step.
 
 A mutable array, `jax.new_ref`, is read and written by each equation that has it among
-its operands; equations with other effects, such as ordered callbacks, follow each other
-as they do in the jaxpr.
+its operands. Equations with other effects, such as ordered callbacks, keep their order.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -29,7 +28,7 @@ __all__ = [
     "written",
 ]
 
-# Calls whose derivative in reverse mode is given by somebody, true or not.
+# Calls with a custom rule for reverse mode, which need not be the derivative.
 _REVERSE_RULES = (
     "custom_transpose_call",
     "custom_vjp_call",
@@ -60,7 +59,7 @@ def references(equation: Equation) -> list[Variable]:
 
 
 def has_other_effects(equation: Equation) -> bool:
-    """Whether an equation has effects beside those on mutable arrays."""
+    """Whether an equation has effects other than those on mutable arrays."""
     return bool(equation.effects) and not references(equation)
 
 
@@ -70,12 +69,12 @@ def written(equation: Equation) -> list[Variable]:
 
 
 def awaited(equation: Equation) -> list[Any]:
-    """What an equation waits for: its operands, and the effects before its own."""
+    """What an equation depends on: its operands, and the effects before its own."""
     return [*operands(equation), *(["effects"] if equation.effects else [])]
 
 
 def provided(equation: Equation) -> list[Any]:
-    """What others may wait for: what it writes, and its effects."""
+    """What others may depend on: the variables that it writes, and its effects."""
     return [*written(equation), *(["effects"] if equation.effects else [])]
 
 
@@ -84,7 +83,7 @@ def needed(
     wanted: Iterable[Variable],
     among: Collection[Variable] | None = None,
 ) -> set[Variable]:
-    """The variables that some others depend on, by way of variables in `among`."""
+    """The variables on which some others depend, through variables in `among`."""
     found = {v for v in wanted if is_variable(v)}
     for equation in reversed(equations):
         if any(v in found for v in written(equation)):
@@ -94,16 +93,16 @@ def needed(
 
 
 def is_opaque(equation: Equation) -> bool:
-    """Whether an equation is no local function that may be differentiated forwards.
+    """Whether an equation must not be differentiated by itself.
 
-    That is where a rule for reverse mode alone is in force, which need be no
-    derivative, and where mutable arrays carry what is to be differentiated.
+    These are equations with a custom rule for reverse mode only, which need not be a
+    derivative, and equations with mutable arrays.
     """
     return has_own_rule(equation) or _has_reference(equation)
 
 
 def has_own_rule(equation: Equation) -> bool:
-    """Whether a rule for reverse mode alone is in force somewhere in an equation."""
+    """Whether an equation contains a custom rule for reverse mode only."""
     if equation.primitive.name in _REVERSE_RULES:
         return True
     if equation.primitive is primitives.custom_jvp_call_p:
@@ -128,20 +127,20 @@ def final_part(
     value: Any,
     opaque: Collection[int],
 ) -> tuple[list[int], list[int], list[int]]:
-    """The equations before, in and after the part that begins with an opaque one.
+    """The equations before, in and after the final step.
 
-    The part in the middle is all that a value needs and that depends, in whatever way,
-    on what an opaque equation writes. All equations that deal with one mutable array
-    are on one side.
+    The final step consists of the equations on which a value depends and that depend on
+    the results of an opaque equation. All equations of a mutable array are in the same
+    part.
 
     Args:
       equations: all of them, in order.
-      value: the variable that is computed.
-      opaque: the places of the opaque equations.
+      value: the variable, which is the loss.
+      opaque: the positions of the opaque equations.
 
     Returns:
-      The places of the equations before, in and after it. All are before it if the
-      value needs no opaque equation.
+      The positions of the equations before, in and after it. All are before it if the
+      value depends on no opaque equation.
     """
     late = _closed(equations, opaque)
     if not late:
@@ -161,7 +160,7 @@ def final_part(
 
 
 def _closed(equations: Sequence[Equation], opaque: Collection[int]) -> list[int]:
-    """The opaque equations and all that depend on them, mutable arrays included."""
+    """The opaque equations and all that depend on them, also by mutable arrays."""
     late, moved = set(opaque), set()
     while True:
         size, has_effects = len(late), False

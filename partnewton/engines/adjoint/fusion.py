@@ -32,8 +32,10 @@ def grouped(
     """
     run_of: dict[Variable, Variable] = {}  # runs are named by their first variable
     runs: dict[Variable, list[int]] = {}
-    behind: dict[Variable, set[Variable]] = {}  # runs that a variable depends on
-    before: dict[Variable, set[Variable]] = {}  # runs that a run depends on
+    # The runs on which each variable depends.
+    behind: dict[Variable, set[Variable]] = {}
+    # The runs on which each run depends.
+    before: dict[Variable, set[Variable]] = {}
     groups = []
     for i in places:
         equation = equations[i]
@@ -41,8 +43,8 @@ def grouped(
         read = {v for v in awaited if v in active}
         names = {run_of.get(v, v) for v in read}
         written = [v for v in equation.outvars if v in relevant]
-        # A run must not depend on results of its own by way of other operations, such as
-        # a mask or a stop_gradient.
+        # A run must not depend on its own results through other operations, such as a
+        # mask or a stop_gradient.
         fixed = [behind.get(v, set()) for v in awaited if v not in read]
         is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
         # An infinite derivative after a mask would make that of the whole run NaN.

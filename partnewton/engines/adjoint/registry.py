@@ -159,7 +159,7 @@ def custom_rule(equation: Equation, active: Collection[int]) -> Rule | None:
 
 
 def is_differentiable(equation: Equation) -> bool:
-    """Whether results differ at all when operands move a little."""
+    """Whether an operation may have a nonzero derivative."""
     name = equation.primitive.name
     is_constant = name in _PIECEWISE_CONSTANT and _is_real(equation)
     return name != "stop_gradient" and not is_constant
@@ -182,9 +182,10 @@ def is_bilinear(equation: Equation) -> bool:
 
 
 def is_affine(equation: Equation, active: Sequence[int]) -> bool:
-    """Whether an operation that is linear may have a constant term besides: ``x + 1``.
+    """Whether a linear operation may have a constant term, as in ``x + 1``.
 
-    It has one where such operands are constant, or where a gather fills in.
+    It has one if other operands in which it is linear are constant, or if a gather
+    fills in values.
     """
     name = equation.primitive.name
     if name == "gather":
@@ -218,7 +219,7 @@ def is_elementwise(equation: Equation) -> bool:
 
 
 def is_known(equation: Equation) -> bool:
-    """Whether an operation was registered, or consists of such ones."""
+    """Whether an operation is in a table, or consists of such operations."""
     name = equation.primitive.name
     return (
         is_elementwise(equation)
@@ -230,8 +231,8 @@ def is_known(equation: Equation) -> bool:
 
 # --- Masks, and derivatives that are infinite ----------------------------------------
 
-# What keeps the derivatives of some entries away from others, beside all that is
-# piecewise linear or unknown: a cotangent that is not finite may end here.
+# Operations with zero derivatives between some entries, besides those that are
+# piecewise linear or unknown. They may mask a cotangent that is not finite.
 _MASKING = frozenset(
     [
         "concatenate",
@@ -246,7 +247,7 @@ _MASKING = frozenset(
 
 
 def may_mask(equation: Equation) -> bool:
-    """Whether the result may be constant at some entries where the operands move."""
+    """Whether entries of the result may be constant although the operands are not."""
     name = equation.primitive.name
     if name in ("concatenate", "pad", "stack"):
         return not all(
@@ -270,12 +271,12 @@ def is_singular(equation: Equation, positive: Collection[Variable] = ()) -> bool
 
 
 def has_power(equation: Equation) -> bool:
-    """Whether an elementwise function has to do with powers that are not whole."""
+    """Whether an elementwise function contains a non-integer power."""
     return any(e.primitive.name == "pow" for e in _elementary(equation))
 
 
 def _elementary(equation: Equation) -> list[Equation]:
-    """The equations that an equation consists of, if it is a function with a rule."""
+    """The equations inside an equation, if it is a `custom_jvp`, or the equation."""
     if equation.primitive is not primitives.custom_jvp_call_p:
         return [equation]
     inside = compat.open_jaxpr(equation.params["call_jaxpr"])
@@ -291,7 +292,7 @@ def _elementary_or_inlined(equation: Equation) -> list[Equation]:
 
 
 def _is_kept_away(equation: Equation, positive: Collection[Variable]) -> bool:
-    """Whether the number with the infinite derivative is out of reach."""
+    """Whether the operands exclude the point with the infinite derivative."""
     name, read = equation.primitive.name, equation.invars
     if name == "integer_pow" and equation.params["y"] >= 0:
         return True

@@ -1,9 +1,9 @@
-"""Where an infinite derivative may meet a tangent that is zero.
+"""Operations at which an infinite derivative may be multiplied by a zero tangent.
 
-In ``sqrt(where(mask, 0, x))`` the slope of the root is infinite at the masked entries,
-and the gradient is finite all the same: `where` takes no notice of adjoints there.
-Tangents meet the infinite slope with a zero, and zero times anything has to be zero.
-What this costs is paid only where it can happen, which is worked out here.
+In ``sqrt(where(mask, 0, x))``, the derivative of the square root is infinite at the
+masked entries. The gradient is finite, since `where` replaces the cotangents there by
+zeros. Tangents are zero there, and their products with the infinite derivative have to
+be zero. Such products are masked, at the operations that are found here.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ _KEEPING_SIGN = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Singularities:
-    """What is known of the variables of a jaxpr.
+    """Properties of the variables of a jaxpr.
 
     Attributes:
-      positive: those that are greater than zero, as far as it shows.
-      masked: those that move and have no way to the parameters but through a mask.
-      endangered: those of them whose adjoint may be infinite.
+      positive: those that are known to be greater than zero.
+      masked: the active ones that depend on the parameters only through a mask.
+      endangered: those of the masked ones whose cotangent may be infinite.
     """
 
     positive: frozenset[Variable]
@@ -68,11 +68,11 @@ class Singularities:
         equations: Sequence[Equation],
         read: Collection[Variable],
     ) -> bool:
-        """Whether an operation must keep zeros from what may be infinite.
+        """Whether products of zero and infinity have to be masked in an operation.
 
         Args:
           is_elementwise: whether it has the rule of elementwise functions.
-          equations: of the operation.
+          equations: the equations of the operation.
           read: its active inputs.
         """
         is_singular = is_elementwise and any(map(self.is_singular, equations))
@@ -84,7 +84,7 @@ class Singularities:
         return is_infinite and self.masked.issuperset(read)
 
     def has_mask(self, equations: Sequence[Equation]) -> bool:
-        """Whether a step has a mask and an adjoint which may be infinite there."""
+        """Whether an operation has a mask, and cotangents may be infinite there."""
         has_mask = any(map(registry.may_mask, equations))
         return has_mask and self._is_endangered(equations)
 
@@ -99,13 +99,13 @@ def singularities_of(
     from_outside: Iterable[Variable],
     to_outside: Iterable[Any],
 ) -> Singularities:
-    """What can be said of the variables of a jaxpr.
+    """The properties of the variables of a jaxpr.
 
     Args:
-      equations: in order.
-      active: the variables that move.
-      from_outside: those that are taken to be masked: the inputs of a loop.
-      to_outside: those whose adjoint is taken to be infinite: the results of a loop.
+      equations: its equations in order.
+      active: the active variables.
+      from_outside: variables that count as masked: the inputs of a loop.
+      to_outside: variables whose cotangents count as infinite: the results of a loop.
     """
     masked = frozenset(_masked(equations, active, from_outside))
     positive = frozenset(_positive(equations))
@@ -125,11 +125,11 @@ def _masked(
     active: Collection[Variable],
     from_outside: Iterable[Variable],
 ) -> set[Variable]:
-    """The active variables with no way to the parameters but through a mask.
+    """The active variables that depend on the parameters only through a mask.
 
-    An adjoint that is infinite makes the gradient infinite, unless on every way to the
-    parameters there is a `where` or a like operation that takes no notice of it. Only
-    then is there something to be kept out of a summary.
+    An infinite cotangent makes the gradient infinite, unless each path to the
+    parameters contains a `where` or a similar operation. Only then, the summary can be
+    finite.
     """
     masked = set(from_outside)
     for equation in equations:
@@ -140,7 +140,7 @@ def _masked(
 
 
 def _positive(equations: Sequence[Equation]) -> set[Variable]:
-    """The variables that are greater than zero, but for underflow."""
+    """The variables that are greater than zero, except for underflow."""
     positive: set[Variable] = set()
     at_least_zero: set[Variable] = set()
 

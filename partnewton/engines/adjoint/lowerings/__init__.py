@@ -1,8 +1,8 @@
-"""Ways of computing the same that XLA's CPU backend is fast at.
+"""Equivalent computations that are faster with XLA's CPU backend.
 
-The engine is right without them: inside of :func:`disabled` everything is computed in
-the plain way. What is slow, and why, is written in each file. Arrays that may be
-sharded, and other devices, always take the plain way.
+The engine is correct without them: inside the context :func:`disabled`, none is used.
+Each file explains what is slow otherwise, and why. They are not used on other platforms
+and for arrays that may be sharded.
 """
 
 from partnewton.engines.adjoint.lowerings.memory import (

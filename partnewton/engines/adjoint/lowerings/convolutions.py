@@ -1,10 +1,10 @@
-"""Ways to convolve that XLA's CPU backend is fast at (as of jax 0.10).
+"""Convolutions that are fast with XLA's CPU backend (as of jax 0.10).
 
-It has a fast and a slow convolution, a factor of 20 to 40 apart, and two things lead to
-the slow one. Where a kernel is larger than its image, XLA swaps the two; with the zeros
-around the image written out the image is the larger one. And inside of a branch a
-kernel must have its axes in the usual order, which in a transposed convolution it has
-if the original has not.
+It has a fast and a slow implementation, which differ by a factor of 20 to 40. The slow
+one is used in two cases. If a kernel is larger than its image, XLA exchanges them; an
+explicit padding with zeros makes the image the larger one. Inside a branch, the axes of
+the kernel must have the usual order; in a transposed convolution, they have it if those
+of the original kernel are exchanged.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def of_rows(equation: Equation) -> Convolution | None:
-    """The convolution of an equation for many images; None if it is as it should be."""
+    """The convolution of an equation with explicit padding; None if not needed."""
     if not _is_convolution(equation) or not _is_swapped(equation):
         return None
     params = equation.params
@@ -35,7 +35,7 @@ def of_rows(equation: Equation) -> Convolution | None:
         ):
             widths[axis] = (low, high, dilation - 1)
         image = jax.lax.pad(image, np.zeros((), image.dtype), widths)
-        # Or XLA would take the zeros back into the convolution.
+        # Without it, XLA moves the padding back into the convolution.
         image = jax.lax.optimization_barrier(image)
         nothing = {
             "padding": [(0, 0)] * len(spatial),
@@ -53,7 +53,7 @@ def of_rows(equation: Equation) -> Convolution | None:
 
 
 def to_be_transposed(equation: Equation) -> Convolution | None:
-    """The convolution of an equation, with the channels of its kernel in turned order.
+    """The convolution of an equation, with the channel axes of its kernel exchanged.
 
     None if the equation is no convolution.
     """

@@ -1,4 +1,4 @@
-"""Long rows: written once, and read once, from memory."""
+"""Large arrays that are written to memory once, and read once."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,13 +13,14 @@ __all__ = ["concatenate", "in_blocks", "outlined"]
 _LARGE = 2**20  # bytes
 _BEYOND_CACHE = 2**23  # numbers
 _BLOCK = 2**10  # numbers of each row
-_MANY_ROWS = 8  # with fewer, each is read but a few times
+_MANY_ROWS = 8  # with fewer, each is read a few times only
 
 
 def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
-    """The rows of all parts.
+    """Concatenates along the first axis.
 
-    XLA would compute them again for each reader that can be fused with them.
+    The concatenation of large arrays is not inlined. Otherwise, XLA fuses it into each
+    consumer, and recomputes it there.
     """
 
     def join(*parts: jax.Array) -> jax.Array:
@@ -30,16 +31,16 @@ def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def outlined(function: Callable) -> Callable:
-    """The function compiled by itself: what it returns is written once."""
+    """The function as a call that XLA does not inline."""
     return compat.outlined(function) if switch.are_enabled() else function
 
 
 def in_blocks(
     product: Callable[..., jax.Array], operands: Sequence[jax.Array]
 ) -> jax.Array:
-    """A sum of products along the last axis of some matrices, block by block.
+    """A sum of products along the last axis of matrices, block by block.
 
-    The matrix product of a CPU reads rows that are far apart again and again.
+    Matrix products on CPUs read long rows from memory several times.
 
     Args:
       product: from matrices to a matrix, linear in the entries along the last axis.

@@ -1,9 +1,9 @@
-"""Batched matrix products of rows, by a way that is fast on CPUs.
+"""Batched matrix products of rows of tangents, for CPUs.
 
-In a batched product, such as those of attention, the rows of tangents of one operand
-would become part of the matrices of each batch: behind the batch axes in memory, so
-that all that follows has to bring them to the front again. If the operand without
-tangents is broadcast over the rows, these are one more batch axis, the first one.
+The batching rule of jax makes the rows of one operand part of the matrices of a batched
+product, as in attention. Their axis then comes after the batch axes in memory, and each
+consumer transposes the array. If the operand without rows is broadcast over them, the
+rows are a batch axis, the first one.
 """
 
 import math
@@ -31,11 +31,11 @@ def is_batched(equation: Equation) -> bool:
 
 
 def in_order(equation: Equation) -> Any | None:
-    """A batched product as one of operands whose axes are in order; None if they are.
+    """A jaxpr that transposes the operands of a batched product; None if not needed.
 
-    The order is batch, free, contracted on the left and batch, contracted, free on the
-    right. What has to be copied to get there is copied once, and not in each product
-    that has to do with it.
+    The order of the axes is batch, free, contracted on the left and batch, contracted,
+    free on the right. The operands are copied once, and not in each product that is
+    derived from this one.
     """
     if not is_batched(equation) or not switch.are_enabled():
         return None
@@ -72,7 +72,7 @@ def in_order(equation: Equation) -> Any | None:
 
 
 def of_rows(equation: Equation) -> Product | None:
-    """The product of an equation, to be taken of all rows at once; None if not batched.
+    """The product of an equation for all rows at once; None if it is not batched.
 
     Either operand may have one more axis in front, that of the rows.
     """
@@ -84,13 +84,13 @@ def of_rows(equation: Equation) -> Product | None:
 
 
 def _options(equation: Equation) -> dict[str, Any]:
-    """How a product is to be taken, beside its axes."""
+    """The parameters of a product other than its axes."""
     names = "precision", "preferred_element_type", "out_sharding"
     return {name: equation.params[name] for name in names}
 
 
 def repeating(function: Product, ndims: Sequence[int]) -> Product:
-    """A bilinear function of rows that repeats the operand that has none.
+    """A bilinear function of rows that broadcasts the operand without rows.
 
     Args:
       function: of operands without rows.

@@ -1,8 +1,8 @@
-"""Sums of tangents over axes, by a way that is fast on CPUs.
+"""Sums over the last axes of arrays, for CPUs.
 
-XLA's CPU backend sums the rows of a large array over their last axis with the rows in
-the inmost loop. Where a row is a power of two long, all of them compete for the same
-lines of the cache: a factor of 10. A product with ones goes through memory in order.
+XLA's CPU backend sums a large array over its last axis with the rows in the innermost
+loop. If the length of a row is a power of two, all rows compete for the same cache
+lines, which costs a factor of 10. A matrix product with ones reads memory in order.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["of_rows", "total"]
 
 
 def of_rows(equation: Equation) -> Callable[[jax.Array], jax.Array] | None:
-    """The sum of an equation, to be taken of many rows; None if it is none."""
+    """The sum of an equation, for many rows; None if it is no sum over last axes."""
     if equation.primitive.name != "reduce_sum":
         return None
     axes = equation.params["axes"]

@@ -1,4 +1,4 @@
-"""Operations that are applied to many rows, by the way that is fastest for each."""
+"""Operations that are applied to many rows of tangents."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ __all__ = ["of_rows", "transposable"]
 
 
 def of_rows(op: Op) -> tuple[Callable[..., list[jax.Array]], bool]:
-    """The function of an operation for rows, and whether it takes all rows at once.
+    """The function of an operation for rows, and whether it is given all rows at once.
 
-    Else it is a function of one row of each operand.
+    If not, it is a function of one row of each operand.
     """
     if len(op.equations) == 1 and switch.are_enabled():
         (equation,) = op.equations
@@ -33,7 +33,7 @@ def of_rows(op: Op) -> tuple[Callable[..., list[jax.Array]], bool]:
 
 
 def transposable(op: Op) -> Callable[..., list[jax.Array]]:
-    """The function of an operation, to be transposed where it is linear."""
+    """The function of an operation, for transposition."""
     if len(op.equations) == 1 and switch.are_enabled():
         way = convolutions.to_be_transposed(op.equations[0])
         if way is not None:

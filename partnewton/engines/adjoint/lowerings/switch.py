@@ -1,4 +1,4 @@
-"""Where the ways that are fast on CPUs are taken."""
+"""Selects between the implementations for CPUs and those for all platforms."""
 
 import contextlib
 import contextvars
@@ -15,13 +15,13 @@ _enabled = contextvars.ContextVar("lowerings_are_enabled", default=True)
 
 
 def are_enabled() -> bool:
-    """Whether one is not inside of :func:`disabled`."""
+    """Whether lowerings are used, that is, outside of :func:`disabled`."""
     return _enabled.get()
 
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """A context in which everything is computed in the plain way."""
+    """A context in which no lowering is used."""
     token = _enabled.set(False)
     try:
         yield

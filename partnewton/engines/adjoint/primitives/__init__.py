@@ -1,4 +1,4 @@
-"""The rules of the engine, a file for each kind of operation."""
+"""The rules of the engine, one file for each kind of operation."""
 
 from partnewton.engines.adjoint.primitives.bilinear import bilinear
 from partnewton.engines.adjoint.primitives.elementwise import (

@@ -1,4 +1,4 @@
-"""Products z = B(a, b) of two operands that both depend on the parameters."""
+"""Products z = B(a, b) of two active operands."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -26,13 +26,13 @@ __all__ = ["bilinear", "is_product"]
 
 
 def is_product(equation: Equation, active: Collection[int]) -> bool:
-    """Whether both operands are active, and no square is taken."""
+    """Whether both operands are active, and they are different variables."""
     left, right = equation.invars
     return len(active) == 2 and left is not right
 
 
 def _is_complex_product(equation: Equation, active: Collection[int]) -> bool:
-    """The same, of complex numbers; one of real numbers is an elementwise function."""
+    """The same for complex numbers; real products are elementwise functions."""
     dtype = equation.outvars[0].aval.dtype
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     return is_complex and is_product(equation, active)
@@ -47,7 +47,7 @@ def bilinear(
     jets: Sequence[Jet],
     request: Request,
 ) -> tuple[list[Jet], Terms]:
-    """z = B(a, b), bilinear: all that is not linear is the cross term.
+    """z = B(a, b), bilinear.
 
     zdot = B(adot, b) + B(a, bdot);  zddot = B(addot, b) + 2 B(adot, bdot) + B(a, bddot)
     hessian_st = lambda . (B(adot_s, bdot_t) + B(adot_t, bdot_s))
@@ -93,9 +93,10 @@ class _Product:
         return found[0] if found else None
 
     def hessian(self, a: Tangent | None, b: Tangent | None) -> Terms:
-        """2 lambda . B(adot_s, bdot_t), of which the symmetric part counts.
+        """2 lambda . B(adot_s, bdot_t), of which the symmetric part is used.
 
-        The operand with fewer rows, a weight as a rule, meets the cotangent.
+        The vector-Jacobian products are those of the operand with fewer rows, which
+        usually is a weight.
         """
         if a is None or b is None:
             return Terms()
@@ -124,7 +125,7 @@ class _Product:
         return Tangent(values, tangent.start)
 
     def crossed(self, x: Tangent | None, y: Tangent | None) -> Tangent | None:
-        """B(x_s, y_s) on the subsets of both."""
+        """B(x_s, y_s) for the subsets s of both tangents."""
         common = overlap(x.span, y.span) if x is not None and y is not None else None
         if common is None:
             return None

@@ -1,4 +1,4 @@
-"""Functions entry by entry, of up to three inputs: all derivatives are weights."""
+"""Elementwise functions of up to three inputs, whose derivatives are arrays."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ from partnewton.engines.compat import Equation, Variable
 
 __all__ = ["ELEMENTWISE", "is_real_function"]
 
-# The partial derivatives are as many as there are pairs and triples of inputs.
+# There is a partial derivative for each pair and each triple of inputs.
 _MOST_INPUTS = 3
 
 register_elementwise(
@@ -104,8 +104,8 @@ register_elementwise(
     "acos", "acosh", "asin", "atanh", "erf_inv", "tan", singular="elsewhere"
 )
 
-# Arrays by the places of the inputs that they are derivatives by, ascending; what is
-# missing is zero.
+# Partial derivatives by the positions of their inputs, in ascending order. Missing ones
+# are zero.
 Partials = dict[tuple[int, ...], jax.Array]
 
 
@@ -114,7 +114,7 @@ def is_real_function(
     active_inputs: Sequence[Variable],
     active: Collection[Variable],
 ) -> bool:
-    """Whether equations are one elementwise function of a few real inputs."""
+    """Whether equations form one elementwise function of a few real inputs."""
     written = [v.aval for e in equations for v in e.outvars if v in active]
     read = [v.aval for v in active_inputs]
     ndim = written[0].ndim
@@ -214,7 +214,7 @@ def _weighted_by(
 def _products(
     partials: Partials, *columns: Sequence[Tangent | None], is_guarded: bool
 ) -> dict[Span, jax.Array]:
-    """The sum of f_ij.. v_i w_j .. for columns v, w, .., by the subsets of its rows."""
+    """The sum of f_ij.. v_i w_j .. for columns v, w, .., by the span of its rows."""
     sums: dict[Span, jax.Array] = {}
     for places in itertools.product(range(len(columns[0])), repeat=len(columns)):
         term = partials.get(tuple(sorted(places)))
@@ -231,7 +231,7 @@ def _products(
 
 
 def _common(tangents: Sequence[Tangent]) -> Span | None:
-    """The subsets along which all tangents have rows."""
+    """The subsets for which all tangents have rows."""
     span = tangents[0].span
     for x in tangents[1:]:
         span = overlap(span, x.span) if span is not None else None
@@ -245,7 +245,7 @@ def _with_axes(rows: jax.Array, ndim: int) -> jax.Array:
 
 
 def _joined(*sums: dict[Span, jax.Array], dtype: np.dtype) -> Tangent | None:
-    """All sums, as one tangent."""
+    """The sum of all arrays, as one tangent."""
     terms = [Tangent(x, span.start) for some in sums for span, x in some.items()]
     total = add(*terms)
     return None if total is None else Tangent(total.values.astype(dtype), total.start)
@@ -265,10 +265,10 @@ def _hessian(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Term
 
 
 def _gram(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
-    """The inner products of x and y, each of which may be of fewer entries.
+    """The weighted inner products of the rows of x and y, of broadcast shapes.
 
-    One that has axes of length 1 where `weight` is longer, as the mean has in
-    ``x - mean``, meets the sum over these axes.
+    If one of them has axes of length 1, as the mean in ``x - mean``, the weighted rows
+    of the other one are summed over these axes before.
     """
     of_x, of_y = x.values.shape[1:], y.values.shape[1:]
     if of_x == of_y:
@@ -285,7 +285,7 @@ def _gram(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
 
 
 def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-    """The sum over the axes that an array of this shape would be broadcast over."""
+    """The sum over the axes along which an array of this shape is broadcast."""
     if not shape:
         return jnp.sum(x)
     pairs = enumerate(zip(shape, x.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Any function that jax can differentiate, as one operation."""
+"""Operations without a rule of their own, differentiated by jax."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,8 +32,8 @@ def generic(
 ) -> tuple[list[Jet], Terms]:
     """z = f(x1, x2, ...) for any f that jax can differentiate.
 
-    With F(x) = lambda . f(x), hessian_st = <xdot_s, D2F xdot_t>, from the derivative of
-    the gradient of F along each tangent.
+    With F(x) = lambda . f(x), hessian_st = <xdot_s, D2F xdot_t>, where D2F xdot_t is
+    the derivative of the gradient of F along xdot_t.
     """
     active = op.active(primals)
     function = op.restricted(primals)
@@ -68,7 +68,7 @@ def generic(
 def _linearized(
     function: Callable, active: Sequence[jax.Array]
 ) -> Callable[[tuple[int, ...]], Callable]:
-    """Its derivative along some of the operands, linearised once for all."""
+    """The derivative with respect to some operands, from a single linearization."""
     _, jvp = jax.linearize(function, *active)
 
     def of_members(members: tuple[int, ...]) -> Callable:
@@ -106,7 +106,7 @@ def _cross_third(products: Sequence[jax.Array], second: Sequence, span) -> Terms
 
 
 def _derivatives_along(function: Callable, at: Sequence[jax.Array]) -> Callable:
-    """v -> (D2f(at)[v, v], ..., D3f(at)[v, v, v], ...), all outputs in a row."""
+    """v -> [*D2f(at)[v, v], *D3f(at)[v, v, v]], each with all outputs of f."""
 
     def along(f: Callable, v: Sequence[jax.Array]) -> Callable:
         return lambda *x: jax.jvp(f, x, v)

@@ -1,4 +1,4 @@
-"""Operations that add nothing: linear ones, and those that are so almost everywhere."""
+"""Operations without terms: linear ones, and those that are so almost everywhere."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,7 +149,7 @@ def _pushed(
 def jets_of(
     op: Op, first: list[Tangent] | None, second: list[Tangent] | None = None
 ) -> list[Jet]:
-    """The jets of the active outputs, from columns that may be missing."""
+    """The jets of the active outputs, from tangents; None stands for zeros."""
     nothing = [None] * len(op.active_outputs)
     return [Jet(*x) for x in zip(first or nothing, second or nothing, strict=True)]
 

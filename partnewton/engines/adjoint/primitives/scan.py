@@ -1,4 +1,4 @@
-"""A `scan`: another one carries tangents along, and the sums of all terms."""
+"""A `scan`, whose tangents and terms are computed by another scan."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from partnewton.engines.compat import Variable
 
 __all__ = ["SCAN"]
 
-Columns = list[list[jax.Array]]  # rows of some variables, of each order
+Columns = list[list[jax.Array]]  # for each order, the rows of some variables
 
 
 def scan(
@@ -28,23 +28,24 @@ def scan(
     jets: Sequence[Jet],
     request: Request,
 ) -> tuple[list[Jet], Terms]:
-    """z = scan(f, ...), by the rules of what is inside of f.
+    """z = scan(f, ...), by the rules of the operations of f.
 
     Args:
       op: the operation.
       primals: the values of its inputs, and the residuals of its body.
-      cotangents: inside of the body.
+      cotangents: those of the operations of the body.
       jets: of the active inputs.
-      request: what is asked for.
+      request: what the rules compute.
     """
     *values, residuals = primals
     return _Scan(op, values, jets, request).run(residuals, cotangents)
 
 
 class _Scan:
-    """The scan of tangents beside a scan of values.
+    """The scan of the tangents of a scan.
 
-    The rows of the carry are the same in each iteration: all that ever appear.
+    The tangent of the carry has the same span in each iteration, the hull of those of
+    all iterations.
     """
 
     def __init__(
