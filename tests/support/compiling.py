@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +12,10 @@ OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
 }
+# From 0.11 on, XLA has no other way, and refuses to start with this option.
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
 LARGEST_CACHE = 2**30  # bytes
 
 
