@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,7 +28,7 @@ from partnewton.engines.adjoint.primitives import (
     is_real_function,
 )
 from partnewton.engines.adjoint.program import Program
-from partnewton.engines.adjoint.singularities import singularities_of
+from partnewton.engines.adjoint.singularities import Singularities, singularities_of
 from partnewton.engines.compat import Equation, Variable
 
 __all__ = ["program_of"]
@@ -59,103 +59,131 @@ def program_of(
 
 def _program(
     flat: Graph,
-    moving: Collection[Variable],
+    inputs: Collection[Variable],
     needed: Sequence[bool],
     num_fixed: int | None = None,
     opaque: Collection[int] = (),
 ) -> Program:
-    """Groups the equations of a flattened jaxpr into operations.
+    """Gathers the equations of a flat jaxpr into operations.
 
     Args:
       flat: the jaxpr.
-      moving: the active inputs.
+      inputs: those of its inputs that depend on the parameters.
       needed: for each output whether the loss depends on it.
-      num_fixed: for the body of a loop, the number of inputs that are the same in each
-        iteration; None for a loss.
-      opaque: the positions of equations that become part of the final step, besides
-        those that always do.
+      num_fixed: for the body of a loop, how many inputs do not change; else None.
+      opaque: the places of equations that are left to jax, besides those that must be.
     """
-    active = active_variables(flat, moving)
+    active = active_variables(flat, inputs)
     pairs = zip(flat.outputs, needed, strict=True)
     wanted = {v for v, flag in pairs if flag and is_variable(v)}
     relevant = dataflow.needed(flat.equations, wanted & active, active)
-    first, last, rest = list(range(len(flat.equations))), [], []
-    if num_fixed is None:
-        left = [
-            i
-            for i, equation in enumerate(flat.equations)
-            if i in opaque
-            or (
-                not active.isdisjoint(dataflow.operands(equation))
-                and dataflow.is_opaque(equation)
-            )
-        ]
-        first, last, rest = dataflow.final_part(flat.equations, flat.outputs[0], left)
-    outside = ((), ()) if num_fixed is None else (moving, flat.outputs)
+    is_body = num_fixed is not None
+    before, final, behind = list(range(len(flat.equations))), [], []
+    if not is_body:
+        left = [*opaque, *_opaque_places(flat, active)]
+        before, final, behind = dataflow.final_part(
+            flat.equations, flat.outputs[0], left
+        )
+    outside = (inputs, flat.outputs) if is_body else ((), ())
     singularities = singularities_of(flat.equations, active, *outside)
-    groups = grouped(flat.equations, first, active, relevant, singularities)
+    groups = grouped(flat.equations, before, active, relevant, singularities)
     groups = ordered(groups, flat.equations)
-    readers = _readers(flat, [*groups, last, rest])
+    *parts, last, rest = _gathered(flat, [*groups, final, behind])
+    ops = tuple(_op(part, flat, active, relevant, singularities) for part in parts)
+    all_inputs = (*flat.constants, *flat.inputs)
+    fixed = all_inputs[: len(flat.constants) + num_fixed] if is_body else ()
+    program = Program(all_inputs, tuple(flat.outputs), ops, fixed)
+    if not final:
+        return program
+    return dataclasses.replace(
+        program,
+        final=_final_op(last, flat.outputs[0], relevant),
+        rest=(rest.constant_op(),) if behind else (),
+    )
 
-    def gathered(n: int, group: Sequence[int]) -> tuple[tuple, list, list]:
-        """The equations of a group, what they read, and what is read of them."""
+
+class _Group(NamedTuple):
+    """Equations that become one operation.
+
+    Attributes:
+      equations: the equations.
+      read: what they read and do not write themselves, each once.
+      written: what they write and others read.
+      places: where they are in the flat jaxpr.
+    """
+
+    equations: tuple[Equation, ...]
+    read: tuple[Variable, ...]
+    written: tuple[Variable, ...]
+    places: tuple[int, ...]
+
+    def constant_op(self) -> Op:
+        """An operation that tangents do not pass."""
+        return Op(None, self.equations, self.read, self.written, places=self.places)
+
+
+def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
+    """Each group of equations, with what it reads and writes."""
+    readers = _readers(flat, groups)
+    found = []
+    for n, group in enumerate(groups):
         equations = tuple(flat.equations[i] for i in group)
         results = [v for e in equations for v in e.outvars]
-        others = [v for v in results if readers.get(v, set()) - {n}]
-        return equations, _read(equations), others
+        written = tuple(v for v in results if readers.get(v, set()) - {n})
+        found.append(_Group(equations, tuple(_read(equations)), written, tuple(group)))
+    return found
 
-    ops = []
-    for n, group in enumerate(groups):
-        equations, read, written = gathered(n, group)
-        active_inputs = [i for i, v in enumerate(read) if v in active]
-        active_outputs = [i for i, v in enumerate(written) if v in relevant]
-        common = {"places": tuple(group)}
-        if not active_inputs or not active_outputs:
-            op = Op(None, equations, tuple(read), tuple(written), **common)
-            ops.append(op)
-            continue
-        if is_scan(equations[0]):
-            # All inputs and outputs are kept, even if repeated or unused.
-            (i,) = group
-            op = _scan_op(equations[0], flat.bodies[i], active, relevant)
-            ops.append(dataclasses.replace(op, **common))
-            continue
-        rule = _rule(equations, [read[i] for i in active_inputs], active)
-        ops.append(
-            Op(
-                rule,
-                equations,
-                tuple(read),
-                tuple(written),
-                tuple(active_inputs),
-                tuple(active_outputs),
-                is_guarded=singularities.is_guarded(
-                    rule is ELEMENTWISE,
-                    equations,
-                    [read[i] for i in active_inputs],
-                ),
-                has_mask=singularities.has_mask(equations),
-                **common,
-            )
-        )
-    inputs = (*flat.constants, *flat.inputs)
-    fixed = inputs[: len(flat.constants) + num_fixed] if num_fixed is not None else ()
-    program = Program(inputs, tuple(flat.outputs), tuple(ops), fixed)
-    if not last:
-        return program
-    equations, read, written = gathered(len(groups), last)
-    value = flat.outputs[0]
-    final = Op(
-        None,
+
+def _opaque_places(flat: Graph, active: Collection[Variable]) -> list[int]:
+    """The places of the equations that only jax itself can differentiate."""
+    return [
+        i
+        for i, equation in enumerate(flat.equations)
+        if not active.isdisjoint(dataflow.operands(equation))
+        and dataflow.is_opaque(equation)
+    ]
+
+
+def _op(
+    group: _Group,
+    flat: Graph,
+    active: Collection[Variable],
+    relevant: Collection[Variable],
+    singularities: Singularities,
+) -> Op:
+    """A group of equations as an operation, with its rule."""
+    equations, read, written, places = group
+    active_inputs = tuple(i for i, v in enumerate(read) if v in active)
+    active_outputs = tuple(i for i, v in enumerate(written) if v in relevant)
+    if not active_inputs or not active_outputs:
+        return group.constant_op()
+    if is_scan(equations[0]):
+        op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
+        return dataclasses.replace(op, places=places)
+    moving = [read[i] for i in active_inputs]
+    rule = _rule(equations, moving, active)
+    return Op(
+        rule,
         equations,
-        tuple(read),
-        (value, *(v for v in written if v is not value)),
-        tuple(i for i, v in enumerate(read) if v in relevant and is_inexact(v)),
-        places=tuple(last),
+        read,
+        written,
+        active_inputs,
+        active_outputs,
+        is_guarded=singularities.is_guarded(rule is ELEMENTWISE, equations, moving),
+        has_mask=singularities.has_mask(equations),
+        places=places,
     )
-    equations, read, written = gathered(len(groups) + 1, rest)
-    behind = Op(None, equations, tuple(read), tuple(written), places=tuple(rest))
-    return dataclasses.replace(program, final=final, rest=(behind,) if rest else ())
+
+
+def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) -> Op:
+    """The equations that are left to jax as an operation; its first output is the
+    loss."""
+    outputs = (value, *(v for v in group.written if v is not value))
+    inputs = enumerate(group.read)
+    active_inputs = tuple(i for i, v in inputs if v in relevant and is_inexact(v))
+    return dataclasses.replace(
+        group.constant_op(), outputs=outputs, active_inputs=active_inputs
+    )
 
 
 def _readers(flat: Graph, groups: Sequence[Sequence[int]]) -> dict[Variable, set[int]]:
