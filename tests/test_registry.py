@@ -349,3 +349,31 @@ def test_where_a_rule_raises_jax_differentiates():
 
     with jax.enable_x64(True):
         assert_is_the_reference(loss_around(CASES["rule"].apply), point())
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        engines.register_linear,
+        engines.register_elementwise,
+        engines.register_piecewise_linear,
+        engines.register_piecewise_constant,
+        engines.rule,
+    ],
+)
+def test_primitives_are_registered_by_name(register):
+    with pytest.raises(TypeError, match="by their names, strings, got smoothed"):
+        register(Primitive("smoothed"))
+
+
+def test_a_rule_without_a_primitive_is_an_error():
+    with pytest.raises(TypeError, match="by their names"):
+
+        @engines.rule
+        def rule(op, primals, cotangents, jets, request):
+            """A decorator without its parentheses."""
+
+
+def test_singularities_are_at_zero_or_elsewhere():
+    with pytest.raises(ValueError, match='None, "zero" or "elsewhere", got 0'):
+        engines.register_elementwise("softened", singular=0)

@@ -62,7 +62,7 @@ def register_linear(*names: str, operands: Collection[int] | None = None) -> Non
       >>> register_linear("fft")
       >>> register_linear("div", operands=(0,))  # x / 2, but not 2 / x
     """
-    _LINEAR.update(dict.fromkeys(names, operands))
+    _LINEAR.update(dict.fromkeys(_checked(names), operands))
 
 
 def register_piecewise_linear(*names: str) -> None:
@@ -74,7 +74,7 @@ def register_piecewise_linear(*names: str) -> None:
     Example:
       >>> register_piecewise_linear("max", "sort")
     """
-    _PIECEWISE_LINEAR.update(names)
+    _PIECEWISE_LINEAR.update(_checked(names))
 
 
 def register_piecewise_constant(*names: str) -> None:
@@ -86,7 +86,7 @@ def register_piecewise_constant(*names: str) -> None:
     Example:
       >>> register_piecewise_constant("floor", "sign")
     """
-    _PIECEWISE_CONSTANT.update(names)
+    _PIECEWISE_CONSTANT.update(_checked(names))
 
 
 def register_elementwise(*names: str, singular: str | None = None) -> None:
@@ -104,7 +104,11 @@ def register_elementwise(*names: str, singular: str | None = None) -> None:
       >>> register_elementwise("tanh", "exp")
       >>> register_elementwise("sqrt", singular="zero")
     """
-    _ELEMENTWISE.update(dict.fromkeys(names, singular))
+    if singular not in (None, "zero", "elsewhere"):
+        raise ValueError(
+            f'singular must be None, "zero" or "elsewhere", got {singular!r}.'
+        )
+    _ELEMENTWISE.update(dict.fromkeys(_checked(names), singular))
 
 
 def rule(
@@ -137,6 +141,8 @@ def rule(
       ...     return [Jet(first[0], second and second[0])], Terms()
     """
 
+    _checked(names)
+
     def register(apply: Apply) -> Apply:
         new = Rule(apply.__name__, apply, is_curved)
         for name in names:
@@ -145,6 +151,15 @@ def rule(
         return apply
 
     return register
+
+
+def _checked(names: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"Primitives are registered by their names, strings, got {name!r}."
+            )
+    return names
 
 
 # --- What is known of an equation ----------------------------------------------------
