@@ -613,7 +613,7 @@ def test_sweeps_of_separately_compiled_operations_are_the_same(
         monkeypatch.setattr(sweeps, "_CACHED_BYTES", 0)
         monkeypatch.setattr(memory, "_LARGE", 0)
         found, outlined = summary_and_calls()
-    assert (outlined > fused + 5) == (jax.default_backend() == "cpu")
+    assert (outlined > fused) == (jax.default_backend() == "cpu")
     for field in expected._fields:
         x, y = getattr(found, field), getattr(expected, field)
         assert_close(x, np.asarray(y), 1e-12, field)

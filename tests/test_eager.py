@@ -73,7 +73,8 @@ def twice(make, update_fn=gradient, most=0, number=jnp.float32):
         with compilations(allowed):
             actual, _ = update(X, (), X, value_fn=value_fn)
         expected, _ = update_fn(X, (), X, value_fn=value_fn)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        # The slope of a saturated tanh, 1 - tanh^2, has an error of a few eps.
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
         yield actual
 
 
