@@ -19,7 +19,7 @@ from support.selection import some
 import partnewton as pn
 from partnewton.engines import ENGINES, jvp_of_grad
 from partnewton.engines.adjoint import final
-from partnewton.engines.adjoint.tangent import apply
+from partnewton.engines.adjoint.rows import apply
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 adjoint_by_default = pytest.mark.parametrize(

@@ -24,16 +24,9 @@ from partnewton.engines.adjoint.registry import (
     register_piecewise_linear,
     rule,
 )
-from partnewton.engines.adjoint.tangent import (
-    Jet,
-    Span,
-    Tangent,
-    add,
-    densify,
-    overlap,
-    push,
-    restrict,
-)
+from partnewton.engines.adjoint.rows import push
+from partnewton.engines.adjoint.spans import Span, overlap
+from partnewton.engines.adjoint.tangent import Jet, Tangent, add, densify, restrict
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.jvp_of_grad import JvpOfGrad
 from partnewton.partitions import Partition

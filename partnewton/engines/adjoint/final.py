@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from partnewton.engines import nesting
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.rows import apply
+from partnewton.engines.adjoint.spans import hull
 from partnewton.engines.adjoint.sweep import Jets
-from partnewton.engines.adjoint.tangent import Tangent, add, apply, densify, hull
+from partnewton.engines.adjoint.tangent import Tangent, add, densify
 from partnewton.engines.adjoint.terms import Terms, over_all_devices
 
 __all__ = ["Final", "sweep_final"]

@@ -19,16 +19,10 @@ from partnewton.engines.adjoint.dataflow import is_variable, values_of
 from partnewton.engines.adjoint.op import Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
 from partnewton.engines.adjoint.repeats import Part, Repeat
+from partnewton.engines.adjoint.spans import DynamicIndex, Span, overlap
 from partnewton.engines.adjoint.support import Spans
 from partnewton.engines.adjoint.sweep import Jets, sweep
-from partnewton.engines.adjoint.tangent import (
-    Jet,
-    Place,
-    Span,
-    Tangent,
-    densify,
-    overlap,
-)
+from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Variable
 
@@ -96,7 +90,7 @@ def _alike(
 
 
 def _layout(part: Part, leaves: frozenset[Variable], spans: Spans) -> _Layout | None:
-    """How what a part reads moves; None if subsets overlap."""
+    """The rows of each variable that a part reads; None if some subsets overlap."""
     narrow: list[Span] = []
     layout: list[Any] = []
     for v in part.read:
@@ -124,11 +118,12 @@ def _in_sizes(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
 
 
 def _links(parts: Sequence[Part], layout: _Layout) -> dict[int, tuple[str, int]] | None:
-    """Where each part but the first has from what has a row for every subset.
+    """The sources of the carry: which variables of a part are which of the part before.
 
     Returns:
-      For each such place among the variables read: ("written", place) of the part
-      before or ("read", place); None if the parts are not linked in the same way.
+      For each variable that is read with a row for every subset, by its place:
+      ("written", place) or ("read", place) among the variables of the part before; None
+      if this is not the same for all parts.
     """
     links: dict[int, tuple[str, int]] | None = None
     for before, part in itertools.pairwise(parts):
@@ -233,7 +228,7 @@ class _Scan:
         carried: dict[int, list[jax.Array]],
     ) -> tuple[list[list[jax.Array]], tuple[jax.Array, jax.Array]]:
         """The rows of what one part writes, and the sums of its terms."""
-        starts = [Place(x, self.everyone.count) for x in places]
+        starts = [DynamicIndex(x, self.everyone.count) for x in places]
         jets: Jets = {}
         for n, (v, how) in enumerate(zip(self.part.read, self.layout, strict=True)):
             if how == -1:

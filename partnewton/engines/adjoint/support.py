@@ -3,7 +3,7 @@
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.op import Loop, Op
 from partnewton.engines.adjoint.program import Program
-from partnewton.engines.adjoint.tangent import Span, hull
+from partnewton.engines.adjoint.spans import Span, hull
 from partnewton.engines.compat import Variable
 
 __all__ = ["bytes_of_a_row", "spans_in", "spans_in_loop"]

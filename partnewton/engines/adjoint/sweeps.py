@@ -15,9 +15,10 @@ from partnewton.engines.adjoint.op import Request
 from partnewton.engines.adjoint.problem import Leaves, Linearized, Problem
 from partnewton.engines.adjoint.program import Perturbations, Residuals
 from partnewton.engines.adjoint.rolled import sweep_repeat
+from partnewton.engines.adjoint.spans import Span
 from partnewton.engines.adjoint.support import bytes_of_a_row, spans_in
 from partnewton.engines.adjoint.sweep import Jets, sweep
-from partnewton.engines.adjoint.tangent import Jet, Span, Tangent
+from partnewton.engines.adjoint.tangent import Jet, Tangent
 from partnewton.engines.adjoint.terms import Terms, placed
 
 __all__ = ["sums_along", "third_order_tensor"]

@@ -9,66 +9,15 @@ near the input have few.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
+from partnewton.engines.adjoint.spans import DynamicIndex, Span, hull, overlap
 
-__all__ = [
-    "Jet",
-    "Place",
-    "Span",
-    "Tangent",
-    "add",
-    "apply",
-    "densify",
-    "group_by_support",
-    "hull",
-    "overlap",
-    "push",
-    "restrict",
-]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Place:
-    """The number of a subset, where it is known only when a program runs.
-
-    Attributes:
-      index: the number.
-      size: how many subsets there are.
-    """
-
-    index: jax.Array
-    size: int
-
-
-class Span(NamedTuple):
-    """A contiguous range of subsets.
-
-    Spans that start at the same `Place` contain the same subsets, and spans that start
-    at different places have no subset in common.
-
-    Attributes:
-      start: the number of the first subset.
-      count: the number of subsets.
-    """
-
-    start: int | Place
-    count: int
-
-    @property
-    def is_static(self) -> bool:
-        """Whether the numbers of the subsets are known when a function is traced."""
-        return not isinstance(self.start, Place)
-
-    @property
-    def stop(self) -> int:
-        """The number after the last one."""
-        return self.start + self.count
+__all__ = ["Jet", "Tangent", "add", "densify", "restrict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +30,7 @@ class Tangent:
     """
 
     values: jax.Array
-    start: int | Place = 0
+    start: int | DynamicIndex = 0
 
     @property
     def span(self) -> Span:
@@ -103,66 +52,6 @@ class Jet(NamedTuple):
 
     first: Tangent | None = None
     second: Tangent | None = None
-
-
-# --- Which rows there are ------------------------------------------------------------
-
-
-def hull(spans: Sequence[Span]) -> Span:
-    """The smallest span that contains some others."""
-    first, *others = dict.fromkeys(spans)
-    if not others:
-        return first
-    for span in spans:
-        if not span.is_static:
-            return Span(0, span.start.size)
-    start = min(span.start for span in spans)
-    return Span(start, max(span.stop for span in spans) - start)
-
-
-def overlap(a: Span, b: Span) -> Span | None:
-    """The subsets that two spans have in common.
-
-    Args:
-      a, b: the spans.
-
-    Returns:
-      A span, or None if they have no subset in common.
-
-    Example:
-      >>> overlap(Span(0, 4), Span(2, 5))
-      Span(start=2, count=2)
-    """
-    if a == b:
-        return a
-    if not a.is_static:
-        return a if b.is_static else None
-    if not b.is_static:
-        return b
-    start, stop = max(a.start, b.start), min(a.stop, b.stop)
-    return Span(start, stop - start) if start < stop else None
-
-
-def group_by_support(
-    tangents: Sequence[Tangent | None],
-) -> Iterator[tuple[Span, tuple[int, ...]]]:
-    """Spans on each of which the same tangents have rows, and the places of these."""
-    spans = [x.span for x in tangents if x is not None]
-    if not all(span.is_static for span in spans):
-        yield hull(spans), tuple(n for n, x in enumerate(tangents) if x is not None)
-        return
-    edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
-    for start, stop in itertools.pairwise(edges):
-        members = tuple(
-            n
-            for n, x in enumerate(tangents)
-            if x is not None and x.span.start <= start and stop <= x.span.stop
-        )
-        if members:
-            yield Span(start, stop - start), members
-
-
-# --- Rows taken out and put together -------------------------------------------------
 
 
 def restrict(tangent: Tangent, span: Span) -> jax.Array:
@@ -285,73 +174,3 @@ def _put(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
 
 def _zeros(row: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(jnp.zeros_like(row), (count, *row.shape[1:]))
-
-
-# --- Functions of rows ---------------------------------------------------------------
-
-
-def push(
-    function_of: Callable[[tuple[int, ...]], Callable],
-    tangents: Sequence[Tangent | None],
-    *,
-    takes_rows: bool = False,
-) -> list[Tangent] | None:
-    """Applies a linear function of several operands to the rows of their tangents.
-
-    Args:
-      function_of: maps the positions of some operands to the linear function of these,
-        the others being zero: from one row of each to a list of arrays.
-      tangents: the tangent of each operand, or None.
-      takes_rows: whether the function is given all rows at once instead of one.
-
-    Returns:
-      The tangents of each result, or None if no operand has any.
-
-    Example:
-      >>> (twice,) = push(lambda _: lambda row: [2 * row], [Tangent(jnp.ones((1, 3)))])
-      >>> twice.values.tolist()
-      [[2.0, 2.0, 2.0]]
-    """
-    members: dict[Span, list[int]] = {}
-    for n, x in enumerate(tangents):
-        if x is not None:
-            members.setdefault(x.span, []).append(n)
-    parts = []
-    for span, places in members.items():
-        columns = [tangents[n].values for n in places]
-        results = apply(function_of(tuple(places)), *columns, takes_rows=takes_rows)
-        parts.append([Tangent(y, span.start) for y in results])
-    if not parts:
-        return None
-    return [_assembled(list(column)) for column in zip(*parts, strict=True)]
-
-
-def apply(
-    function: Callable,
-    *columns: jax.Array,
-    takes_rows: bool = False,
-    batch_size: int | None = None,
-) -> list[jax.Array]:
-    """Applies a function to each row of some arrays.
-
-    Args:
-      function: from one row of each array, or from all rows, to a list of arrays.
-      columns: the arrays, with the rows along the first axis.
-      takes_rows: whether the function is given all rows at once instead of one.
-      batch_size: the number of rows that are computed at once; by default all.
-    """
-    if takes_rows:
-        return list(function(*columns))
-    count = len(columns[0])
-    if count == 1:  # no need of a batching rule
-        return [y[None] for y in function(*(x[0] for x in columns))]
-
-    def of_row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(function(*row))
-
-    try:
-        if batch_size is not None and batch_size < count:
-            return list(jax.lax.map(of_row, columns, batch_size=batch_size))
-        return list(jax.vmap(of_row)(columns))
-    except Exception:  # an operation without a batching rule, or with a broken one
-        return list(jax.lax.map(of_row, columns))

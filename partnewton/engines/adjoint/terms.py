@@ -14,7 +14,8 @@ import numpy as np
 
 from partnewton.engines import compat
 from partnewton.engines.adjoint.inner import gram
-from partnewton.engines.adjoint.tangent import Span, Tangent, densify
+from partnewton.engines.adjoint.spans import Span
+from partnewton.engines.adjoint.tangent import Tangent, densify
 
 __all__ = ["Terms", "over_all_devices", "placed"]
 

@@ -10,15 +10,9 @@ from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.lowerings.products import repeating
 from partnewton.engines.adjoint.op import Op, Request
 from partnewton.engines.adjoint.registry import rule
-from partnewton.engines.adjoint.tangent import (
-    Jet,
-    Tangent,
-    add,
-    apply,
-    overlap,
-    push,
-    restrict,
-)
+from partnewton.engines.adjoint.rows import apply, push
+from partnewton.engines.adjoint.spans import overlap
+from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Equation
 

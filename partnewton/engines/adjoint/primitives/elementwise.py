@@ -15,15 +15,9 @@ from partnewton.engines.adjoint.inner import guarded_product, where_moved, widen
 from partnewton.engines.adjoint.op import Op, Request, Rule
 from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.registry import is_elementwise, register_elementwise
-from partnewton.engines.adjoint.tangent import (
-    Jet,
-    Span,
-    Tangent,
-    add,
-    apply,
-    overlap,
-    restrict,
-)
+from partnewton.engines.adjoint.rows import apply
+from partnewton.engines.adjoint.spans import Span, overlap
+from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Equation, Variable
 

@@ -8,16 +8,9 @@ import jax.numpy as jnp
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, Request, Rule
 from partnewton.engines.adjoint.primitives.linear import jets_of
-from partnewton.engines.adjoint.tangent import (
-    Jet,
-    Tangent,
-    add,
-    apply,
-    group_by_support,
-    overlap,
-    push,
-    restrict,
-)
+from partnewton.engines.adjoint.rows import apply, group_by_support, push
+from partnewton.engines.adjoint.spans import overlap
+from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
 
 __all__ = ["GENERIC"]

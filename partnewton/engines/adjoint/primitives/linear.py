@@ -13,7 +13,8 @@ from partnewton.engines.adjoint.registry import (
     register_piecewise_constant,
     register_piecewise_linear,
 )
-from partnewton.engines.adjoint.tangent import Jet, Tangent, push
+from partnewton.engines.adjoint.rows import push
+from partnewton.engines.adjoint.tangent import Jet, Tangent
 from partnewton.engines.adjoint.terms import Terms
 
 __all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of"]

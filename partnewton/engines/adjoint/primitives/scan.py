@@ -10,9 +10,10 @@ from partnewton.engines import compat
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.op import Op, Request, Rule
 from partnewton.engines.adjoint.program import Perturbations, Residuals
+from partnewton.engines.adjoint.spans import Span, hull
 from partnewton.engines.adjoint.support import spans_in_loop
 from partnewton.engines.adjoint.sweep import Jets, sweep
-from partnewton.engines.adjoint.tangent import Jet, Span, Tangent, densify, hull
+from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Variable
 

@@ -1,0 +1,97 @@
+"""Functions applied to the rows of tangents."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from partnewton.engines.adjoint.spans import Span, hull
+from partnewton.engines.adjoint.tangent import Tangent, add
+
+__all__ = ["apply", "group_by_support", "push"]
+
+
+def group_by_support(
+    tangents: Sequence[Tangent | None],
+) -> Iterator[tuple[Span, tuple[int, ...]]]:
+    """Spans on each of which the same tangents have rows, and the places of these."""
+    spans = [x.span for x in tangents if x is not None]
+    if not all(span.is_static for span in spans):
+        yield hull(spans), tuple(n for n, x in enumerate(tangents) if x is not None)
+        return
+    edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
+    for start, stop in itertools.pairwise(edges):
+        members = tuple(
+            n
+            for n, x in enumerate(tangents)
+            if x is not None and x.span.start <= start and stop <= x.span.stop
+        )
+        if members:
+            yield Span(start, stop - start), members
+
+
+def push(
+    function_of: Callable[[tuple[int, ...]], Callable],
+    tangents: Sequence[Tangent | None],
+    *,
+    takes_rows: bool = False,
+) -> list[Tangent] | None:
+    """Applies a linear function of several operands to the rows of their tangents.
+
+    Args:
+      function_of: maps the positions of some operands to the linear function of these,
+        the others being zero: from one row of each to a list of arrays.
+      tangents: the tangent of each operand, or None.
+      takes_rows: whether the function is given all rows at once instead of one.
+
+    Returns:
+      The tangents of each result, or None if no operand has any.
+
+    Example:
+      >>> (twice,) = push(lambda _: lambda row: [2 * row], [Tangent(jnp.ones((1, 3)))])
+      >>> twice.values.tolist()
+      [[2.0, 2.0, 2.0]]
+    """
+    members: dict[Span, list[int]] = {}
+    for n, x in enumerate(tangents):
+        if x is not None:
+            members.setdefault(x.span, []).append(n)
+    parts = []
+    for span, places in members.items():
+        columns = [tangents[n].values for n in places]
+        results = apply(function_of(tuple(places)), *columns, takes_rows=takes_rows)
+        parts.append([Tangent(y, span.start) for y in results])
+    if not parts:
+        return None
+    return [add(*column) for column in zip(*parts, strict=True)]
+
+
+def apply(
+    function: Callable,
+    *columns: jax.Array,
+    takes_rows: bool = False,
+    batch_size: int | None = None,
+) -> list[jax.Array]:
+    """Applies a function to each row of some arrays.
+
+    Args:
+      function: from one row of each array, or from all rows, to a list of arrays.
+      columns: the arrays, with the rows along the first axis.
+      takes_rows: whether the function is given all rows at once instead of one.
+      batch_size: the number of rows that are computed at once; by default all.
+    """
+    if takes_rows:
+        return list(function(*columns))
+    count = len(columns[0])
+    if count == 1:  # no need of a batching rule
+        return [y[None] for y in function(*(x[0] for x in columns))]
+
+    def of_row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(function(*row))
+
+    try:
+        if batch_size is not None and batch_size < count:
+            return list(jax.lax.map(of_row, columns, batch_size=batch_size))
+        return list(jax.vmap(of_row)(columns))
+    except Exception:  # an operation without a batching rule, or with a broken one
+        return list(jax.lax.map(of_row, columns))
