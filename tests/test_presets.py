@@ -324,9 +324,11 @@ def test_the_rate_of_a_bias_before_a_batch_norm_does_not_blow_up(direction):
 
 @pytest.mark.slow
 def test_without_the_safeguard_that_rate_does_blow_up():
+    """From some biases at least: whether rounding leaves any gradient is chance."""
     tx = pn.partition_newton(rule=rules.robust())
-    rates, _, _ = run_on(normalised_loss, NORMALISED, tx, 200)
-    assert rates["bias"] > 1e3
+    run = jax.jit(lambda params: run_on(normalised_loss, params, tx, 200)[0]["bias"])
+    biases = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    assert max(run({**NORMALISED, "bias": bias}) for bias in biases) > 1e3
 
 
 def saturated_loss(p):
