@@ -9,6 +9,7 @@ from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.lowerings.products import repeating
 from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.registry import rule
 from partnewton.engines.adjoint.rows import apply, push
 from partnewton.engines.adjoint.spans import overlap
@@ -56,7 +57,7 @@ def bilinear(
         if cross is not None:
             second = add(second, Tangent(2 * cross.values, cross.start))
         terms += product.third(aa, b) + product.third(a, bb)
-    return [Jet(first, second)], terms
+    return jets_of(op, [first], [second]), terms
 
 
 class _Product:

@@ -14,7 +14,7 @@ from partnewton.engines.adjoint.registry import (
     register_piecewise_linear,
 )
 from partnewton.engines.adjoint.rows import push
-from partnewton.engines.adjoint.tangent import Jet, Tangent
+from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
 from partnewton.engines.adjoint.terms import Terms
 
 __all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of"]
@@ -150,9 +150,20 @@ def _pushed(
 def jets_of(
     op: Op, first: list[Tangent] | None, second: list[Tangent] | None = None
 ) -> list[Jet]:
-    """The jets of the active outputs, from tangents; None stands for zeros."""
+    """The jets of the active outputs, from columns that may be missing."""
     nothing = [None] * len(op.active_outputs)
-    return [Jet(*x) for x in zip(first or nothing, second or nothing, strict=True)]
+    pairs = zip(first or nothing, second or nothing, strict=True)
+    return [Jet(x, _with_rows_of(x, y)) for x, y in pairs]
+
+
+def _with_rows_of(first: Tangent | None, second: Tangent | None) -> Tangent | None:
+    """The second derivatives with as many rows as the first ones.
+
+    Later operations then compute with both at once, and not on some rows with one.
+    """
+    if first is None or second is None or first.span == second.span:
+        return second
+    return Tangent(densify(second, first.span), first.start)
 
 
 LINEAR = Rule("linear", linear, is_curved=False)
