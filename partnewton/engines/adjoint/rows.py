@@ -1,11 +1,10 @@
 """Functions applied to the rows of tangents."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from partnewton.engines.adjoint.spans import Span, hull
+from partnewton.engines.adjoint.spans import Span, hull, overlap, segments
 from partnewton.engines.adjoint.tangent import Tangent, add
 
 __all__ = ["apply", "group_by_support", "push"]
@@ -19,15 +18,12 @@ def group_by_support(
     if not all(span.is_static for span in spans):
         yield hull(spans), tuple(n for n, x in enumerate(tangents) if x is not None)
         return
-    edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
-    for start, stop in itertools.pairwise(edges):
+    for span in segments(spans):
         members = tuple(
-            n
-            for n, x in enumerate(tangents)
-            if x is not None and x.span.start <= start and stop <= x.span.stop
+            n for n, x in enumerate(tangents) if x is not None and overlap(x.span, span)
         )
         if members:
-            yield Span(start, stop - start), members
+            yield span, members
 
 
 def push(

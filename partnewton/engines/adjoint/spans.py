@@ -1,12 +1,13 @@
 """Ranges of subsets, by their numbers in the order in which the loss uses them."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
-__all__ = ["DynamicIndex", "Span", "hull", "overlap"]
+__all__ = ["DynamicIndex", "Span", "hull", "overlap", "segments"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,3 +81,12 @@ def overlap(a: Span, b: Span) -> Span | None:
         return b
     start, stop = max(a.start, b.start), min(a.stop, b.stop)
     return Span(start, stop - start) if start < stop else None
+
+
+def segments(spans: Sequence[Span]) -> list[Span]:
+    """Consecutive spans, each of which is in all of one of the others or in none of it.
+
+    Together they are the hull of `spans`, which are static.
+    """
+    edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
+    return [Span(start, stop - start) for start, stop in itertools.pairwise(edges)]

@@ -8,14 +8,13 @@ near the input have few.
 """
 
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
-from partnewton.engines.adjoint.spans import DynamicIndex, Span, hull, overlap
+from partnewton.engines.adjoint.spans import DynamicIndex, Span, hull, overlap, segments
 
 __all__ = ["Jet", "Tangent", "add", "densify", "restrict"]
 
@@ -145,21 +144,25 @@ def _assembled(tangents: list[Tangent]) -> Tangent:
     """The sum of tangents with different spans."""
     if len(tangents) == 1:
         return tangents[0]
-    span = hull([x.span for x in tangents])
-    if span.is_static and all(x.span.is_static for x in tangents):
-        ordered = sorted(tangents, key=lambda x: x.start)
-        if sum(x.span.count for x in ordered) == span.count and all(
-            a.span.stop == b.start for a, b in itertools.pairwise(ordered)
-        ):
-            return Tangent(
-                lowerings.concatenate([x.values for x in ordered]), span.start
-            )
+    spans = [x.span for x in tangents]
+    span = hull(spans)
+    if all(x.is_static for x in spans):
+        parts = [_sum_on(some, tangents) for some in segments(spans)]
+        return Tangent(lowerings.concatenate(parts), span.start)
     largest = max(tangents, key=lambda x: x.span.count)
     total = densify(largest, span)
     for x in tangents:
         if x is not largest:
             total = _put(total, x, span)
     return Tangent(total, span.start)
+
+
+def _sum_on(span: Span, tangents: list[Tangent]) -> jax.Array:
+    """The sum of the rows of some subsets; each tangent has all of them or none."""
+    rows = [restrict(x, span) for x in tangents if overlap(x.span, span)]
+    if not rows:
+        return _zeros(tangents[0].values[:1], span.count)
+    return sum(rows[1:], start=rows[0])
 
 
 def _put(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
