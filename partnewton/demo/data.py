@@ -1,6 +1,6 @@
-"""Small images to train on: scanned digits, and readers of files that lie in a folder.
+"""Data sets of small images: scanned digits, and readers for local files.
 
-Nothing is ever fetched, and nothing is ever unpickled: a file is a header and bytes.
+Nothing is downloaded and nothing is unpickled: a file consists of a header and bytes.
 """
 
 import gzip
@@ -16,18 +16,18 @@ import numpy as np
 __all__ = ["CLASSES", "Dataset", "digits", "from_folder"]
 
 CLASSES = 10
-"""How many classes each of these data sets has: labels are 0, ..., 9."""
+"""The number of classes of all data sets: labels are 0, ..., 9."""
 
 
 class Dataset(NamedTuple):
-    """Images and their labels, split into those to train on and those to test on.
+    """Images and their labels, split into a training set and a test set.
 
     Attributes:
       train_images: (N, height, width, channels), float32 in [0, 1].
       train_labels: (N,), int32.
       test_images: (M, height, width, channels), float32 in [0, 1].
       test_labels: (M,), int32.
-      name: what a person calls it.
+      name: for titles and tables.
     """
 
     train_images: np.ndarray
@@ -38,11 +38,11 @@ class Dataset(NamedTuple):
 
 
 def digits(seed: int = 0, *, test_fraction: float = 0.2) -> Dataset:
-    """The 1797 scanned digits that ship inside scikit-learn, 8 x 8 pixels each.
+    """The 1797 scanned digits of scikit-learn, 8 x 8 pixels each.
 
     Args:
-      seed: of the split; each class is split in the same proportion.
-      test_fraction: how much of the images is kept for the test.
+      seed: the seed of the split, which is stratified by class.
+      test_fraction: the fraction of the images in the test set.
 
     Returns:
       A :class:`Dataset`.
@@ -71,11 +71,11 @@ def digits(seed: int = 0, *, test_fraction: float = 0.2) -> Dataset:
 
 
 def from_folder(folder: str | Path) -> Dataset:
-    """Reads the data set whose files lie in a folder.
+    """Reads a data set from the files in a folder.
 
-    Two formats are told apart by the names of the files:
+    The format is recognised by the names of the files:
 
-    - MNIST, Fashion-MNIST and their like in IDX files, plain or gzipped:
+    - MNIST, Fashion-MNIST and similar sets in IDX files, plain or gzipped:
       ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-...`` and
       ``t10k-labels-...``, also with a dot before ``idx``;
     - CIFAR-10 in its binary version: ``data_batch_1.bin`` to ``data_batch_5.bin`` and
@@ -88,10 +88,10 @@ def from_folder(folder: str | Path) -> Dataset:
       A :class:`Dataset`.
 
     Raises:
-      FileNotFoundError: the folder, or a file of the data set in it, is not there.
-      ValueError: a file is not what its name says: the message names the file, what is
-        wrong and what was expected.
-      OSError: a file cannot be read.
+      FileNotFoundError: if the folder or a file of the data set does not exist.
+      ValueError: if a file does not have the format that its name implies; the message
+        names the file, the error and what was expected.
+      OSError: if a file cannot be read.
 
     Example:
       >>> from_folder("no/such/folder")
@@ -112,7 +112,7 @@ def from_folder(folder: str | Path) -> Dataset:
     )
 
 
-# --- IDX: MNIST and its like -----------------------------------------------------
+# --- IDX: MNIST and similar ------------------------------------------------------
 
 IDX_STEMS = (
     "train-images-idx3-ubyte",
@@ -123,7 +123,7 @@ IDX_STEMS = (
 
 
 def _idx_names(stem: str) -> list[str]:
-    """The names under which a file is handed around."""
+    """The names under which a file is distributed."""
     dotted = stem.replace("-idx", ".idx")
     return [stem, f"{stem}.gz", dotted, f"{dotted}.gz"]
 
@@ -149,7 +149,7 @@ def _idx_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
             f"{labels_path}: {len(labels)} labels, but {images_path.name} has "
             f"{len(images)} images."
         )
-    return _unit(images[..., None]), _checked_labels(labels, labels_path)
+    return _as_floats(images[..., None]), _checked_labels(labels, labels_path)
 
 
 def _idx_array(path: Path, dimensions: int) -> np.ndarray:
@@ -162,7 +162,7 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
             "IDX header."
         )
     magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
-    expected = 0x0800 + dimensions  # unsigned bytes, so many dimensions
+    expected = 0x0800 + dimensions  # unsigned bytes, number of dimensions
     if magic != expected:
         raise ValueError(
             f"{path}: bad magic number 0x{magic:08x}, expected 0x{expected:08x} (IDX, "
@@ -206,10 +206,10 @@ def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return _unit(images), _checked_labels(records[:, 0], path)
+    return _as_floats(images), _checked_labels(records[:, 0], path)
 
 
-# --- What both formats need ------------------------------------------------------
+# --- Helpers of both formats -----------------------------------------------------
 
 
 def _find(folder: Path, names: Iterable[str]) -> Path | None:
@@ -233,8 +233,8 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path}: not a sound gzip file ({error}).") from error
 
 
-def _unit(images: np.ndarray) -> np.ndarray:
-    """Bytes to numbers in [0, 1]."""
+def _as_floats(images: np.ndarray) -> np.ndarray:
+    """Converts bytes to floats in [0, 1]."""
     return np.ascontiguousarray(images, np.float32) / 255
 
 
