@@ -1,8 +1,7 @@
 """Exact scaling by powers of two.
 
-Exponents are read from the bits: `jnp.frexp` and `jnp.ldexp` compile to code that
-depends on whether float64 is enabled around them, which it need not be any more by
-then.
+Exponents are read from the bits. `jnp.frexp` and `jnp.ldexp` are not used, because they
+are lowered differently if float64 is disabled, as it can be when the code is compiled.
 """
 
 import jax
@@ -11,7 +10,7 @@ from jax import lax
 
 __all__ = ["ZERO_EXPONENT", "exponent_of", "ldexp", "power_of_two", "round_to"]
 
-ZERO_EXPONENT = -(2**20)  # of the number 0; below any sum of a few true exponents
+ZERO_EXPONENT = -(2**20)  # for the number 0; below any sum of a few exponents
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -41,5 +40,5 @@ def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _integer(dtype: jnp.dtype) -> jnp.dtype:
-    """The integers that are as wide as the floating-point numbers."""
+    """The integer dtype with the same number of bits."""
     return jnp.dtype(jnp.int64 if dtype == jnp.float64 else jnp.int32)
