@@ -120,10 +120,10 @@ def scale_by_partition_newton(
         default the direction is not scaled.
       update_interval: the number of updates between two refreshes of the rates; None
         for a quarter of the updates so far, at least 20 and at most 5 S. A summary
-        costs about S/2 gradients, so that in the long run refreshes cost a tenth of the
-        gradients in between. While all rates are zero, they are refreshed at each
-        update, because the parameters do not change until then; a direction of zeros
-        never causes a refresh.
+        costs up to about S/2 gradients, so that in the long run refreshes cost at most
+        a tenth of the gradients in between. While all rates are zero, they are
+        refreshed at each update, because the parameters do not change until then; a
+        direction of zeros never causes a refresh.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary is used.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
