@@ -56,14 +56,14 @@ def parser() -> Parser:
     )
     add(
         "--steps",
-        type=_integer(1),
+        type=_integer_type(1),
         default=600,
         metavar="N",
         help="number of steps of each optimizer (default: %(default)s)",
     )
     add(
         "--seed",
-        type=_integer(0, 2**32 - 1),
+        type=_integer_type(0, 2**32 - 1),
         default=0,
         metavar="N",
         help="seed of the data split, the weights and the batches "
@@ -71,7 +71,7 @@ def parser() -> Parser:
     )
     add(
         "--partition",
-        type=_partition,
+        type=_partition_type,
         default="per_tensor",
         metavar="NAME",
         help="which parameters share a learning rate: per_tensor (default), whole, "
@@ -135,7 +135,7 @@ def _demonstrate(arguments: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _integer(least: int, most: int | None = None) -> type:
+def _integer_type(least: int, most: int | None = None) -> type:
     """An argument type: an integer in a range."""
     wanted = f"an integer from {least}" + ("" if most is None else f" to {most}")
 
@@ -148,7 +148,7 @@ def _integer(least: int, most: int | None = None) -> type:
     return integer
 
 
-def _partition(text: str) -> str:
+def _partition_type(text: str) -> str:
     """An argument type: the name of a partition."""
     if text in PARTITIONS or re.fullmatch(r"(blocks|alternate):[1-9]\d{0,8}", text):
         return text

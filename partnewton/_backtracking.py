@@ -9,7 +9,7 @@ __all__ = ["descending_fraction"]
 
 _SUFFICIENT = 0.1  # accepted decrease, relative to the first-order prediction
 _EXPLOSIVE = 10.0  # an increase above this, in the same units, is not of first order
-_ROUNDING = 2.0 / _SUFFICIENT  # in eps * |loss|: smaller predictions are not measurable
+_MEASURABLE = 2.0 / _SUFFICIENT  # the smallest measurable change, in eps * |loss|
 _SHORT = 0.5**20  # for so small a t the change of the loss is of first order
 
 
@@ -43,7 +43,7 @@ def descending_fraction(
       t, shape ().
     """
     allowed = jnp.where(slope > 0, -_SUFFICIENT * slope, -1.5 * slope)
-    rounding = _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    rounding = _MEASURABLE * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
     def is_visible(t: jax.Array) -> jax.Array:
         return t * jnp.abs(slope) > rounding

@@ -21,7 +21,7 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def exponent_of(x: jax.Array) -> jax.Array:
     """The e of |x| = m 2^e with m in [1/2, 1); `ZERO_EXPONENT` for 0."""
     info = jnp.finfo(x.dtype)
-    bits = lax.bitcast_convert_type(jnp.abs(x), _integer(x.dtype))
+    bits = lax.bitcast_convert_type(jnp.abs(x), _integer_dtype(x.dtype))
     exponent = (bits >> info.nmant).astype(jnp.int32) - (info.maxexp - 2)
     return jnp.where(jnp.abs(x) >= info.tiny, exponent, ZERO_EXPONENT)
 
@@ -35,10 +35,10 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
 def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     info = jnp.finfo(dtype)
     exponent = jnp.clip(exponent, info.minexp, info.maxexp - 1)
-    bits = (exponent + (info.maxexp - 1)).astype(_integer(dtype)) << info.nmant
+    bits = (exponent + (info.maxexp - 1)).astype(_integer_dtype(dtype)) << info.nmant
     return lax.bitcast_convert_type(bits, dtype)
 
 
-def _integer(dtype: jnp.dtype) -> jnp.dtype:
+def _integer_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The integer dtype with the same number of bits."""
     return jnp.dtype(jnp.int64 if dtype == jnp.float64 else jnp.int32)

@@ -135,8 +135,8 @@ def _idx_dataset(folder: Path) -> Dataset:
     test = _idx_pair(test_images, test_labels)
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(
-            f"{test_images}: images of {_by(test[0].shape[1:3])} pixels, but those of "
-            f"{train_images.name} have {_by(train[0].shape[1:3])}."
+            f"{test_images}: images of {_shape_text(test[0].shape[1:3])} pixels, but "
+            f"those of {train_images.name} have {_shape_text(train[0].shape[1:3])}."
         )
     return Dataset(*train, *test, name=folder.resolve().name)
 
@@ -154,7 +154,7 @@ def _idx_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
 
 def _idx_array(path: Path, dimensions: int) -> np.ndarray:
     """An array of bytes: the magic number, big-endian sizes, then the entries."""
-    content = _read(path)
+    content = _content(path)
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise ValueError(
@@ -170,12 +170,12 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
         )
     size = math.prod(shape)
     if size == 0:
-        raise ValueError(f"{path}: an empty set, its header says {_by(shape)}.")
+        raise ValueError(f"{path}: an empty set, its header says {_shape_text(shape)}.")
     if len(content) != header + size:
         problem = "truncated" if len(content) < header + size else "too long"
         raise ValueError(
             f"{path}: {problem}, {len(content) - header} bytes follow the header, "
-            f"expected {_by(shape)} = {size}."
+            f"expected {_shape_text(shape)} = {size}."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -196,7 +196,7 @@ def _cifar_dataset(folder: Path, name: str) -> Dataset:
 
 
 def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    content = _read(path)
+    content = _content(path)
     if not content:
         raise ValueError(f"{path}: an empty set, the file has no bytes.")
     if len(content) % CIFAR_RECORD:
@@ -224,7 +224,7 @@ def _required(folder: Path, names: list[str]) -> Path:
     return path
 
 
-def _read(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     if path.suffix != ".gz":
         return path.read_bytes()
     try:
@@ -247,5 +247,5 @@ def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _by(shape: Iterable[int]) -> str:
+def _shape_text(shape: Iterable[int]) -> str:
     return " x ".join(str(size) for size in shape)

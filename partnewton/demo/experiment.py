@@ -107,7 +107,7 @@ def prepare(config: Config) -> Experiment:
         logits = logits_fn(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    param_labels = _partition(config.partition)
+    param_labels = _labels_of(config.partition)
     try:
         pn.subset_names(params, param_labels)
     except ValueError as error:
@@ -119,7 +119,7 @@ def prepare(config: Config) -> Experiment:
     )
 
 
-def _partition(name: str) -> Callable[[PyTree], PyTree]:
+def _labels_of(name: str) -> Callable[[PyTree], PyTree]:
     kind, colon, count = name.partition(":")
     partition = getattr(pn.partitions, kind)
     return partition(int(count)) if colon else partition

@@ -156,12 +156,12 @@ def named_axes(jaxpr: Any) -> tuple[str, ...]:
 
 
 def outlined(function: Callable) -> Callable:
-    """The function, compiled by itself on a CPU.
+    """The function as a call that XLA does not inline on CPU.
 
-    XLA puts the body of a call in its place as a rule, and its CPU backend then
-    computes, and compiles, over again for every reader what can be fused with it: rows
-    in another layout, for example. What a call returns that stays a call is written
-    once. Where arrays may be sharded, nothing is changed.
+    XLA usually inlines calls. Its CPU backend then fuses, for example, a transposition
+    into each operation that reads its result, so that it is compiled and computed
+    several times. The results of a call that is not inlined are computed once. On a
+    mesh, where arrays can be sharded, the function is returned as it is.
     """
 
     def called(*args: Any) -> Any:

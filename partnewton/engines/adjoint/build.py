@@ -124,7 +124,7 @@ class _Group(NamedTuple):
 
 def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
     """Each group of equations, with what it reads and writes."""
-    readers = _readers(flat, groups)
+    readers = _reading_groups(flat, groups)
     found = []
     for n, group in enumerate(groups):
         equations = tuple(flat.equations[i] for i in group)
@@ -186,7 +186,9 @@ def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) ->
     )
 
 
-def _readers(flat: Graph, groups: Sequence[Sequence[int]]) -> dict[Variable, set[int]]:
+def _reading_groups(
+    flat: Graph, groups: Sequence[Sequence[int]]
+) -> dict[Variable, set[int]]:
     """The groups that read each variable; -1 stands for an output."""
     readers: dict[Variable, set[int]] = {}
     for v in filter(is_variable, flat.outputs):

@@ -28,10 +28,10 @@ from partnewton.engines.compat import Variable
 
 __all__ = ["sweep_repeat"]
 
-# Parts are padded to the rows of the last one of as many: with more of them there is
-# less to compile, and more to compute.
-_LEAST_PARTS = 3
-_MOST_SIZES = 4
+# Consecutive parts form groups, and are padded to the number of rows of the last part
+# of their group. Larger groups compile faster, and compute more with zeros.
+_LEAST_PARTS = 3  # of a group
+_MOST_SIZES = 4  # groups with different numbers of rows
 
 
 def sweep_repeat(
@@ -63,7 +63,7 @@ def sweep_repeat(
                     terms += sweep(ops, residuals, cotangents, jets, request)
             else:
                 everyone = Span(0, max(span.stop for span in moving))
-                scan = _Scan(some, layout, links, everyone, request)
+                scan = _ScanOfParts(some, layout, links, everyone, request)
                 terms += scan.run(residuals, cotangents, jets)
     return terms
 
@@ -143,7 +143,7 @@ def _links(parts: Sequence[Part], layout: _Layout) -> dict[int, tuple[str, int]]
     return links
 
 
-class _Scan:
+class _ScanOfParts:
     """A scan of tangents over parts of a program.
 
     What the parts read from each other is the carry, with a row for every subset; the
