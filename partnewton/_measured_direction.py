@@ -66,7 +66,7 @@ class MeasuredDirection:
                 leaves[i] = jnp.where(where, leaves[i], 0)
         return self.partition.scaled(leaves, factors, self._params_leaves)
 
-    def moved(self, eta: jax.Array) -> optax.Params:
+    def parameters_after(self, eta: jax.Array) -> optax.Params:
         """The parameters after the step ``sum_s eta_s * u_s``."""
         steps = jax.tree.unflatten(self._params_treedef, self.scaled(eta))
         return self.partition.moved(self.params, steps)
