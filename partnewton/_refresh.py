@@ -46,7 +46,7 @@ class Refresh:
     The attributes are the arguments of :func:`partnewton.scale_by_partition_newton`.
     """
 
-    rule: rules.Rule
+    rule: Callable[[Summary], rules.Proposal]
     average: averaging.Average
     smoothing: averaging.Average
     backtracking: jax.typing.ArrayLike

@@ -5,6 +5,7 @@ published method. ``docs/design_notes.md`` describes the experiments behind the
 defaults.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ from partnewton import averaging, directions, engines, partitions, rules
 from partnewton._checks import check_learning_rate
 from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
+from partnewton.summary import Summary
 from partnewton.transform import scale_by_partition_newton
 
 __all__ = ["paper_newton", "partition_newton"]
@@ -24,7 +26,7 @@ def partition_newton(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
     direction: optax.GradientTransformation | None = None,
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     average: averaging.Average | None = None,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
@@ -159,7 +161,7 @@ def paper_newton(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
     momentum: jax.typing.ArrayLike = 0.9,
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
     normalize: Literal["norm", "rms"] | None = None,

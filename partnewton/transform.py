@@ -77,7 +77,7 @@ class ScaleByPartitionNewtonState(NamedTuple):
 
 
 def scale_by_partition_newton(
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     *,
     param_labels: partitions.ParamLabels | None = None,
     normalize: Literal["norm", "rms"] | None = None,
