@@ -1,4 +1,4 @@
-"""`python -m partnewton`: the demonstration, from a command line."""
+"""`python -m partnewton`: the command line of the demonstration."""
 
 import argparse
 import re
@@ -9,11 +9,12 @@ from typing import NoReturn
 
 DESCRIPTION = """\
 Train a small Flax NNX network three times, with partition_newton, Adam and
-SGD with momentum: the same initial weights, the same batches. Prints a table
-and the learning rate of each tensor, and writes two pictures and the curves.
+SGD with momentum, from the same initial weights and with the same batches.
+Print the losses and the step length of each tensor, and write two figures and
+the training curves.
 
-The images are the scanned digits of scikit-learn, or those in a folder that
-you have. Nothing is downloaded and no pickle is loaded.
+The images are the scanned digits of scikit-learn, or those in a local folder.
+Nothing is downloaded and no pickle is loaded.
 """
 
 EPILOG = """\
@@ -22,7 +23,7 @@ files of --data-dir:
                          t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte,
                          plain or .gz
   CIFAR-10, binary       data_batch_1.bin to data_batch_5.bin, test_batch.bin,
-                         there or in cifar-10-batches-bin
+                         in the folder or its subfolder cifar-10-batches-bin
 """
 
 PARTITIONS = ("per_tensor", "whole", "weights_biases", "per_layer")
@@ -32,12 +33,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong and exits with code 2."""
+        """Prints the error and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parser() -> Parser:
-    """The parser of the command line; its names are those of `demo.Config`."""
+    """The parser of the command line; its options are the fields of `demo.Config`."""
     result = Parser(
         prog="partnewton",
         usage="python -m partnewton [options]",
@@ -55,21 +56,22 @@ def parser() -> Parser:
     )
     add(
         "--steps",
-        type=_integer(1),
+        type=_integer_type(1),
         default=600,
         metavar="N",
-        help="steps of each optimizer (default: %(default)s)",
+        help="number of steps of each optimizer (default: %(default)s)",
     )
     add(
         "--seed",
-        type=_integer(0, 2**32 - 1),
+        type=_integer_type(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="of split, weights and batches (default: %(default)s)",
+        help="seed of the data split, the weights and the batches "
+        "(default: %(default)s)",
     )
     add(
         "--partition",
-        type=_partition,
+        type=_partition_type,
         default="per_tensor",
         metavar="NAME",
         help="which parameters share a learning rate: per_tensor (default), whole, "
@@ -86,7 +88,7 @@ def parser() -> Parser:
         type=Path,
         default=Path("partnewton-demo"),
         metavar="FOLDER",
-        help="where losses.png, partition.png and curves.json are written "
+        help="folder for losses.png, partition.png and curves.json "
         "(default: %(default)s)",
     )
     return result
@@ -99,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments of the command line, without the name of the program.
 
     Returns:
-      The exit code: 0, or 130 if the keyboard interrupted it.
+      The exit code: 0, or 130 after a keyboard interrupt.
 
     Raises:
-      SystemExit: with code 2 after one line on standard error where something is wrong
-        with the arguments or with the files that they name; with 0 after ``--help``.
+      SystemExit: with code 2, after one line on standard error, if the arguments or the
+        files that they name are invalid; with code 0 after ``--help``.
     """
     arguments = parser()
     options = arguments.parse_args(argv)
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demonstrate(arguments: Parser, options: argparse.Namespace) -> int:
     try:
-        # Only now: help and errors need not wait for what the demonstration imports.
+        # Imported late, since help and argument errors do not need the slow imports.
         from partnewton import demo
 
         experiment = demo.prepare(demo.Config(**vars(options)))
@@ -133,8 +135,8 @@ def _demonstrate(arguments: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _integer(least: int, most: int | None = None) -> type:
-    """A type of argument: an integer in a range."""
+def _integer_type(least: int, most: int | None = None) -> type:
+    """An argument type: an integer in a range."""
     wanted = f"an integer from {least}" + ("" if most is None else f" to {most}")
 
     def integer(text: str) -> int:
@@ -146,8 +148,8 @@ def _integer(least: int, most: int | None = None) -> type:
     return integer
 
 
-def _partition(text: str) -> str:
-    """A type of argument: the name of a partition."""
+def _partition_type(text: str) -> str:
+    """An argument type: the name of a partition."""
     if text in PARTITIONS or re.fullmatch(r"(blocks|alternate):[1-9]\d{0,8}", text):
         return text
     raise argparse.ArgumentTypeError(

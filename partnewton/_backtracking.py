@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 __all__ = ["descending_fraction"]
 
-_SUFFICIENT = 0.1  # of the decrease that the slope promises
-_EXPLOSIVE = 10.0  # times that decrease: not of first order
-_ROUNDING = 2.0 / _SUFFICIENT  # units of it: a sufficient decrease is no rounding
-_SHORT = 0.5**20  # of a step: its change is of first order
+_SUFFICIENT = 0.1  # accepted decrease, relative to the first-order prediction
+_EXPLOSIVE = 10.0  # an increase above this, in the same units, is not of first order
+_MEASURABLE = 2.0 / _SUFFICIENT  # the smallest measurable change, in eps * |loss|
+_SHORT = 0.5**20  # for so small a t the change of the loss is of first order
 
 
 def descending_fraction(
@@ -27,23 +27,23 @@ def descending_fraction(
         loss_at(t) - value <=  t |slope| 3/2         for slope <= 0.
 
     The gradient of some losses is not the derivative of their value: stop-gradient
-    targets, straight-through estimators, surrogates of a constant value. There the
-    measured change contradicts the slope down to the smallest t at which it can be
-    measured, and t = 1 is returned: the model is all there is to go by. Where the loss
-    increases by far more than the slope could explain, or the number of halvings ends
-    the search before that, the smallest t is returned.
+    targets, straight-through estimators, surrogates of a constant value. The measured
+    change then contradicts the slope down to the smallest t at which it can be
+    measured, and t = 1 is returned, since no better information is available. If the
+    loss increases by far more than the slope could explain, or `max_halvings` ends the
+    search before that, the smallest t is returned.
 
     Args:
       loss_at: the loss after the step times t.
       value: the loss at t = 0.
-      slope: the decrease to first order, at t = 1.
+      slope: the first-order prediction of the decrease at t = 1.
       max_halvings: the smallest t is ``0.5**max_halvings``.
 
     Returns:
       t, shape ().
     """
     allowed = jnp.where(slope > 0, -_SUFFICIENT * slope, -1.5 * slope)
-    rounding = _ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    rounding = _MEASURABLE * jnp.finfo(value.dtype).eps * jnp.abs(value)
 
     def is_visible(t: jax.Array) -> jax.Array:
         return t * jnp.abs(slope) > rounding

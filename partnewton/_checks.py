@@ -76,11 +76,12 @@ def check_learning_rate(value: Any, stacklevel: int = 3) -> None:
     check_number("learning_rate", value)
     if isinstance(value, int | float | np.number) and 0 < value < _SMALL:
         warnings.warn(
-            f"learning_rate={value} multiplies step lengths that are already solved "
-            "for; it is not a learning rate like Adam's. 1 applies them in full, 0.2 "
-            "is the default. With this value, training will be slower by orders of "
-            "magnitude. Leave the argument out; if such short steps are intended, pass "
-            f"a schedule, such as optax.constant_schedule({value}).",
+            f"learning_rate={value} multiplies step lengths that are computed from "
+            "second derivatives; it is not a learning rate like Adam's. 1 applies them "
+            "in full, 0.2 is the default. With this value, training will be slower by "
+            "orders of magnitude. Leave the argument out; if such short steps are "
+            "intended, pass a schedule, such as "
+            f"optax.constant_schedule({value}).",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -1,4 +1,4 @@
-"""Updates outside of :func:`jax.jit`, compiled once and not at every step."""
+"""Updates outside of :func:`jax.jit`, compiled once instead of at every step."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -14,27 +14,26 @@ from partnewton.engines.keys import key_of_program
 
 __all__ = ["compiled_direction", "compiled_when_eager"]
 
-_PROGRAMS = 16  # that are kept for each transformation
+_PROGRAMS = 16  # cached per transformation
 
 
 def compiled_when_eager(
     update_fn: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., Any]:
-    """An update function with a `value_fn`, compiled where nothing is traced.
+    """An update function with a `value_fn`, compiled if its arguments are not traced.
 
-    The loss may be another function at each step, a closure over the next batch, and
-    what it reads may change although the function does not. So it is traced at each
-    step, which takes milliseconds; arrays that it closes over become arguments, and the
-    update is compiled for each program that differs from the ones before. Under a
-    trace, as in :func:`jax.jit`, and for programs that cannot be compared, nothing is
-    changed.
+    The loss may be a different function at each step, a closure over the next batch,
+    and variables that it reads can change. So it is traced at each step, which takes
+    milliseconds. Arrays that it closes over become arguments, and the update is
+    compiled once for each distinct program. If the arguments are traced, as inside
+    :func:`jax.jit`, or if programs cannot be compared, `update_fn` is called as it is.
 
     Args:
       update_fn: the update function of a transformation.
-      has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 
     Returns:
-      An update function; its `__wrapped__` is the one that was given.
+      An update function; its `__wrapped__` is `update_fn`.
     """
 
     @functools.lru_cache(maxsize=_PROGRAMS)
@@ -65,7 +64,7 @@ def compiled_when_eager(
         arguments = updates, state, params
         program = None
         if callable(value_fn) and params is not None and _are_concrete(arguments):
-            program = _program(value_fn, params, extra_args, has_aux)
+            program = _loss_program(value_fn, params, extra_args, has_aux)
         if program is None:
             return update_fn(*arguments, value_fn=value_fn, **extra_args)
         loss, constants = program
@@ -77,7 +76,7 @@ def compiled_when_eager(
 def compiled_direction(
     direction: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """A transformation without extra arguments, compiled where nothing is traced."""
+    """A transformation without extra arguments, compiled unless it is traced."""
     compiled = jax.jit(direction.update)
 
     def update_fn(
@@ -95,7 +94,7 @@ def compiled_direction(
 class _Loss:
     """A loss as a function of its constants and the leaves of the parameters.
 
-    Equal to the others of the same key, and so of the same results.
+    Losses with the same key compute the same function, and compare equal.
     """
 
     def __init__(self, function: Callable[..., list[jax.Array]], key: Hashable):
@@ -109,13 +108,13 @@ class _Loss:
         return self._hash
 
 
-def _program(
+def _loss_program(
     value_fn: Callable[..., Any],
     params: optax.Params,
     extra_args: dict[str, Any],
     has_aux: bool,
 ) -> tuple[_Loss, list[Any]] | None:
-    """The loss and the arrays it closes over; None if that cannot be compiled once."""
+    """The loss and the arrays it closes over; None if programs cannot be compared."""
     loss_args = extract_fn_kwargs(value_fn, extra_args)
 
     def loss(params: optax.Params) -> jax.Array:
@@ -125,7 +124,7 @@ def _program(
     try:
         closed = jax.make_jaxpr(loss)(params)
         key = key_of_program(closed)
-    except Exception:  # no key, or an error for the update function to report
+    except Exception:  # no key, or an error that the update function will raise
         return None
     jaxpr, constants = compat.open_jaxpr(closed), compat.constants_of(closed)
     is_scalar = len(jaxpr.outvars) == 1 and jaxpr.outvars[0].aval.shape == ()
@@ -137,7 +136,7 @@ def _program(
 
 
 def _are_concrete(tree: Any) -> bool:
-    """Whether all leaves are arrays or numbers, and none of them is traced."""
+    """Whether all leaves are arrays or numbers, and none is traced."""
     return all(
         isinstance(x, jax.Array | np.ndarray | np.generic | int | float)
         and not isinstance(x, jax.core.Tracer)

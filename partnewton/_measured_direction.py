@@ -12,7 +12,7 @@ __all__ = ["MeasuredDirection"]
 
 
 class MeasuredDirection:
-    """The incoming updates, and what a single pass over them tells of each subset.
+    """The incoming updates, and their norms per subset, computed in one pass.
 
     Attributes:
       params: the parameters.
@@ -36,7 +36,7 @@ class MeasuredDirection:
         self.treedef = jax.tree.structure(updates)
         self._params_leaves, self._params_treedef = jax.tree.flatten(params)
         active = [jnp.asarray(self._leaves[i]) for i in self.partition.active]
-        # By itself: XLA would sum again in each kernel that reads one of the sums.
+        # Not inlined: XLA would fuse the sums into each kernel that reads one of them.
         squares = outlined(self.partition.of_active().inner)(active, active)
         self._norms = jnp.sqrt(squares)
         self.is_measurable = jnp.isfinite(jnp.sum(squares)) & jnp.any(squares > 0)
@@ -66,7 +66,7 @@ class MeasuredDirection:
                 leaves[i] = jnp.where(where, leaves[i], 0)
         return self.partition.scaled(leaves, factors, self._params_leaves)
 
-    def moved(self, eta: jax.Array) -> optax.Params:
+    def parameters_after(self, eta: jax.Array) -> optax.Params:
         """The parameters after the step ``sum_s eta_s * u_s``."""
         steps = jax.tree.unflatten(self._params_treedef, self.scaled(eta))
         return self.partition.moved(self.params, steps)

@@ -46,7 +46,7 @@ class Refresh:
     The attributes are the arguments of :func:`partnewton.scale_by_partition_newton`.
     """
 
-    rule: rules.Rule
+    rule: Callable[[Summary], rules.Proposal]
     average: averaging.Average
     smoothing: averaging.Average
     backtracking: jax.typing.ArrayLike
@@ -117,12 +117,12 @@ class Refresh:
             result = loss(params)
             return result[0] if self.has_aux else result
 
-        # In a computation of its own, as the values that the lookback asks for: what is
-        # equal is compiled once.
+        # Not inlined, like the loss in `lookback.py`: equal computations are compiled
+        # once.
         value = outlined(value)
 
         def loss_at(t: jax.Array) -> jax.Array:
-            return value(direction.moved(-t * eta))
+            return value(direction.parameters_after(-t * eta))
 
         slope = jnp.sum(summary.gradient * eta)
         return descending_fraction(loss_at, summary.value, slope, self.backtracking)

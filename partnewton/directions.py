@@ -1,8 +1,9 @@
 """Transformations that produce update directions.
 
-Any transformation of optax makes a direction. These two wrap one: `skip_nonfinite`, so
-that a bad batch and frozen parameters leave no trace in its state, and `equilibrated`,
-for matrices whose rows or columns have units of their own.
+Any transformation of optax can produce a direction. The two functions of this module
+wrap one: `skip_nonfinite`, so that updates that are not finite and frozen parameters do
+not enter its state, and `equilibrated`, for matrices whose rows or columns have
+different scales.
 """
 
 import functools
@@ -26,23 +27,22 @@ def skip_nonfinite(
     *,
     param_labels: partitions.ParamLabels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that does not see updates that are not finite.
+    """Wrap a transformation so that nonfinite updates do not change its state.
 
-    Where the sum of squares of the incoming updates is not finite, the state stays as
-    it was and the outgoing updates are NaN, for
-    :func:`~partnewton.scale_by_partition_newton` to replace by zeros and to count. A
-    bad batch leaves no trace: without this, the averages of Adam would be NaN for ever.
-    Traced hyperparameters do not change the dtypes of a state.
+    If the sum of squares of the incoming updates is not finite, the state is kept and
+    the outgoing updates are NaN, which :func:`~partnewton.scale_by_partition_newton`
+    replaces by zeros and counts. Without this, one NaN would make the averages of Adam
+    NaN for the rest of the training. The dtypes of the state do not change, even if
+    hyperparameters are traced.
 
-    With `param_labels`, the transformation does not see frozen parameters either: it is
-    given trees with None in the place of leaves that are frozen, for which it keeps no
-    state, and zeros at the entries that are frozen inside a leaf. The outgoing updates
-    of frozen leaves are zero.
+    With `param_labels`, the transformation receives no frozen parameters either: frozen
+    leaves are replaced by None, so that it stores no state for them, and frozen entries
+    inside a leaf by zeros. The outgoing updates of frozen leaves are zero.
 
     Args:
       direction: any transformation; the state of the result is its state.
-      param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at;
-        by default no leaf is frozen, and `params` is not needed.
+      param_labels: the partition, of which only :data:`partitions.FROZEN` is used; by
+        default no leaf is frozen, and `params` is not needed.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
@@ -62,7 +62,8 @@ def skip_nonfinite(
         if param_labels is not None and not partitions.is_placeholder(params):
             partition = partitions.partition_of(params, param_labels)
             params = partition.take(params)
-        # A state like a weakly typed parameter would change its type at an update.
+        # A weakly typed state, as of weakly typed parameters, would change its type at
+        # the first update.
         return jax.tree.map(
             lambda x: x.astype(x.dtype) if isinstance(x, jax.Array) else x,
             direction.init(params),
@@ -98,7 +99,7 @@ def skip_nonfinite(
 
 def _has_finite_squares(tree: optax.Updates) -> jax.Array:
     """Whether the sum of all squares in a tree is finite, in float32 at least."""
-    # By itself: XLA would sum again in each kernel that reads the result.
+    # Not inlined: XLA would fuse the sums into each kernel that reads the result.
     check = outlined(_sum_of_squares_is_finite)
     return check([jnp.asarray(x) for x in jax.tree.leaves(tree)])
 
@@ -106,7 +107,7 @@ def _has_finite_squares(tree: optax.Updates) -> jax.Array:
 def _sum_of_squares_is_finite(leaves: list[jax.Array]) -> jax.Array:
     total = jnp.zeros((), jnp.float32)
     for x in leaves:
-        total = total + jnp.sum(x.astype(_wide(x)) ** 2)
+        total = total + jnp.sum(x.astype(_accumulation_dtype(x)) ** 2)
     return jnp.isfinite(total)
 
 
@@ -114,10 +115,10 @@ class EquilibratedState(NamedTuple):
     """State of :func:`equilibrated`.
 
     Attributes:
-      count: how many updates were made, shape (), int32.
-      rows: for each matrix the running mean square of each row of its gradient, (n, 1);
-        None for all other leaves.
-      columns: the same of each column, (1, m).
+      count: the number of updates, shape (), int32.
+      rows: for each matrix, the running mean square of each row of its gradient, shape
+        (n, 1); None for all other leaves.
+      columns: the same for each column, shape (1, m).
       inner: the state of the direction.
     """
 
@@ -134,27 +135,28 @@ def equilibrated(
     decay: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that works in units in which rows and columns are alike.
+    """Apply a transformation after scaling matrices to similar rows and columns.
 
-    Where one input of a layer is a hundred times the size of another, so is its row of
-    the gradient, and the best weights are a hundredth. An orthogonalised momentum moves
-    both rows alike and has to be so slow as suits the larger. With r and c the mean
-    squares of the rows and columns of a matrix of gradients, over time and relative to
-    their mean, and R = diag(r + eps), C = diag(c + eps), the direction is
+    If one input of a layer is a hundred times as large as another, so is its row of the
+    gradient, and its best weights are a hundred times smaller. Orthogonalised momentum
+    moves both rows by similar amounts, and needs a learning rate that is small enough
+    for the row of the larger input. Let G be a matrix of gradients, r and c the running
+    mean squares of its rows and columns, each divided by its mean, R = diag(r + eps)
+    and C = diag(c + eps). The direction is
 
         U = R^-p direction(R^-p G C^-p) C^-p,
 
-    the steepest descent, of the kind of the inner one, for the weights R^p W C^p. With
-    p = 1/2 it is the same, in these units, for inputs of any size, and inputs that are
-    rarely seen get large weights; 1/4 is half of the way. Leaves that are no matrices
-    go through the inner direction as they are.
+    the same kind of steepest descent, with respect to the weights R^p W C^p. With
+    p = 1/2 the direction in the scaled weights does not depend on the scale of the
+    inputs, but inputs that are rarely nonzero get large weights; 1/4 is a compromise.
+    Leaves that are not matrices are not scaled.
 
     Args:
       direction: any transformation, such as that of :func:`optax.contrib.muon`.
-      power: p, not negative; 0 leaves the inner direction as it is.
-      decay: how much of the past the running means keep at each update.
-      eps: what is added to r and c, whose mean is 1: a bound for rows that are hardly
-        ever seen.
+      power: p, nonnegative; 0 applies the direction without scaling.
+      decay: the decay of the running means.
+      eps: added to r and c, whose mean is 1; it bounds the scaling of rows whose
+        gradient is nearly always zero.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`, whose state is a
@@ -172,11 +174,13 @@ def equilibrated(
 
     def init_fn(params: optax.Params) -> EquilibratedState:
         if partitions.is_placeholder(params):
-            rows = columns = jnp.zeros(())  # nothing here is like the parameters
+            rows = columns = jnp.zeros(())  # no state leaf is like a parameter
         else:
-            rows = _of_matrices(lambda x: jnp.zeros((x.shape[0], 1), _wide(x)), params)
+            rows = _of_matrices(
+                lambda x: jnp.zeros((x.shape[0], 1), _accumulation_dtype(x)), params
+            )
             columns = _of_matrices(
-                lambda x: jnp.zeros((1, x.shape[1]), _wide(x)), params
+                lambda x: jnp.zeros((1, x.shape[1]), _accumulation_dtype(x)), params
             )
         return EquilibratedState(
             jnp.zeros((), jnp.int32), rows, columns, direction.init(params)
@@ -210,23 +214,23 @@ def _running_mean_square(
     u: jax.Array, before: jax.Array, *, axis: int, decay: jax.typing.ArrayLike
 ) -> jax.Array:
     """The running mean of the mean squares of rows (axis 1) or columns (axis 0)."""
-    square = jnp.mean(u.astype(_wide(u)) ** 2, axis, keepdims=True)
+    square = jnp.mean(u.astype(_accumulation_dtype(u)) ** 2, axis, keepdims=True)
     return (decay * before + (1 - decay) * square).astype(before.dtype)
 
 
 def _unit(
     mean: jax.Array, power: jax.typing.ArrayLike, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    """What the rows or columns of a matrix are multiplied by, from mean squares."""
+    """The factors of the rows or columns of a matrix, from their mean squares."""
     overall = jnp.mean(mean)  # the correction for initial zeros cancels in the quotient
     relative = mean / jnp.where(overall > 0, overall, 1)
-    # A row without any gradient has no units, and nothing to scale.
+    # A row without gradient is not scaled.
     factor = jnp.where(relative > 0, relative + eps, 1) ** -power
     return jnp.where(relative > 0, factor, 1)
 
 
 def _multiplied(tree: optax.Updates, units: Any) -> optax.Updates:
-    """The matrices of a tree times their units, all other leaves as they are."""
+    """The matrices of a tree times `units`; all other leaves are not changed."""
     leaves, treedef = jax.tree.flatten(tree)
     factors = treedef.flatten_up_to(units)
     return jax.tree.unflatten(
@@ -239,7 +243,7 @@ def _multiplied(tree: optax.Updates, units: Any) -> optax.Updates:
 
 
 def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
-    """`fn` of each matrix and of what stands in its place in the others, None else."""
+    """`fn` of each matrix and its counterparts in the other trees, otherwise None."""
     leaves, treedef = jax.tree.flatten(tree)
     columns = [treedef.flatten_up_to(other) for other in others]
     return jax.tree.unflatten(
@@ -251,6 +255,6 @@ def _of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
     )
 
 
-def _wide(x: jax.Array) -> Any:
-    """What squares are summed in: float32, or float64 if `x` is."""
+def _accumulation_dtype(x: jax.Array) -> Any:
+    """The dtype in which squares are summed: float32, or float64 if `x` is."""
     return at_least_float32(jnp.result_type(x))

@@ -1,10 +1,10 @@
-"""A step-size multiplier that is adapted by looking back on the recent trajectory.
+"""A step-size multiplier, adapted to the loss along the recent trajectory.
 
-Each step may be the best of its kind and all of them together be too long, where noise
-or a narrow valley makes them oscillate, or too short, where they all point the same
-way. The summary of a single step shows neither; how the loss changes along the
-displacement of the last ten steps, and later of many more, shows both. It costs two
-values of the loss and no gradient.
+Even if each step is optimal for its model, a sequence of steps can be too long, because
+noise or a narrow valley makes them oscillate, or too short, because they all point in
+the same direction. The derivatives at a single step show neither. The change of the
+loss along the displacement of the last ten steps, and later of many more, shows both,
+and costs two evaluations of the loss and no gradient.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ class ScaleByLookbackState(NamedTuple):
     """State of :func:`scale_by_lookback`.
 
     Attributes:
-      count: how many updates were made, shape (), int32.
-      factor: what the updates are multiplied by, shape ().
-      slope: the derivative of the loss along the displacement over the last window, by
-        which the factor was last adapted, shape ().
+      count: the number of updates, shape (), int32.
+      factor: the step-size multiplier, shape ().
+      slope: the derivative of the loss along the displacement of the last complete
+        window, whose sign determined the last change of the factor, shape ().
       anchor: the parameters at the start of the current window, None for leaves that
         are frozen; None if the rate is 0.
-      window_start: the count at that time, shape (), int32.
-      slope_sum: the sum of the slopes that were measured since, shape ().
+      window_start: the count at the start of the current window, shape (), int32.
+      slope_sum: the sum of the slopes measured in the current window, shape ().
     """
 
     count: jax.Array
@@ -62,64 +62,66 @@ def scale_by_lookback(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by a factor that grows while the recent trajectory descends.
 
-    With theta the parameters now and theta' those at the start of the window, the loss
-    on the newest batch is a function of the position t along the displacement,
+    Let theta be the current parameters and theta' those at the start of the window. The
+    loss of the newest batch is a function of the position t along the displacement,
 
-        phi(t) = L(theta' + t (theta - theta')),
+        phi(t) = L(theta' + t (theta - theta')).
 
-    and the factor follows the sign of its derivative at p = slope_position, measured by
-    a central difference between the parameters now and the mirrored position,
+    Its derivative at p = slope_position is computed by a central difference between the
+    current parameters and the position 2 p - 1, and the factor follows its sign,
 
         slope = (phi(1) - phi(2 p - 1)) / (2 - 2 p),
-        factor <- factor * exp(-rate * sign(slope)),
+        factor <- factor * exp(-rate * sign(slope)).
 
-    which is exact where phi is quadratic. A difference within the rounding of the loss
-    counts as zero.
+    The difference is exact if phi is quadratic. It counts as zero if it is within the
+    rounding error of the loss.
 
-    That batch took no part in the steps that it judges, so noise does not look like
-    progress, as it does along a direction that was computed from the batch. Where steps
-    of a fixed length have got as far as they can, the loss at both ends of the
-    displacement is the same, the slope is zero in the middle and positive behind it,
-    and the factor decays. Where all steps descend the factor grows, until the
-    displacement is 1 / p times as long as is best along it. Only the sign enters:
-    neither the units of the loss nor those of the parameters matter, and a single bad
-    batch has little influence.
+    The newest batch was not used to compute these steps, so noise does not look like
+    progress, as it does along a direction that was computed from the same batch. If
+    steps of constant length no longer make progress, the loss at both ends of the
+    displacement is the same, the slope is zero in the middle and positive beyond it,
+    and the factor decays. If all steps descend, the factor grows until the displacement
+    is 1 / p times as long as the best one in its direction. Only the sign is used: the
+    units of the loss and of the parameters do not matter, and a single bad batch has
+    little influence.
 
-    The window is that of the last n updates, and it grows with training,
+    The window consists of the last n updates and grows during training,
 
-        n = max(update_interval, window_growth * sqrt(updates made)).
+        n = max(update_interval, window_growth * sqrt(count)),
 
-    Early there is much to gain and little noise; later it is the other way round. Over
-    a longer window progress grows in proportion to n and noise only like sqrt(n), so
-    that slow progress can be told from none. With a window proportional to the number
-    of updates, the factor could change only polynomially in time. The slope of one
-    batch is still mostly noise, so it is averaged over the last tenth of the window,
-    each update with its own batch and its own displacement: n / 10 batches.
+    with the number of updates `count` at its start. Early in training progress is fast
+    compared with the noise, later it is slow. Over a longer window progress grows in
+    proportion to n, and noise only like sqrt(n), so that even slow progress becomes
+    visible. With a window proportional to the number of updates, the factor could
+    change only polynomially in time. The slope of one batch is still mostly noise, so
+    it is averaged over the last tenth of the window: n / 10 updates, each with its own
+    batch and displacement.
 
     Args:
-      rate: by how much the logarithm of the factor changes. With the number 0 it stays
-        1, no slope is measured and no copy of the parameters is kept.
-      slope_position: where along the displacement the slope is taken, 0 at its start
-        and 1 at its end, below 1; above a half, or the factor would not decay under
-        noise.
-      update_interval: the shortest window, in updates.
-      window_growth: how quickly the window grows; 0 for `update_interval` throughout.
-      averaging_fraction: over which fraction of the window, its end, slopes are
-        averaged; each costs two values of the loss. It is one update at least.
+      rate: the change of the logarithm of the factor per window. If it is the number 0,
+        the factor is 1, no slope is computed and no copy of the parameters is stored.
+      slope_position: the position p along the displacement at which the slope is
+        computed, 0 for its start and 1 for its end. It must be below 1. It should be
+        above 0.5, since otherwise the factor does not decay under noise.
+      update_interval: the length of the shortest window, in updates.
+      window_growth: the coefficient of the square root in n; with 0, all windows have
+        `update_interval` updates.
+      averaging_fraction: the fraction of the window, at its end, over which slopes are
+        averaged, at least one update. Each slope costs two evaluations of the loss.
       min_scale, max_scale: bounds of the factor.
-      param_labels: the partition, of which only :data:`partitions.FROZEN` is looked at:
-        the displacement of frozen entries does not count; by default none is frozen.
-      has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
+      param_labels: the partition, of which only :data:`partitions.FROZEN` is used:
+        frozen entries do not move along the displacement. By default none is frozen.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` whose state is a
-      :class:`ScaleByLookbackState`. It keeps one copy of the parameters. Its update
+      :class:`ScaleByLookbackState`. It stores one copy of the parameters. Its update
       function needs `params` and `value_fn`, see
       :func:`partnewton.scale_by_partition_newton`.
 
     Raises:
-      ValueError: a number out of its range; from `update`, at trace time: `params` or
-        `value_fn` is missing.
+      ValueError: if a number is out of its range; from `update`, at trace time, if
+        `params` or `value_fn` is missing.
 
     Example:
       >>> loss = lambda params: params["x"] ** 2
@@ -152,8 +154,8 @@ def scale_by_lookback(
         anchor = None if is_constant else params
         if not is_constant and not partitions.is_placeholder(params):
             partition = partitions.partition_of(params, param_labels)
-            # A buffer of its own, since both may be donated, and no weak type, which
-            # would not outlast the first update.
+            # A copy, since state and parameters may both be donated. It is not weakly
+            # typed, because the anchor after an update is not.
             anchor = jax.tree.map(
                 lambda x: jnp.array(x, x.dtype, copy=True), partition.take(params)
             )
@@ -188,7 +190,7 @@ def scale_by_lookback(
         window = jnp.maximum(update_interval, window)
         num_slopes = jnp.maximum(jnp.floor(averaging_fraction * window), 1)
         age = (state.count - state.window_start).astype(window.dtype)
-        measures, adapts = age > window - num_slopes, age >= window  # or both
+        measures, adapts = age > window - num_slopes, age >= window
 
         def measure(anchor: optax.Params) -> tuple[jax.Array, optax.Params]:
             slope = _slope(loss_at, params, anchor, partition, slope_position)
@@ -221,7 +223,7 @@ def scale_by_lookback(
     )
 
 
-_ROUNDING = 4.0  # units of it that a sum over a batch is taken to have
+_ROUNDING = 4.0  # rounding error of a loss, in units of eps * |loss|
 
 
 def _slope(
@@ -236,7 +238,7 @@ def _slope(
     steps = jax.tree.map(
         lambda now, then: _scaled(-width, now - then), partition.take(params), anchor
     )
-    value = outlined(loss_at)  # one program for both
+    value = outlined(loss_at)  # compiled once for both points
     here, there = value(params), value(partition.moved(params, steps))
     difference = (here - there).astype(jnp.float32)
     rounding = _ROUNDING * float(jnp.finfo(here.dtype).eps) * jnp.abs(here)

@@ -1,9 +1,11 @@
-"""Whole optimizers: a direction, the link and a factor, each a chain to read.
+"""Complete optimizers: a direction, `scale_by_partition_newton` and a factor.
 
 :func:`partition_newton` is for training without tuning; :func:`paper_newton` is the
-published method. Where the numbers come from: ``docs/how_to_choose.md``.
+published method. ``docs/design_notes.md`` describes the experiments behind the
+defaults.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,6 +16,7 @@ from partnewton import averaging, directions, engines, partitions, rules
 from partnewton._checks import check_learning_rate
 from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
+from partnewton.summary import Summary
 from partnewton.transform import scale_by_partition_newton
 
 __all__ = ["paper_newton", "partition_newton"]
@@ -23,7 +26,7 @@ def partition_newton(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
     direction: optax.GradientTransformation | None = None,
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     average: averaging.Average | None = None,
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
@@ -32,43 +35,44 @@ def partition_newton(
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """One learning rate per subset, solved for: an optimizer to use as it is.
+    """An optimizer without tuning: one step length per subset, from second derivatives.
 
-    From time to time, at every 20th update at first, the exact summary of the loss
-    along the unit directions of all subsets enters a running average, and
-    :func:`partnewton.rules.robust` solves it for one length of step per subset, half of
-    the way between the best lengths and the best length that is the same for all; it is
-    kept until the next refresh. Directions have the root mean square 1, so that
-    :func:`partnewton.learning_rates` of its state are lengths per entry: by how much
-    the entries of a subset move. One factor multiplies all of them, see
-    :func:`partnewton.scale_by_lookback`: it grows while the trajectory of the last ten
-    steps, and later of more, still descends on the newest batch, and it decays where
-    noise or a narrow valley makes steps oscillate. It never makes a step longer than
-    the lengths that were solved for, however long a loss decreases.
+    Each subset of the direction is normalised to the root mean square (RMS) 1. Every 20
+    updates at first, and less often later, the exact derivatives of the loss along the
+    direction are computed, as a :class:`partnewton.Summary`, and enter a running
+    average. From the average, :func:`partnewton.rules.robust` computes one step length
+    per subset, the mean of the best lengths and the best common length. The lengths are
+    kept until the next refresh. :func:`partnewton.learning_rates` returns them: the RMS
+    change of the entries of each subset per step, before the factors.
+
+    A factor multiplies all lengths, see :func:`partnewton.scale_by_lookback`. It grows
+    while the loss of the newest batch still decreases along the displacement of the
+    last ten steps, later of more steps. It decays if noise or a narrow valley makes the
+    steps oscillate. If `learning_rate` is a number up to 1, the product of the two is
+    at most 1, so that no step is longer than the lengths; with a schedule, the factor
+    is at most 5.
 
     Args:
-      learning_rate: the factor on all lengths at the start, a number or a schedule; 1
-        takes the lengths in full. It is not a learning rate like Adam's: a plain number
-        below 0.01 is taken for one and warned of; pass a schedule if it is meant.
-      direction: any transformation whose outgoing updates are gradient-like; by default
-        that of Muon, orthogonalised momentum for matrices and kernels of convolutions
-        and Adam for all other leaves, in the units of
+      learning_rate: the initial factor for all lengths, a number or a schedule; 1
+        applies them in full. It is not comparable to a learning rate of Adam, so a
+        number below 0.01 causes a warning; pass a schedule to avoid it.
+      direction: any transformation whose outgoing updates have the sign of a gradient;
+        by default that of Muon, orthogonalised momentum for matrices and kernels of
+        convolutions and Adam for all other leaves, wrapped in
         :func:`partnewton.directions.equilibrated`.
-      rule: from a summary to lengths; by default :func:`partnewton.rules.robust` with
-        ``shrinkage=0.5``, wrapped in
-        :func:`partnewton.rules.with_noise_floor`.
-      average: a running average of the summaries; by default an exponential one of
-        decay 0.9, each summary relative to its own gradient.
+      rule: computes lengths from a summary; by default :func:`partnewton.rules.robust`
+        with ``shrinkage=0.5``, wrapped in :func:`partnewton.rules.with_noise_floor`.
+      average: a running average of the summaries; by default an exponential one with
+        decay 0.9, of summaries relative to their own gradients.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
-      update_interval: refresh the lengths at every so many updates; by default an
-        interval that grows from 20 updates to 5 S, see
-        :func:`scale_by_partition_newton`.
-      backtracking: how often lengths are halved, at most, while they do not lower the
-        loss as they should, see :func:`scale_by_partition_newton`.
-      lookback_rate: by how much the logarithm of the factor changes at the end of each
-        window, see :func:`partnewton.scale_by_lookback`; 0 for a factor that is
-        `learning_rate` throughout.
+      update_interval: the number of updates between two refreshes of the lengths; by
+        default it grows from 20 to 5 S, see :func:`scale_by_partition_newton`.
+      backtracking: maximal number of times that new lengths are halved until a step
+        decreases the loss sufficiently, see :func:`scale_by_partition_newton`.
+      lookback_rate: the change of the logarithm of the factor at the end of each
+        window, see :func:`partnewton.scale_by_lookback`; with 0, `learning_rate` is the
+        only factor.
       engine, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -128,7 +132,7 @@ def partition_newton(
 
 
 def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
-    """What takes the lengths that were solved for in full, and no longer steps."""
+    """The upper bound of the factor: with it, the lengths are applied in full."""
     if callable(learning_rate):
         return 5.0  # as for the default
     return jnp.maximum(1.0, 1.0 / learning_rate)
@@ -137,8 +141,8 @@ def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLi
 def orthogonal_momentum() -> optax.GradientTransformation:
     """The direction of :func:`optax.contrib.muon`, with the sign of a gradient.
 
-    A kernel of four axes or more is that of a convolution, and one matrix: from all
-    axes but the last to the last.
+    An array with four axes or more is the kernel of a convolution. It is reshaped to a
+    matrix whose columns correspond to its last axis.
     """
 
     def as_matrix(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -157,7 +161,7 @@ def paper_newton(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
     momentum: jax.typing.ArrayLike = 0.9,
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
     normalize: Literal["norm", "rms"] | None = None,
@@ -169,20 +173,20 @@ def paper_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """The published method: momentum, the cubic model of one batch, a factor.
 
-    Its variants are described in ``docs/published_method.md``. It needs tuning, of the
-    factor and of the damping of the rule.
+    Its variants are described in ``docs/published_method.md``. The factor and the
+    damping of the rule need tuning.
 
     Args:
-      learning_rate: the factor on all rates, a number or a schedule: lambda_1, 0.1 to
-        0.3 on mini-batches and 1 on full batches.
+      learning_rate: the factor for all rates (lambda_1 in the paper), a number or a
+        schedule: 0.1 to 0.3 on mini-batches and 1 on full batches.
       momentum: the decay of the average of gradients; 0 for the gradient itself.
-      rule: by default ``rules.cubic()``, with damping 1; 1 to 10 are published.
+      rule: by default ``rules.cubic()``, with damping 1; the paper uses 1 to 10.
       average: a running average of the summaries; by default none.
       smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
         by default none.
       normalize, param_labels, backtracking, engine, has_aux: as in
         :func:`scale_by_partition_newton`.
-      update_interval: refresh the rates at every so many updates.
+      update_interval: the number of updates between two refreshes of the rates.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; its update function needs

@@ -1,10 +1,10 @@
-"""The optax transformation: updates in, updates with their learning rates out.
+"""`scale_by_partition_newton`: one learning rate for each subset of the updates.
 
-Data flows one way: the updates are the direction; with the parameters and the loss
-they make a summary; an average and a rule turn it into learning rates; each subset of
-the updates is multiplied by its own. The method is P. Wolinski's (arXiv 2312.03885).
-What differs from the paper: rates that cannot be trusted (not finite) are refused and
-counted, and a subset whose direction is zero keeps its last rate.
+The incoming updates are the direction. A summary contains the derivatives of the loss
+along it; a running average and a rule compute learning rates from the summary; each
+subset of the updates is multiplied by its learning rate. The method is that of
+P. Wolinski (arXiv 2312.03885). Differences from the paper: rates that are not finite
+are rejected and counted, and a subset whose direction is zero keeps its last rate.
 """
 
 from collections.abc import Callable
@@ -34,26 +34,26 @@ class ScaleByPartitionNewtonState(NamedTuple):
     :class:`~partnewton.Summary`.
 
     Attributes:
-      count: how many updates were made, shape (), int32.
+      count: the number of updates, shape (), int32.
       loss: the loss at the last refresh, shape ().
       gradient: <dL/dparams, u_s> at the last refresh, shape (S,).
       hessian: <u_s, H u_t> at the last refresh, shape (S, S).
       third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), zero where it is not
-        finite or the loss cannot be differentiated three times; None with a rule that
-        does not read it.
-      learning_rates: eta, shape (S,), before any factor that stands later in a chain.
-      predicted_decrease: by how much the rule expected the loss to fall with these
-        rates in full, shape ().
+        finite or the loss cannot be differentiated three times; None if the rule does
+        not read it.
+      learning_rates: eta, shape (S,), before the factors of later transformations.
+      predicted_decrease: the decrease of the loss that the rule predicts for the rates
+        that it proposes, shape ().
       status: a :class:`~partnewton.CubicStatus`, shape (), int32.
-      notfinite_count: at how many updates something was not finite: a refresh, after
-        which the last good rates stay in force, or the updates themselves, which are
-        then zero; shape (), int32.
-      next_refresh: the count at which the rates are refreshed next; it does not advance
-        at a refresh that is not finite, shape (), int32.
+      notfinite_count: the number of updates at which something was not finite: the
+        result of a refresh, which is then rejected, or the incoming updates, which are
+        then replaced by zeros; shape (), int32.
+      next_refresh: the count at which the rates are refreshed next; a rejected refresh
+        does not change it, shape (), int32.
       average: the state of the running average of summaries, or an empty tuple.
       smoothing: the state of the running average of rates, or an empty tuple.
       subsets: ``{"0 first name": None, "1 second name": None, ...}``, the subsets in
-        the order of every axis: part of the structure, not of the arrays.
+        the order of the axes of length S. The names are part of the tree structure.
     """
 
     count: jax.Array
@@ -77,7 +77,7 @@ class ScaleByPartitionNewtonState(NamedTuple):
 
 
 def scale_by_partition_newton(
-    rule: rules.Rule | None = None,
+    rule: Callable[[Summary], rules.Proposal] | None = None,
     *,
     param_labels: partitions.ParamLabels | None = None,
     normalize: Literal["norm", "rms"] | None = None,
@@ -88,53 +88,56 @@ def scale_by_partition_newton(
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale each subset of the updates by a learning rate that is solved for.
+    """Scale each subset of the updates by a rate computed from second derivatives.
 
-    The incoming updates are a direction u, gradient-like, and the outgoing updates are
-    ``eta_s * u_s``, without a change of sign. The rates eta come from the exact summary
-    of the loss along u (see :func:`partnewton.summarize`) by way of the rule.
+    The incoming updates are a direction u with the sign of a gradient, and the outgoing
+    updates are ``eta_s * u_s``, with the same sign. The rule computes the rates eta
+    from the exact derivatives of the loss along u, see :func:`partnewton.summarize`.
 
     The update function needs `params` and the extra argument `value_fn`, the loss as a
-    function of the parameters. Its further arguments are given by keyword, as to the
-    line searches of optax: the names in its signature are picked, and all other extra
-    arguments are ignored.
+    function of the parameters. Its other arguments are given by keyword, as to the line
+    searches of optax: extra arguments named in its signature are passed on, and all
+    others are ignored.
 
-    Inside :func:`optax.masked` and :func:`optax.partition`, `value_fn` is given
-    parameters with holes, :class:`optax.MaskedNode`, and fails unless it fills them in
-    itself. To leave parameters as they are, label them :data:`partitions.FROZEN`
-    instead. Inside :class:`optax.MultiSteps` only the last micro-step counts:
-    `value_fn` sees its micro-batch alone, `update_interval` counts accumulated updates,
-    and an update at which the rates are due is paid for at each of its micro-steps.
+    Inside :func:`optax.masked` and :func:`optax.partition`, `value_fn` receives
+    parameters in which leaves are replaced by :class:`optax.MaskedNode`, and fails
+    unless it handles them. To leave parameters as they are, label them
+    :data:`partitions.FROZEN` instead. Inside :class:`optax.MultiSteps` only the last
+    micro-step counts: `value_fn` is evaluated on its micro-batch alone,
+    `update_interval` counts accumulated updates, and a refresh is computed at each
+    micro-step of its update.
 
     Args:
-      rule: from a summary to learning rates, see :mod:`partnewton.rules`; by default
-        ``rules.cubic()``.
+      rule: computes learning rates from a summary, see :mod:`partnewton.rules`; by
+        default ``rules.cubic()``.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset.
-      normalize: "norm" or "rms" to give each subset of the direction the norm 1 or the
-        root mean square 1 first. The rates are then lengths of steps, which can be kept
-        while the norm of a gradient changes, and summaries can be averaged over time.
-        With "rms" a rate is by how much an entry moves, as Adam's is, alike for large
-        and small tensors. By default the direction stays as it is.
-      update_interval: refresh the rates at every so many updates, and keep them in
-        between; None for a quarter of the updates so far, at least 20 and at most 5 S.
-        A summary costs about S/2 gradients, so that in the long run refreshes cost a
-        tenth of the gradients in between. While all rates are zero they are refreshed
-        at each update, since nothing moves until then, and never along a direction of
-        zeros.
+      normalize: "norm" or "rms" to scale each subset of the direction to the norm 1 or
+        the root mean square (RMS) 1 first. The rates are then lengths of steps: they
+        remain valid while the norm of a gradient changes, and summaries can be averaged
+        over time. With "rms" a rate is the RMS change of the entries per step,
+        comparable between tensors of different sizes and with Adam's learning rate. By
+        default the direction is not scaled.
+      update_interval: the number of updates between two refreshes of the rates; None
+        for a quarter of the updates so far, at least 20 and at most 5 S. A summary
+        costs up to about S/2 gradients, so that in the long run refreshes cost at most
+        a tenth of the gradients in between. While all rates are zero, they are
+        refreshed at each update, because the parameters do not change until then; a
+        direction of zeros never causes a refresh.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
-        default the newest summary alone.
+        default the newest summary is used.
       smoothing: a running average of the rates that the rule proposes, as a tuple of
-        one array; by default the newest rates alone.
-      backtracking: how often new rates are halved, at most, while a step with them in
-        full does not lower the loss by a tenth of what its slope promises (or, against
-        the slope, raises it by more than half as much again). The loss is evaluated
-        once, and once more for each halving, at refreshes only and on the data that
-        `value_fn` sees; by default not at all. It catches a model that is wrong, such
-        as the flat curvature of a saturated softmax. Where the value of a loss is not
-        what its gradient descends (stop-gradient targets), rates are not halved.
+        one array; by default the newest rates are used.
+      backtracking: maximal number of times that new rates are halved, until a step with
+        the factor 1 decreases the loss by at least a tenth of the first-order
+        prediction (if that is an increase: until the loss increases by at most 1.5
+        times the prediction). Only refreshes evaluate the loss, once and once more for
+        each halving, on the data of `value_fn`. By default rates are not halved. It
+        protects against wrong models, such as the vanishing curvature of a saturated
+        softmax. If the gradient is not the derivative of the loss, as with
+        stop-gradient targets, and shorter steps do not help, rates are not halved.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
-      has_aux: whether `value_fn` returns ``(loss, aux)``; the aux is dropped.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`, whose state is a
@@ -142,7 +145,7 @@ def scale_by_partition_newton(
 
     Raises:
       ValueError, TypeError: from `init` and `update`, at trace time, if an argument
-        does not fit; the message names the argument and the leaf.
+        is invalid; the message names the argument and the leaf.
 
     Example:
       >>> tx = optax.chain(
@@ -176,7 +179,7 @@ def scale_by_partition_newton(
     refresh = Refresh(rule, average, smoothing, backtracking, engine, has_aux)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
-        if partitions.is_placeholder(params):  # nothing here is like the parameters
+        if partitions.is_placeholder(params):  # no state leaf is like a parameter
             return _initial_state(refresh, 1, np.dtype(np.float32), jnp.zeros(()))
         partition = partitions.partition_of(params, param_labels)
         subsets = {f"{s} {name}": None for s, name in enumerate(partition.names)}
@@ -214,7 +217,7 @@ def scale_by_partition_newton(
         )
         eta = new.learning_rates
         is_usable = direction.is_finite(eta)
-        # One update counts once, whatever was not finite.
+        # Count an update once, even if several values are not finite.
         notfinite_count = jnp.where(
             is_usable,
             new.notfinite_count,
@@ -234,7 +237,7 @@ def scale_by_partition_newton(
 def _initial_state(
     refresh: Refresh, size: int, dtype: np.dtype, subsets: Any
 ) -> ScaleByPartitionNewtonState:
-    def zero_summary() -> Summary:  # buffers of its own for each, to be donated
+    def zero_summary() -> Summary:  # new buffers each time, so that all can be donated
         third = jnp.zeros(size, dtype) if refresh.third_order else None
         shapes = (), (size,), (size, size)
         return Summary(*(jnp.zeros(shape, dtype) for shape in shapes), third)
@@ -256,7 +259,7 @@ def _initial_state(
 def _accepted(
     found: Refreshed, old: ScaleByPartitionNewtonState, next_refresh: jax.Array
 ) -> ScaleByPartitionNewtonState:
-    """The state after a refresh; if that is not finite, the old one and a count."""
+    """The state after a refresh; if that is not finite, it is counted and rejected."""
     new = old._replace(
         loss=found.summary.value,
         gradient=found.summary.gradient,

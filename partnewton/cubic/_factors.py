@@ -1,4 +1,4 @@
-"""Cholesky factors of matrices whose diagonal was scaled by powers of two."""
+"""Cholesky factors of matrices with a diagonal scaled by powers of two."""
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ def scaled_to_ones(M: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def factor(A: jax.Array) -> jax.Array:
-    """L with L L' = A; where A is not positive definite, its last pivot is NaN."""
+    """L with L L' = A; if A is not positive definite, its last pivot is NaN."""
     return lax.linalg.cholesky(A, symmetrize_input=False)
 
 
 def is_factor(L: jax.Array) -> jax.Array:
-    """Whether there was one.
+    """Whether L is the factor of a positive definite matrix.
 
-    A pivot that is not finite leaves none behind it finite.
+    If a pivot is not finite, all later ones are not finite, so the last one is tested.
     """
     return jnp.isfinite(L[-1, -1])
 

@@ -1,8 +1,7 @@
 """Exact scaling by powers of two.
 
-Exponents are read from the bits: `jnp.frexp` and `jnp.ldexp` compile to code that
-depends on whether float64 is enabled around them, which it need not be any more by
-then.
+Exponents are read from the bits. `jnp.frexp` and `jnp.ldexp` are not used, because they
+are lowered differently if float64 is disabled, as it can be when the code is compiled.
 """
 
 import jax
@@ -11,7 +10,7 @@ from jax import lax
 
 __all__ = ["ZERO_EXPONENT", "exponent_of", "ldexp", "power_of_two", "round_to"]
 
-ZERO_EXPONENT = -(2**20)  # of the number 0; below any sum of a few true exponents
+ZERO_EXPONENT = -(2**20)  # for the number 0; below any sum of a few exponents
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -22,7 +21,7 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def exponent_of(x: jax.Array) -> jax.Array:
     """The e of |x| = m 2^e with m in [1/2, 1); `ZERO_EXPONENT` for 0."""
     info = jnp.finfo(x.dtype)
-    bits = lax.bitcast_convert_type(jnp.abs(x), _integer(x.dtype))
+    bits = lax.bitcast_convert_type(jnp.abs(x), _integer_dtype(x.dtype))
     exponent = (bits >> info.nmant).astype(jnp.int32) - (info.maxexp - 2)
     return jnp.where(jnp.abs(x) >= info.tiny, exponent, ZERO_EXPONENT)
 
@@ -36,10 +35,10 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
 def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     info = jnp.finfo(dtype)
     exponent = jnp.clip(exponent, info.minexp, info.maxexp - 1)
-    bits = (exponent + (info.maxexp - 1)).astype(_integer(dtype)) << info.nmant
+    bits = (exponent + (info.maxexp - 1)).astype(_integer_dtype(dtype)) << info.nmant
     return lax.bitcast_convert_type(bits, dtype)
 
 
-def _integer(dtype: jnp.dtype) -> jnp.dtype:
-    """The integers that are as wide as the floating-point numbers."""
+def _integer_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The integer dtype with the same number of bits."""
     return jnp.dtype(jnp.int64 if dtype == jnp.float64 else jnp.int32)

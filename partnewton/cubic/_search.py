@@ -1,7 +1,7 @@
 """The search for the shift y of the cubic model, see :mod:`partnewton.cubic._solver`.
 
-An iteration is one Cholesky factor and three triangular solves, with arithmetic on
-small arrays before, between and behind them: one function each.
+An iteration consists of one Cholesky factorisation, three triangular solves and
+functions with arithmetic on small arrays.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ _MAX_ITERATIONS = 200  # 5 to 30 are usual; bisection alone needs about 120
 
 
 class Best(NamedTuple):
-    """The steps with the smallest relative gap so far, without and with z."""
+    """The steps with the smallest relative gap so far, without and with tau z."""
 
     steps: jax.Array  # (2, S): M^-1 g and M^-1 g + tau z
     plain_gap: jax.Array  # ()
@@ -35,16 +35,16 @@ class Best(NamedTuple):
 
 class _Search(NamedTuple):
     y: jax.Array  # (), the next shift to try
-    low: jax.Array  # (), no larger than the shift sought
-    high: jax.Array  # (), no smaller
+    low: jax.Array  # (), lower bound of the solution y*
+    high: jax.Array  # (), upper bound
     v: jax.Array  # (S,), D z of the inverse iteration for the null vector, ||v|| = 1
     best: Best
-    settled: jax.Array  # (), the best was good enough before the last step
+    settled: jax.Array  # (), whether `best` had converged before the last iteration
     iteration: jax.Array
 
 
 def search(problem: Problem) -> Best:
-    """The best steps for the shifts tried until one of them is the solution."""
+    """The best steps, after iterating over shifts until convergence."""
 
     def iterate(state: _Search) -> _Search:
         system = _system(problem, state.y, state.v)
@@ -60,7 +60,7 @@ def search(problem: Problem) -> Best:
 
 
 def converged(gap: jax.Array) -> jax.Array:
-    """Whether a relative gap is as small as rounding allows."""
+    """Whether a relative gap is of the order of rounding errors."""
     return gap <= 64 * jnp.finfo(gap.dtype).eps
 
 
@@ -72,11 +72,11 @@ def _start(problem: Problem) -> _Search:
     lowest, highest = _shift_range(dtype)
     damped = problem.d > 0
     any_damped = jnp.any(damped)
-    # Any start will do that is not orthogonal to the null vector: an irregular one.
+    # Irregular, so that it is not orthogonal to the null vector.
     v = jnp.where(damped, 1 + 0.4 * jnp.cos(1.7 * jnp.arange(S, dtype=dtype) ** 2), 0)
     infinite = jnp.full((), jnp.inf, dtype)
     return _Search(
-        # Without a cubic term M does not depend on y, and the smallest y says so.
+        # Without a cubic term M does not depend on y, and the smallest y is used.
         y=jnp.where(any_damped, jnp.ones((), dtype), lowest),
         low=jnp.full((), lowest, dtype),
         high=jnp.full((), highest, dtype),
@@ -111,7 +111,7 @@ def _system(problem: Problem, y: jax.Array, v: jax.Array) -> _System:
 
 class _Image(NamedTuple):
     of_one: jax.Array  # (S,), D M^-1 g divided by its largest entry
-    largest: jax.Array  # (), that entry: so no square overflows
+    largest: jax.Array  # (), that entry; the division avoids overflow of squares
 
 
 def _image(ds: jax.Array, full: jax.Array) -> _Image:
@@ -149,20 +149,20 @@ def _advance(
         high=high,
         v=at.v,
         best=_better(state.best, at.best),
-        # The gap is of second order in the error of y. One step more, and eta too is as
-        # accurate as the numbers allow.
+        # The gap is of second order in the error of y, so one more iteration makes eta
+        # accurate to rounding.
         settled=converged(_smaller_gap(state.best)),
         iteration=state.iteration + 1,
     )
 
 
 class _Evaluation(NamedTuple):
-    """All that is to be known about M(y)."""
+    """The properties of M(y) and the steps for this y."""
 
     positive_definite: jax.Array
     ratio: jax.Array  # ||D M^-1 g|| / x
     slope: jax.Array  # - d log ||D M^-1 g|| / d log y, not negative
-    v: jax.Array  # (S,), D z, one inverse iteration on
+    v: jax.Array  # (S,), D z after one more inverse iteration
     curvature: jax.Array  # R = z' M z
     best: Best
 
@@ -210,7 +210,7 @@ def _evaluate(
     radical = jnp.sqrt(cosine * cosine + rest)  # NaN where there is no tau
     tau = rest / (cosine + jnp.where(cosine < 0, -radical, radical))
 
-    # m(step) minus the bound of weak duality, and divided by that bound.
+    # The gaps: m(step) minus the bound of weak duality, divided by that bound.
     bound = q / 2 + x * x * y / 6
     bound = jnp.where(bound > 0, bound, 1)
     plain_gap = (x - n) ** 2 * ((x + 2 * n) / (6 * beta))
@@ -244,34 +244,34 @@ def _smaller_gap(best: Best) -> jax.Array:
 
 
 def _secular_step(y: jax.Array, at: _Evaluation) -> jax.Array:
-    """Where ||D M^-1 g|| = x if 1 / ||D M^-1 g|| were linear in y.
+    """The shift with ||D M^-1 g|| = x, for 1 / ||D M^-1 g|| linearised in y.
 
-    At the shift f y this says (1 + slope (f - 1)) f = ratio.
+    With the shift f y, the equation is (1 + slope (f - 1)) f = ratio.
     """
     half = (1 - at.slope) / 2
     root = jnp.sqrt(half**2 + at.slope * at.ratio)
-    # The positive root, either way without cancellation.
+    # The positive root, in the form that avoids cancellation.
     f = jnp.where(half > 0, at.ratio / (half + root), (root - half) / at.slope)
     return y * f
 
 
 def _bisect(low: jax.Array, high: jax.Array, iteration: jax.Array) -> jax.Array:
-    """A point inside the bracket: geometrically, first in y, then in y - low."""
+    """A point inside the bracket: geometric bisection in y, later in y - low."""
     dtype = low.dtype
     _, highest = _shift_range(dtype)
     geometric = jnp.sqrt(low) * jnp.sqrt(high)
-    # The shift may be anywhere between low + eps * high and high on a scale of
-    # logarithms; every other time the midpoint bounds the number of iterations.
+    # y - low can have any order of magnitude from eps * high to high. Every other time
+    # the midpoint is used, which bounds the number of iterations.
     width = high - low
     close_to_low = low + jnp.sqrt(jnp.finfo(dtype).eps * high) * jnp.sqrt(width)
     middle = low + 0.5 * width
     near = jnp.where(iteration % 2 == 0, middle, jnp.minimum(close_to_low, middle))
     inner = jnp.where(high > 2 * low, geometric, near)
-    # In units of the problem the shift is of order 1: grow from there.
+    # In the scaled problem the solution is of order 1, so low grows by factors of 16.
     return jnp.where(high >= highest, jnp.minimum(16 * low, geometric), inner)
 
 
 def _shift_range(dtype: jnp.dtype) -> tuple[float, float]:
-    """The shifts that are tried, well inside the range of normal numbers."""
+    """The smallest and largest shift, well inside the range of normal numbers."""
     exponent = (4 * jnp.finfo(dtype).maxexp) // 5
     return 2.0**-exponent, 2.0**exponent

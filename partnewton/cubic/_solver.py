@@ -1,31 +1,31 @@
-"""The cubic model and its minimiser: the S x S problem behind the learning rates.
+"""The cubic model and its minimiser, an S x S problem for the learning rates.
 
 With M(y) = H + y D^2, a step eta minimises the model
 
     m(eta) = - g . eta + 1/2 eta' H eta + damping/6 ||D eta||^3
 
 if and only if M(y) eta = g, y = damping/2 ||D eta|| and M(y) is positive semidefinite.
-So one number is sought, the shift y; what follows is the method of Moré and Sorensen
-for trust regions, with ||D eta|| = 2 y / damping in the place of the fixed radius, as
-in the cubic regularisation of Cartis, Gould and Toint:
+So the problem has one unknown, the shift y. It is solved by the method of Moré and
+Sorensen for trust regions, with the radius ||D eta|| = 2 y / damping, as in the cubic
+regularisation of Cartis, Gould and Toint:
 
-* "M(y) is positive definite and ||D M(y)^-1 g|| <= 2 y / damping" holds from some y on;
-  the infimum y* of these y is the solution, in the hard case too. Bracket it.
-* Where M(y) has a Cholesky factor, a secular step leads to the next y; where it has
-  none, or the step leaves the bracket, the bracket is bisected.
-* In the hard case y* is the pole, where M is singular, and M^-1 g is too short: a null
-  vector z of M completes it to eta = M^-1 g + tau z.
+* The condition "M(y) is positive definite and ||D M(y)^-1 g|| <= 2 y / damping" holds
+  for all y above some y*, the solution, also in the hard case. A bracket of y* is kept.
+* If M(y) has a Cholesky factor, the next y is a secular step. If it has none, or if the
+  step leaves the bracket, the bracket is bisected.
+* In the hard case M(y*) is singular, and M^-1 g is too short. A multiple of a null
+  vector z of M is added: eta = M^-1 g + tau z.
 * For each y with M(y) positive definite, weak duality bounds the model from below,
 
       m(eta) >= - 1/2 g' M(y)^-1 g - y x^2 / 6    for all eta,  x = 2 y / damping,
 
-  so that the relative gap of any step is known. It alone says when to stop and whether
-  to complete with z. (The bound is the minimum of - g . eta + 1/2 eta' M eta plus that
-  of damping/6 r^3 - y/2 r^2, r = ||D eta||.)
+  so that the relative gap of any step is known. The gap alone decides when to stop and
+  whether to add a multiple of z. (The bound is the minimum of - g . eta + 1/2 eta' M
+  eta plus that of damping/6 r^3 - y/2 r^2, r = ||D eta||.)
 
-Nothing is compared with an absolute number. Powers of two first take the problem to
-units of its own, and M(y) is scaled to a diagonal of order 1 before it is factored:
-rescaled subsets give the same bits, and a zero in D is only one more row without y.
+There are no absolute tolerances. The problem is first scaled by powers of two, and M(y)
+is scaled to a diagonal of order 1 before it is factored. So subsets rescaled by powers
+of two give the same bits, and subsets with a zero in D need no special treatment.
 
 References:
   J. J. Moré and D. C. Sorensen, "Computing a trust region step", SIAM J. Sci. Stat.
@@ -57,19 +57,19 @@ __all__ = ["CubicSolution", "CubicStatus", "solve_cubic"]
 
 
 class CubicStatus(enum.IntEnum):
-    """What :func:`solve_cubic` found.
+    """The kind of solution that :func:`solve_cubic` found.
 
     Attributes:
       INTERIOR: the minimiser, ``M^-1 g`` with M positive definite.
       HARD_CASE: the minimiser, where M is singular to working precision; a null vector
-        of M was added to ``M^-1 g``. Its sign may be arbitrary: then there are two
-        minimisers, and always the same one of them is returned.
+        of M was added to ``M^-1 g``. If its sign is arbitrary, there are two
+        minimisers, one of which is returned (always the same).
       KERNEL_FROZEN: the Hessian is not positive definite on the subsets with ``scale ==
         0``, so that the model has no (unique) minimum. Their learning rates are zero,
         the others minimise the model of the others.
-      INVALID: all learning rates are zero, since an argument is not finite or negative
-        where it must not be, or no step that lowers the model is known for certain in
-        the floating-point numbers at hand.
+      INVALID: all learning rates are zero, because an argument is not finite, `scale`
+        or `damping` is negative, or no step is certain to decrease the model in
+        floating-point arithmetic.
     """
 
     INTERIOR = 0
@@ -84,8 +84,8 @@ class CubicSolution(NamedTuple):
     Attributes:
       learning_rates: eta, shape (S,).
       radius: ``||scale * eta||``, shape ().
-      model_decrease: by how much the model falls from 0 to eta, ``-m(eta) >= 0``,
-        shape (). Where this or the radius is out of range, it is the largest number.
+      model_decrease: the decrease of the model from 0 to eta, ``-m(eta) >= 0``, shape
+        (). If this or the radius overflows, it is the largest finite number.
       status: a :class:`CubicStatus`, int32, shape ().
     """
 
@@ -107,30 +107,30 @@ def solve_cubic(
 
         m(eta) = - g . eta + 1/2 eta' H eta + damping/6 ||D eta||^3,
 
-    and its global minimiser is, H indefinite or not,
+    and its global minimiser, also for an indefinite H, is
 
         eta = (H + damping/2 r D^2)^-1 g,    r = ||D eta||,
 
-    with the largest r that solves this, where the matrix is positive semidefinite.
-    Learning rates may be negative.
+    with the largest r that solves this equation. For this r the matrix is positive
+    semidefinite. Learning rates may be negative.
 
     Args:
       gradient: g, shape (S,).
       hessian: H, shape (S, S); its symmetric part is used.
-      scale: the diagonal of D, not negative, shape (S,). For the paper's model it is
-        the cube root of the absolute third derivative. Where it is 0, H alone bounds
-        the step.
-      damping: the factor of the cubic term, not negative, shape (). At 0 the cubic term
-        vanishes, as if all of ``scale`` were 0: Newton's step.
+      scale: the diagonal of D, nonnegative, shape (S,). In the paper's model it is the
+        cube root of the absolute third derivative. For subsets with scale 0, only H
+        bounds the step.
+      damping: the coefficient of the cubic term, nonnegative, shape (). With 0 the
+        cubic term vanishes, as with ``scale = 0``, and the result is Newton's step.
 
     Returns:
-      A :class:`CubicSolution`. Its dtype is that of the three arrays promoted together,
-      float32 at least, also for half precision or integers. The arithmetic is float64
-      in any case but one: on TPU it is done in the dtype of the result.
+      A :class:`CubicSolution`. Its dtype is the promoted dtype of the three arrays, and
+      at least float32. The computation uses float64, except on TPU, where it uses the
+      dtype of the result.
 
     Raises:
-      ValueError: shapes that do not fit each other, or a negative number as `damping`.
-        A negative `damping` that is traced or an array gives the status INVALID.
+      ValueError: if the shapes do not match, or `damping` is a negative number. If a
+        negative `damping` is traced or an array, the status is INVALID.
 
     Example:
       >>> gradient, scale = jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])
@@ -164,7 +164,7 @@ def _check_shapes(g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array) 
     ]:
         if array.shape != shape:
             raise ValueError(
-                f"{name} must have the shape {shape}, to fit the gradient of shape "
+                f"{name} must have the shape {shape}, to match the gradient of shape "
                 f"{g.shape}, got {array.shape}."
             )
 
@@ -203,7 +203,7 @@ _solve = jax.jit(_solution)
 def _minimise_in_own_dtype(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array
 ) -> CubicSolution:
-    """What runs where there is no float64 to speak of."""
+    """The solution on TPU, which has no float64 arithmetic in hardware."""
     return _minimise(g, H, d, damping, g.dtype)
 
 
@@ -220,7 +220,7 @@ def _minimise_in_float64(
 def _minimise(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array, dtype: jnp.dtype
 ) -> CubicSolution:
-    """`solve_cubic` in the arithmetic of the arguments, its result in `dtype`."""
+    """`solve_cubic` in the precision of the arguments, with a result in `dtype`."""
     model, valid, kernel, A = _prepared(g, H, d, damping)
     L = factor(A)
     kernel_pd, problem, unit = _in_own_units(model, kernel, L)
@@ -230,7 +230,7 @@ def _minimise(
 
 
 class _Model(NamedTuple):
-    """Arguments of :func:`solve_cubic` that are valid, the Hessian symmetric."""
+    """Valid arguments of :func:`solve_cubic`, with a symmetric Hessian."""
 
     g: jax.Array
     H: jax.Array
@@ -241,7 +241,7 @@ class _Model(NamedTuple):
 def _prepared(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array
 ) -> tuple[_Model, jax.Array, jax.Array, jax.Array]:
-    """The model, whether it is valid, its kernel, and the scaled matrix of that."""
+    """The model, whether it is valid, its kernel, and the kernel's scaled Hessian."""
     sizes = jnp.abs(H), jnp.abs(g), jnp.where(d >= 0, d, jnp.inf)
     largest = reduce_together(maxima=sizes)
     valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*largest, damping)))
@@ -258,8 +258,8 @@ def _prepared(
 def _in_own_units(
     model: _Model, kernel: jax.Array, L: jax.Array
 ) -> tuple[jax.Array, Problem, jax.Array]:
-    """Whether the kernel is positive definite, the problem and its unit."""
-    # Beyond what rounding does to its factor L.
+    """Whether the kernel is positive definite, the scaled problem and its unit."""
+    # Positive definite beyond the rounding errors of its factor L.
     rounding = ROUNDING_UNITS * len(L) * jnp.finfo(L.dtype).eps
     kernel_pd = jnp.all(jnp.diagonal(L) ** 2 > rounding)
     live = (model.d > 0) | (kernel & kernel_pd)
@@ -275,7 +275,7 @@ def _solution_of(
     *,
     dtype: jnp.dtype,
 ) -> CubicSolution:
-    # Rounding, of the step or of curvatures close to 0, must not raise the model.
+    # Rounding of the step, or of curvatures close to 0, must not increase the model.
     steps = round_to(ldexp(best.steps, -unit[None, :]), dtype)
     appraised = jax.vmap(functools.partial(appraise, *model))(steps)
     hard = ~converged(best.plain_gap) & (best.completed_gap < best.plain_gap)

@@ -1,4 +1,4 @@
-"""What a step is worth under the cubic model, in the units of the caller."""
+"""The decrease of the cubic model for a step, in the units of the caller."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from partnewton.cubic._reductions import reduce_together
 
 __all__ = ["ROUNDING_UNITS", "Step", "appraise"]
 
-ROUNDING_UNITS = 4  # what rounding may amount to, in units of its usual size
+ROUNDING_UNITS = 4  # bound of rounding errors, in units of eps times the terms
 
 
 class Step(NamedTuple):
-    """A step in the caller's units, and what it is worth."""
+    """A step and its decrease of the model, in the caller's units."""
 
     eta: jax.Array  # (S,)
     radius: jax.Array  # ()
     decrease: jax.Array  # ()
-    descends: jax.Array  # (), the model certainly does not rise
+    descends: jax.Array  # (), whether the decrease exceeds rounding errors
 
 
 def appraise(

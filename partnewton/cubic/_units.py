@@ -1,6 +1,7 @@
-"""The cubic model in units of its own, powers of two.
+"""The cubic model scaled by powers of two.
 
-Nothing is compared with an absolute number, and rescaled subsets give the same bits.
+So no absolute tolerance is needed, and subsets rescaled by powers of two give the same
+bits.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ __all__ = ["Problem", "to_own_units"]
 
 
 class Problem(NamedTuple):
-    """The model in units of its own: with x = beta y, M(y) = H + y D^2,
+    """The scaled model: with x = beta y, M(y) = H + y D^2,
 
     m(eta) = - g . eta + 1/2 eta' H eta + 1 / (3 beta) ||D eta||^3.
     """
@@ -30,14 +31,14 @@ class Problem(NamedTuple):
 def to_own_units(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array, live: jax.Array
 ) -> tuple[Problem, jax.Array]:
-    """Choose units, powers of two, in which D and the shift sought are of order 1.
+    """Scale the model by powers of two such that D and the shift are of order 1.
 
-    Subset s gets a unit 2^a_s, the shift y a unit 2^b, the gradient a unit 2^c besides:
+    Subset s gets a unit 2^a_s, the shift y a unit 2^b, the gradient another unit 2^c:
     H_st = 2^(a_s + a_t + b) * H_st of the problem, D_s = 2^a_s ..., g_s = 2^(a_s + c)
     ..., hence eta_s = 2^-(a_s + b - c) ...; a + b - c is returned with the problem. All
-    of this is exact. Rescaled subsets or a rescaled objective move a, b and c and leave
-    the problem as it is, bit by bit, or, for subsets with D_s = 0, up to powers of two
-    that `scaled_to_ones` takes out.
+    of this is exact. If subsets or the objective are rescaled by powers of two, a, b
+    and c change, and the problem does not change a bit, except for powers of two in
+    subsets with D_s = 0, which `scaled_to_ones` removes.
     """
     limit = jnp.finfo(H.dtype).maxexp // 3  # so that beta^2 is far from overflow
     g = jnp.where(live, g, 0)
@@ -74,11 +75,11 @@ def to_own_units(
             jnp.where(kernel, diagonal_exponent, 0),
         )
     )
-    # No such thing: y will be 0, and the units are those of H.
+    # If there is none, y will be 0, and the units are those of H.
     b = jnp.where(b < ZERO_EXPONENT // 2, of_undamped, b)
 
-    # beta = 2 / damping in these units; c is the exponent of the largest g, or what
-    # makes beta large enough, as far as the number range allows.
+    # beta = 2 / damping in these units. c is the exponent of the largest g, increased
+    # if beta would exceed 2^limit.
     beta_exponent = 2 * b - damping_exponent
     no_slope = c < ZERO_EXPONENT // 2
     c = jnp.where(any_damped, jnp.maximum(c, beta_exponent - limit), c)

@@ -1,8 +1,8 @@
-"""The demonstration: small networks on small images, by three optimizers.
+"""The demonstration: small networks trained on small images with three optimizers.
 
-``python -m partnewton`` runs it. The same initial weights meet the same batches under
-:func:`~partnewton.partition_newton`, Adam and SGD with momentum; then the partition
-Hessian is measured at the weights that the first of them had early in training.
+``python -m partnewton`` runs it. It trains with :func:`~partnewton.partition_newton`,
+Adam and SGD with momentum, from the same weights and with the same batches, and then
+computes the partition Hessian at weights of an early step of `partition_newton`.
 """
 
 from partnewton.demo.experiment import Config, Experiment, prepare

@@ -1,6 +1,6 @@
-"""Small images to train on: scanned digits, and readers of files that lie in a folder.
+"""Data sets of small images: scanned digits, and readers for local files.
 
-Nothing is ever fetched, and nothing is ever unpickled: a file is a header and bytes.
+Nothing is downloaded and nothing is unpickled: a file consists of a header and bytes.
 """
 
 import gzip
@@ -16,18 +16,18 @@ import numpy as np
 __all__ = ["CLASSES", "Dataset", "digits", "from_folder"]
 
 CLASSES = 10
-"""How many classes each of these data sets has: labels are 0, ..., 9."""
+"""The number of classes of all data sets: labels are 0, ..., 9."""
 
 
 class Dataset(NamedTuple):
-    """Images and their labels, split into those to train on and those to test on.
+    """Images and their labels, split into a training set and a test set.
 
     Attributes:
       train_images: (N, height, width, channels), float32 in [0, 1].
       train_labels: (N,), int32.
       test_images: (M, height, width, channels), float32 in [0, 1].
       test_labels: (M,), int32.
-      name: what a person calls it.
+      name: for titles and tables.
     """
 
     train_images: np.ndarray
@@ -38,11 +38,11 @@ class Dataset(NamedTuple):
 
 
 def digits(seed: int = 0, *, test_fraction: float = 0.2) -> Dataset:
-    """The 1797 scanned digits that ship inside scikit-learn, 8 x 8 pixels each.
+    """The 1797 scanned digits of scikit-learn, 8 x 8 pixels each.
 
     Args:
-      seed: of the split; each class is split in the same proportion.
-      test_fraction: how much of the images is kept for the test.
+      seed: the seed of the split, which is stratified by class.
+      test_fraction: the fraction of the images in the test set.
 
     Returns:
       A :class:`Dataset`.
@@ -71,11 +71,11 @@ def digits(seed: int = 0, *, test_fraction: float = 0.2) -> Dataset:
 
 
 def from_folder(folder: str | Path) -> Dataset:
-    """Reads the data set whose files lie in a folder.
+    """Reads a data set from the files in a folder.
 
-    Two formats are told apart by the names of the files:
+    The format is recognised by the names of the files:
 
-    - MNIST, Fashion-MNIST and their like in IDX files, plain or gzipped:
+    - MNIST, Fashion-MNIST and similar sets in IDX files, plain or gzipped:
       ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-...`` and
       ``t10k-labels-...``, also with a dot before ``idx``;
     - CIFAR-10 in its binary version: ``data_batch_1.bin`` to ``data_batch_5.bin`` and
@@ -88,10 +88,10 @@ def from_folder(folder: str | Path) -> Dataset:
       A :class:`Dataset`.
 
     Raises:
-      FileNotFoundError: the folder, or a file of the data set in it, is not there.
-      ValueError: a file is not what its name says: the message names the file, what is
-        wrong and what was expected.
-      OSError: a file cannot be read.
+      FileNotFoundError: if the folder or a file of the data set does not exist.
+      ValueError: if a file does not have the format that its name implies; the message
+        names the file, the error and what was expected.
+      OSError: if a file cannot be read.
 
     Example:
       >>> from_folder("no/such/folder")
@@ -112,7 +112,7 @@ def from_folder(folder: str | Path) -> Dataset:
     )
 
 
-# --- IDX: MNIST and its like -----------------------------------------------------
+# --- IDX: MNIST and similar ------------------------------------------------------
 
 IDX_STEMS = (
     "train-images-idx3-ubyte",
@@ -123,7 +123,7 @@ IDX_STEMS = (
 
 
 def _idx_names(stem: str) -> list[str]:
-    """The names under which a file is handed around."""
+    """The names under which a file is distributed."""
     dotted = stem.replace("-idx", ".idx")
     return [stem, f"{stem}.gz", dotted, f"{dotted}.gz"]
 
@@ -135,8 +135,8 @@ def _idx_dataset(folder: Path) -> Dataset:
     test = _idx_pair(test_images, test_labels)
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(
-            f"{test_images}: images of {_by(test[0].shape[1:3])} pixels, but those of "
-            f"{train_images.name} have {_by(train[0].shape[1:3])}."
+            f"{test_images}: images of {_shape_text(test[0].shape[1:3])} pixels, but "
+            f"those of {train_images.name} have {_shape_text(train[0].shape[1:3])}."
         )
     return Dataset(*train, *test, name=folder.resolve().name)
 
@@ -149,12 +149,12 @@ def _idx_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
             f"{labels_path}: {len(labels)} labels, but {images_path.name} has "
             f"{len(images)} images."
         )
-    return _unit(images[..., None]), _checked_labels(labels, labels_path)
+    return _as_floats(images[..., None]), _checked_labels(labels, labels_path)
 
 
 def _idx_array(path: Path, dimensions: int) -> np.ndarray:
     """An array of bytes: the magic number, big-endian sizes, then the entries."""
-    content = _read(path)
+    content = _content(path)
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise ValueError(
@@ -162,7 +162,7 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
             "IDX header."
         )
     magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
-    expected = 0x0800 + dimensions  # unsigned bytes, so many dimensions
+    expected = 0x0800 + dimensions  # unsigned bytes, number of dimensions
     if magic != expected:
         raise ValueError(
             f"{path}: bad magic number 0x{magic:08x}, expected 0x{expected:08x} (IDX, "
@@ -170,12 +170,12 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
         )
     size = math.prod(shape)
     if size == 0:
-        raise ValueError(f"{path}: an empty set, its header says {_by(shape)}.")
+        raise ValueError(f"{path}: an empty set, its header says {_shape_text(shape)}.")
     if len(content) != header + size:
         problem = "truncated" if len(content) < header + size else "too long"
         raise ValueError(
             f"{path}: {problem}, {len(content) - header} bytes follow the header, "
-            f"expected {_by(shape)} = {size}."
+            f"expected {_shape_text(shape)} = {size}."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -196,7 +196,7 @@ def _cifar_dataset(folder: Path, name: str) -> Dataset:
 
 
 def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    content = _read(path)
+    content = _content(path)
     if not content:
         raise ValueError(f"{path}: an empty set, the file has no bytes.")
     if len(content) % CIFAR_RECORD:
@@ -206,10 +206,10 @@ def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return _unit(images), _checked_labels(records[:, 0], path)
+    return _as_floats(images), _checked_labels(records[:, 0], path)
 
 
-# --- What both formats need ------------------------------------------------------
+# --- Helpers of both formats -----------------------------------------------------
 
 
 def _find(folder: Path, names: Iterable[str]) -> Path | None:
@@ -224,7 +224,7 @@ def _required(folder: Path, names: list[str]) -> Path:
     return path
 
 
-def _read(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     if path.suffix != ".gz":
         return path.read_bytes()
     try:
@@ -233,8 +233,8 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path}: not a sound gzip file ({error}).") from error
 
 
-def _unit(images: np.ndarray) -> np.ndarray:
-    """Bytes to numbers in [0, 1]."""
+def _as_floats(images: np.ndarray) -> np.ndarray:
+    """Converts bytes to floats in [0, 1]."""
     return np.ascontiguousarray(images, np.float32) / 255
 
 
@@ -247,5 +247,5 @@ def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _by(shape: Iterable[int]) -> str:
+def _shape_text(shape: Iterable[int]) -> str:
     return " x ".join(str(size) for size in shape)

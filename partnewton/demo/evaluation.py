@@ -1,4 +1,4 @@
-"""How good the weights are, on some images of each split."""
+"""Training loss and test accuracy, on a part of each split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from partnewton.demo.experiment import Experiment
 
 __all__ = ["MOST_EVALUATED", "compiled", "evaluation"]
 
-MOST_EVALUATED = 2000  # images of each split, for data sets larger than the digits
-CHUNK = 500  # images at once
+MOST_EVALUATED = 2000  # upper bound on the images of each split
+CHUNK = 500  # images evaluated at once
 
 PyTree = Any
 
 
 def evaluation(experiment: Experiment) -> Callable[[PyTree], tuple[float, float]]:
-    """The function from weights to train loss and test accuracy, compiled."""
+    """A compiled function from weights to training loss and test accuracy."""
     dataset = experiment.dataset
     train, test = jax.device_put(
         (
@@ -53,7 +53,7 @@ def evaluation(experiment: Experiment) -> Callable[[PyTree], tuple[float, float]
 def _evenly_spaced(
     images: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MOST_EVALUATED` images, evenly spaced over the set."""
+    """At most `MOST_EVALUATED` images, at evenly spaced indices."""
     count = min(len(images), MOST_EVALUATED)
     places = np.linspace(0, len(images) - 1, count).astype(int)
     return images[places], labels[places]

@@ -1,4 +1,4 @@
-"""What is asked for, and what all optimizers of the demonstration share."""
+"""The configuration, data, network and batches that all optimizers share."""
 
 import os
 from collections.abc import Callable
@@ -23,17 +23,17 @@ PyTree = Any
 
 
 class Config(NamedTuple):
-    """What is asked for.
+    """The options of the command line.
 
     Attributes:
       model: "cnn" or "mlp".
-      steps: how many steps each optimizer takes.
+      steps: the number of steps of each optimizer.
       seed: of the split of the digits, the initial weights and the order of batches.
       partition: "per_tensor", "whole", "weights_biases", "per_layer", "blocks:N" or
         "alternate:N".
       data_dir: a folder for :func:`partnewton.demo.data.from_folder`, or None for the
         digits of scikit-learn.
-      output: the folder that the pictures and the curves are written to.
+      output: the folder for the figures and the curves.
     """
 
     model: str
@@ -45,10 +45,10 @@ class Config(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """All that the optimizers share.
+    """The problem that all optimizers solve.
 
     Attributes:
-      config: what was asked for.
+      config: the options.
       dataset: the images, as numpy arrays.
       batches: for each step the indices of the images of its batch, (steps, batch).
       params: the initial weights.
@@ -73,21 +73,20 @@ class Experiment(NamedTuple):
 
 
 def prepare(config: Config) -> Experiment:
-    """Reads the data, builds the network and makes the output folder.
+    """Reads the data, builds the network and creates the output folder.
 
-    Whatever can be wrong with a configuration is found here, before anything is
-    trained.
+    All errors of a configuration are raised here, before training starts.
 
     Args:
-      config: what is asked for.
+      config: the options.
 
     Returns:
-      What the optimizers share.
+      An :class:`Experiment`.
 
     Raises:
-      ValueError, OSError: something is wrong with the configuration or with the files
-        that it names; the message is one line for a person to read.
-      ImportError: a package that the demonstration needs is missing.
+      ValueError, OSError: if the configuration or a file that it names is invalid; the
+        message is one line.
+      ImportError: if a package that the demonstration needs is missing.
 
     Example:
       >>> import tempfile
@@ -108,7 +107,7 @@ def prepare(config: Config) -> Experiment:
         logits = logits_fn(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    param_labels = _partition(config.partition)
+    param_labels = _labels_of(config.partition)
     try:
         pn.subset_names(params, param_labels)
     except ValueError as error:
@@ -120,7 +119,7 @@ def prepare(config: Config) -> Experiment:
     )
 
 
-def _partition(name: str) -> Callable[[PyTree], PyTree]:
+def _labels_of(name: str) -> Callable[[PyTree], PyTree]:
     kind, colon, count = name.partition(":")
     partition = getattr(pn.partitions, kind)
     return partition(int(count)) if colon else partition
@@ -136,7 +135,7 @@ def _make_writable(folder: Path) -> None:
 
 
 def batch_indices(count: int, steps: int, seed: int) -> np.ndarray:
-    """For each step the indices of a batch; each epoch shuffles all images anew."""
+    """The indices of the batch of each step; the images are shuffled every epoch."""
     rng = np.random.default_rng(seed)
     size = min(BATCH, count)
     per_epoch = count // size

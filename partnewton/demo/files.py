@@ -1,4 +1,4 @@
-"""The results of the demonstration, as pictures and as JSON."""
+"""The results of the demonstration, as figures and as JSON."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ from partnewton.demo.training import PARTITION_NEWTON, Curves
 
 __all__ = ["write"]
 
-ROUNDING = 1e-7  # a loss below it, in float32, is rounding
+ROUNDING = 1e-7  # smaller losses are rounding errors in float32
 
 
 def write(results: Results) -> list[Path]:
-    """Writes two pictures and the curves to the output folder.
+    """Writes two figures and the curves to the output folder.
 
     Args:
       results: from :func:`run`.
@@ -29,7 +29,7 @@ def write(results: Results) -> list[Path]:
       The paths of the files: losses.png, partition.png and curves.json.
 
     Raises:
-      OSError: a file cannot be written.
+      OSError: if a file cannot be written.
     """
     folder = results.experiment.config.output
     paths = [folder / x for x in ("losses.png", "partition.png", "curves.json")]
@@ -42,31 +42,31 @@ def write(results: Results) -> list[Path]:
 
 def _loss_picture(results: Results) -> Figure:
     figure = Figure(figsize=(11, 8), layout="constrained")
-    (by_step, by_work), (accuracy, promises) = figure.subplots(2, 2)
+    (by_step, by_work), (accuracy, decreases) = figure.subplots(2, 2)
     curves = results.curves
     plot.losses({k: (c.steps, c.train_loss) for k, c in curves.items()}, by_step)
-    by_step.set_title("Train loss by step")
+    by_step.set_title("Train loss versus steps")
     by_gradients = {
         k: (c.gradient_equivalents, c.train_loss) for k, c in curves.items()
     }
     plot.losses(by_gradients, by_work)
-    by_work.set(title="Train loss by work done", xlabel="gradient-equivalents")
+    by_work.set(title="Train loss versus work", xlabel="gradient-equivalents")
     for ax in (by_step, by_work):
         if ax.get_ylim()[0] < ROUNDING:
             ax.set_ylim(bottom=ROUNDING)
-            ax.set_ylabel(f"train loss (below {ROUNDING:g} is rounding)")
+            ax.set_ylabel(f"train loss (rounding error below {ROUNDING:g})")
     plot.losses(
         {k: (c.steps, c.test_accuracy) for k, c in curves.items()},
         accuracy,
         ylabel="test accuracy",
         log=False,
     )
-    accuracy.set_title("Test accuracy by step")
+    accuracy.set_title("Test accuracy versus steps")
     logged = curves[PARTITION_NEWTON].logged
     shown = slice(_refreshes_above_rounding(curves[PARTITION_NEWTON]))
     history = [logged[key][shown] for key in ("step", "predicted", "actual")]
-    plot.predicted_vs_actual(tuple(history), promises)
-    promises.set_title("Decrease of a batch's loss at each refresh")
+    plot.predicted_vs_actual(tuple(history), decreases)
+    decreases.set_title("Decrease of the batch's loss at each refresh")
     return figure
 
 
@@ -75,18 +75,18 @@ def _partition_picture(results: Results) -> Figure:
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
     matrix.set_title(
-        f"Partition Hessian after {results.looked_after} steps, as a correlation"
+        f"Partition Hessian after {results.looked_after} steps, unit diagonal"
     )
     ours = results.curves[PARTITION_NEWTON]
     shown = slice(_refreshes_above_rounding(ours))
     step_sizes = {name: values[shown] for name, values in ours.step_sizes.items()}
     plot.learning_rates((ours.logged["step"][shown], step_sizes), rates)
-    rates.set_title("RMS change of the entries of each subset in a step")
+    rates.set_title("RMS change of the entries of each subset per step")
     return figure
 
 
 def _refreshes_above_rounding(ours: Curves) -> int:
-    """How many refreshes there were before nothing but rounding was left of a loss."""
+    """The number of refreshes before the loss was a rounding error."""
     above = [x > ROUNDING for x in ours.logged["loss"]]
     return above.index(False) if False in above else len(above)
 
@@ -119,7 +119,7 @@ def _as_json(results: Results) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same value for JSON, which knows no NaN: None in their place."""
+    """`value` with None instead of NaN and infinity, which JSON does not support."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""All of the demonstration: training, then the partition Hessian and its price."""
+"""Runs the demonstration: training, then the partition Hessian and timings."""
 
 import bisect
 import time
@@ -25,19 +25,19 @@ from partnewton.demo.training import (
 
 __all__ = ["MEASURED_BATCHES", "Cost", "Results", "run"]
 
-MEASURED_BATCHES = 16  # for the partition Hessian, and for timings
+MEASURED_BATCHES = 16  # for the partition Hessian and the timings
 
 PyTree = Any
 
 
 class Cost(NamedTuple):
-    """What is done for one batch, in seconds.
+    """Times of the computations for one batch, in seconds.
 
     Attributes:
       gradient: one gradient.
       summary: one summary.
-      refresh: by how much longer an update takes that refreshes the learning rates: the
-        summary, the averages, the rule and the check of the loss.
+      refresh: the additional time of an update with a refresh: the summary, the
+        averages, the rule and the backtracking.
     """
 
     gradient: float
@@ -46,17 +46,17 @@ class Cost(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the demonstration found.
+    """The results of the demonstration.
 
     Attributes:
-      experiment: what was run.
-      curves: for each optimizer its curves.
+      experiment: the problem.
+      curves: the curves of each optimizer.
       summary: the mean summary over some batches, along their mean gradient, at the
-        weights that `partition_newton` had after `looked_after` steps.
-      looked_after: see there.
+        weights of `partition_newton` after `looked_after` steps.
+      looked_after: the number of these steps.
       names: the names of the subsets.
-      cost: the price of a gradient, of a summary and of a refresh.
-      wall_seconds: the time that all of it took.
+      cost: the times of a gradient, of a summary and of a refresh.
+      wall_seconds: the total time.
     """
 
     experiment: Experiment
@@ -69,7 +69,7 @@ class Results(NamedTuple):
 
 
 def run(experiment: Experiment) -> Results:
-    """Trains with each optimizer, then measures the partition Hessian.
+    """Trains with each optimizer, then computes the partition Hessian.
 
     Args:
       experiment: from :func:`prepare`.
@@ -142,7 +142,7 @@ def _measure(
     direction = _mean([gradient(params, *batch) for batch in batches])
     summary = compiled(summarize, params, direction, *batches[0])
     mean = _mean([summary(params, direction, *batch) for batch in batches])
-    # In turns: what else the machine does slows all of them alike.
+    # Interleaved, so that other load affects all measurements equally.
     seconds = np.array(
         [
             (
@@ -160,10 +160,10 @@ def _measure(
 def _seconds_of_steps(
     experiment: Experiment, images: Images, ours: Training, optimizer: Optimizer
 ) -> tuple[float, float]:
-    """Of the first step, which refreshes the rates, and of one that does not."""
+    """The times of the first step, with a refresh, and of the second, without."""
     batches, seconds = jnp.asarray(experiment.batches), []
     state = jax.block_until_ready(initial_state(experiment, optimizer))
-    for i in (0, 1):  # the index of a batch is clipped to those that there are
+    for i in (0, 1):  # out of range, with only one batch, it is clipped
         begin = time.perf_counter()
         state = ours.step(i, state, images, batches)
         jax.block_until_ready(state)

@@ -19,7 +19,7 @@ def report(results: Results) -> str:
       results: from :func:`run`.
 
     Returns:
-      Some lines of text.
+      Lines of text.
     """
     parts = (_describe(results), _optimizer_table(results), _rate_table(results))
     return "\n\n".join(parts)
@@ -31,8 +31,8 @@ def _describe(results: Results) -> str:
     shape = " x ".join(map(str, dataset.train_images.shape[1:]))
     count = sum(x.size for x in jax.tree.leaves(experiment.params))
     return (
-        f"{dataset.name}: {len(dataset.train_images)} images of {shape} to train on, "
-        f"{len(dataset.test_images)} to test on\n"
+        f"{dataset.name}: {len(dataset.train_images)} training images of {shape}, "
+        f"{len(dataset.test_images)} test images\n"
         f"{config.model}: {count} parameters, partition {config.partition} with "
         f"{len(results.names)} subsets; {config.steps} steps of "
         f"{experiment.batches.shape[1]} images, seed {config.seed}"
@@ -63,13 +63,13 @@ def _optimizer_table(results: Results) -> str:
     ]
     cost, dataset = results.cost, results.experiment.dataset
     notes = (
-        "Seconds are those of the steps; compiling comes on top. A gradient-equivalent "
-        "is the time of\n"
-        f"one gradient of a batch, {1e3 * cost.gradient:.2f} ms: one a step, and for "
-        f"partition_newton {cost.refresh / cost.gradient:.1f} more at each refresh\n"
-        f"(a summary alone is {cost.summary / cost.gradient:.1f}; medians of "
-        f"{min(MEASURED_BATCHES, len(results.experiment.batches))}). The cost of the "
-        "direction, such as the moments\nof Adam or an orthogonalisation, is only in "
+        "Seconds do not include compiling. A gradient-equivalent is the time of one "
+        "gradient of a batch,\n"
+        f"{1e3 * cost.gradient:.2f} ms. Each step takes one, and a refresh of "
+        f"partition_newton {cost.refresh / cost.gradient:.1f} more (the summary "
+        f"{cost.summary / cost.gradient:.1f};\nmedians over "
+        f"{min(MEASURED_BATCHES, len(results.experiment.batches))} batches). The cost "
+        "of the direction, such as Adam's moments or an\northogonalisation, is only in "
         "the seconds."
     )
     if max(len(dataset.train_images), len(dataset.test_images)) > MOST_EVALUATED:
@@ -92,14 +92,14 @@ def _rate_table(results: Results) -> str:
     header = ("subset", "first step", "median", "last", "zero")
     return (
         f"{_table(header, rows, left=(0,))}\n\n"
-        "RMS change of the entries of each subset in a step."
+        "RMS change of the entries of each subset per step, at the refreshes."
     )
 
 
 def _table(
     header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> str:
-    """Columns that are as wide as they need; those in `left` start at the left."""
+    """A text table whose columns are aligned right, and left for those in `left`."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

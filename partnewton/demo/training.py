@@ -1,4 +1,4 @@
-"""Each optimizer, from the same weights and through the same batches."""
+"""Training with each optimizer, from the same weights and with the same batches."""
 
 import dataclasses
 import inspect
@@ -25,11 +25,11 @@ __all__ = [
     "train",
 ]
 
-EVALUATIONS = 25  # of each optimizer, at most
-EVALUATE_EVERY = 10  # steps, at least
-LOOK_AFTER = 0.1  # of the steps: later, what is left of the loss is a few images
+EVALUATIONS = 25  # maximal number per optimizer
+EVALUATE_EVERY = 10  # minimal number of steps between two evaluations
+LOOK_AFTER = 0.1  # fraction of the steps; later a few images dominate the loss
 
-# The preset as it is: nothing was chosen for these networks.
+# The default, not tuned for these networks.
 FACTOR = inspect.signature(pn.partition_newton).parameters["learning_rate"].default
 ADAM_RATE = 1e-3
 SGD_RATE, SGD_MOMENTUM = 0.01, 0.9
@@ -41,13 +41,13 @@ Images = tuple[jax.Array, jax.Array]
 
 
 class Optimizer(NamedTuple):
-    """What is trained with.
+    """An optimizer and its description.
 
     Attributes:
       tx: the transformation.
-      settings: its hyperparameters, as a person reads them.
-      compile_ratio: about how long its training step compiles, relative to the gradient
-        of the loss; for an estimate.
+      settings: its hyperparameters, as text for a table.
+      compile_ratio: the approximate compile time of its training step, relative to that
+        of the gradient of the loss; for the estimate in the progress bar.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -56,13 +56,13 @@ class Optimizer(NamedTuple):
 
 
 def optimizers(experiment: Experiment) -> dict[str, Optimizer]:
-    """What is compared."""
+    """The optimizers to compare."""
     ours = pn.partition_newton(param_labels=experiment.param_labels)
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
     refreshes = len(experiment.refreshes)
     return {
-        PARTITION_NEWTON: Optimizer(ours, f"no argument; {refreshes} refreshes", 10.0),
+        PARTITION_NEWTON: Optimizer(ours, f"no arguments; {refreshes} refreshes", 10.0),
         "adam": Optimizer(adam, f"learning rate {ADAM_RATE:g}", 1.5),
         "sgd": Optimizer(
             sgd, f"learning rate {SGD_RATE:g}, momentum {SGD_MOMENTUM:g}", 1.2
@@ -72,21 +72,21 @@ def optimizers(experiment: Experiment) -> dict[str, Optimizer]:
 
 @dataclasses.dataclass
 class Curves:
-    """What is recorded of one optimizer, before the first step and after every few.
+    """The training curves of one optimizer, with one entry per evaluation.
 
     Attributes:
-      settings: its hyperparameters, as a person reads them.
-      steps: after how many steps.
-      train_loss: the loss on the images to train on.
-      test_accuracy: the share of the images to test on that is classified rightly.
-      seconds: the time spent in steps so far.
-      compile_seconds: the time that compiling took, which `seconds` leave out.
-      gradient_equivalents: the work done so far, in gradients of a batch.
-      logged: of `partition_newton`, what :func:`partnewton.metrics` tells after each
-        refresh, under the same names, and with it "step", how many steps were made
-        before, and "predicted" and "actual": by how much the loss of the batch should
-        fall, by the quadratic model of its summary for the step that was taken, and by
-        how much it fell. Empty for the other optimizers.
+      settings: its hyperparameters, as text for a table.
+      steps: the number of steps before the evaluation.
+      train_loss: the loss on training images.
+      test_accuracy: the fraction of test images that are classified correctly.
+      seconds: the total time of these steps, without compiling.
+      compile_seconds: the compile time of a step.
+      gradient_equivalents: the work of these steps, in gradients of a batch.
+      logged: for `partition_newton`, the values of :func:`partnewton.metrics` after
+        each refresh, under the same names; "step", the number of steps before it; and
+        "predicted" and "actual", the decrease of the loss of the batch for the step
+        that was made, according to the quadratic model of its summary and as measured.
+        Empty for the other optimizers.
     """
 
     settings: str
@@ -107,7 +107,7 @@ class Curves:
 
     @property
     def step_sizes(self) -> dict[str, list[float]]:
-        """Of `logged`, the RMS change of the entries of each subset in a step."""
+        """The RMS change of the entries of each subset per step, from `logged`."""
         prefix, factor = "learning_rate/", self.logged["factor"]
         return {
             name.removeprefix(prefix): [
@@ -119,14 +119,14 @@ class Curves:
 
 
 class Training(NamedTuple):
-    """What is left of a training run.
+    """The result of a training run.
 
     Attributes:
-      curves: what was recorded.
-      looked_after: the number of steps after which `params` were kept.
-      params: the weights at that time.
-      step: the compiled step, ``step(i, state, images, batches)``; it takes the buffers
-        of `state`, the parameters and the state of the optimizer.
+      curves: its curves.
+      looked_after: the number of steps after which `params` were copied.
+      params: the weights after these steps.
+      step: the compiled step, ``step(i, state, images, batches)``; the buffers of
+        `state`, which consists of the parameters and the optimizer state, are donated.
     """
 
     curves: Curves
@@ -183,7 +183,7 @@ def train(
 
 
 def initial_state(experiment: Experiment, optimizer: Optimizer) -> PyTree:
-    """Parameters and optimizer state before the first step, in buffers of their own."""
+    """Copies of the initial parameters, and the initial state of the optimizer."""
     params = jax.tree.map(jnp.copy, experiment.params)
     return params, optimizer.tx.init(params)
 
@@ -194,7 +194,7 @@ def _evaluated_steps(steps: int) -> list[int]:
 
 
 def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str, Any]]:
-    """What is logged of the step `i` that has refreshed, from the state after it."""
+    """A function that computes the log of step `i`, a refresh, from the state after."""
 
     def log(
         i: jax.Array, state: PyTree, images: Images, batches: jax.Array

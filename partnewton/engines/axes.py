@@ -10,7 +10,7 @@ __all__ = ["refuse_named_axes"]
 
 
 def refuse_named_axes(jaxpr: Any) -> None:
-    """Refuses a loss with a collective operation over a vmapped axis around it.
+    """Raises an error for a collective over a named axis of a `vmap` around the loss.
 
     What jax calls the derivative of ``pmean(loss, axis)`` there is that of the sum over
     all lanes, each with parameters of its own, of which a lane can measure no curvature

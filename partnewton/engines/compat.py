@@ -1,4 +1,4 @@
-"""What differs between the versions of jax, and what its public names leave out.
+"""Differences between versions of jax, and functions without a public name in jax.
 
 Everything else in the engines is written against jaxprs as `jax.extend.core` shows
 them. Up to jax 0.10 a closed jaxpr is an object around an open one; from 0.11 on there
@@ -45,7 +45,7 @@ Jaxpr = core.Jaxpr
 
 
 def traced(fun: Callable, *args: Any) -> tuple[Callable, Any]:
-    """`fun` as it was traced once, a function to a list, and its closed jaxpr."""
+    """`fun` traced once, as a function that returns a list, and its closed jaxpr."""
     closed = jax.make_jaxpr(fun)(*args)
     return core.jaxpr_as_fun(closed), closed
 
@@ -88,7 +88,7 @@ def jaxpr_of(
 
 
 def inlined(equation: Equation) -> Any | None:
-    """The jaxpr that stands behind an equation which only calls it, or None."""
+    """The jaxpr of an equation that is a call, or None."""
     if equation.primitive in (primitives.jit_p, primitives.remat_p):
         return equation.params["jaxpr"]
     if equation.primitive is primitives.closed_call_p:
@@ -97,7 +97,7 @@ def inlined(equation: Equation) -> Any | None:
 
 
 def arity(equation: Equation) -> tuple[int, int]:
-    """How many constants and how many carried values a `scan` has.
+    """The numbers of constants and of carried values of a `scan`.
 
     What is scanned over has one axis more outside of the body than inside.
     """
@@ -114,12 +114,12 @@ def arity(equation: Equation) -> tuple[int, int]:
 
 
 def mentions(jaxpr: Any, name: str) -> bool:
-    """Whether an operation of this name is in a jaxpr or in one inside of it."""
+    """Whether a jaxpr, or a jaxpr in its equations, contains a primitive."""
     return any(equation.primitive.name == name for equation in _all_equations(jaxpr))
 
 
 def num_equations(equation: Equation) -> int:
-    """How many operations are inside of an equation."""
+    """The number of equations in the jaxprs of an equation."""
     insides = core.jaxprs_in_params(equation.params)
     return sum(len(list(_all_equations(inside))) for inside in insides)
 
@@ -156,12 +156,12 @@ def named_axes(jaxpr: Any) -> tuple[str, ...]:
 
 
 def outlined(function: Callable) -> Callable:
-    """The function, compiled by itself on a CPU.
+    """The function as a call that XLA does not inline on CPU.
 
-    XLA puts the body of a call in its place as a rule, and its CPU backend then
-    computes, and compiles, over again for every reader what can be fused with it: rows
-    in another layout, for example. What a call returns that stays a call is written
-    once. Where arrays may be sharded, nothing is changed.
+    XLA usually inlines calls. Its CPU backend then fuses, for example, a transposition
+    into each operation that reads its result, so that it is compiled and computed
+    several times. The results of a call that is not inlined are computed once. On a
+    mesh, where arrays can be sharded, the function is returned as it is.
     """
 
     def called(*args: Any) -> Any:
@@ -188,23 +188,23 @@ def varying_axes(x: jax.Array | Variable) -> tuple[str, ...]:
 
 
 def is_explicit(x: jax.Array | Variable) -> bool:
-    """Whether an array is sharded over explicit axes of a mesh: part of its type."""
+    """Whether an array is sharded over explicit axes of a mesh, by its type."""
     aval = x.aval if isinstance(x, Variable) else jax.typeof(x)
     return any(axis is not None for axis in aval.sharding.spec)
 
 
 def on_a_mesh() -> bool:
-    """Whether a mesh is set around, so that arrays may be sharded over it."""
+    """Whether there is a current mesh, so that arrays can be sharded over it."""
     return not jax.sharding.get_abstract_mesh().empty
 
 
 def may_be_sharded(*arrays: jax.Array) -> bool:
-    """Whether some arrays are sharded explicitly, or may be over a mesh around."""
+    """Whether arrays are sharded explicitly, or can be sharded over a current mesh."""
     return on_a_mesh() or any(map(is_explicit, arrays))
 
 
 def zeros(variable: Variable, leading: tuple[int, ...]) -> jax.Array:
-    """Zeros of the type of a variable, with more axes in front."""
+    """Zeros of the type of a variable, with additional leading axes."""
     aval = variable.aval
     shape = leading + aval.shape
     spec = PartitionSpec(*(None,) * len(leading), *aval.sharding.spec)

@@ -106,8 +106,8 @@ class JvpOfGrad:
             return contract(linear.product(*partition.restrict(direction, s)))
 
         hessian = _map(product_of, jnp.arange(partition.size), self.batch_size)
-        # A rule that is no derivative may have a gradient with a Jacobian that is not
-        # symmetric.
+        # With a custom rule that is not the derivative, the Jacobian of the gradient
+        # need not be symmetric.
         tensors = [contract(linear.gradient), 0.5 * (hessian + hessian.T)]
         higher = functools.partial(
             _tensor_of_order, loss, leaves, direction, partition, self.batch_size
@@ -151,7 +151,7 @@ def _forwards(
     order: int,
     batch_size: int | None,
 ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-    """The same without a gradient, for a loss that has none in reverse mode.
+    """The same in forward mode only, for a loss without reverse mode.
 
     That is one with a `while_loop`, for example: one pass for each entry.
     """
@@ -196,7 +196,7 @@ def _multisets(size: int, d: int) -> jax.Array:
 
 def _symmetric_tensor(rows: jax.Array, size: int, d: int) -> jax.Array:
     """The tensor of order d from its rows, one for each multiset of d - 1 subsets."""
-    # Each entry is read where its subsets are sorted: exactly symmetric.
+    # Each entry is read at its sorted subsets, so the tensor is exactly symmetric.
     subsets = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
     return rows[_number_of(subsets[:-1], size), subsets[-1]].reshape((size,) * d)
 
@@ -208,7 +208,7 @@ def _tensor(entries: jax.Array, size: int, d: int) -> jax.Array:
 
 
 def _number_of(subsets: np.ndarray, size: int) -> np.ndarray:
-    """The number of each column, a multiset, among all of them."""
+    """The index of each column, a multiset, in the list of all multisets."""
     sets = itertools.combinations_with_replacement(range(size), len(subsets))
     number_of = {multiset: n for n, multiset in enumerate(sets)}
     return np.array([number_of[tuple(column)] for column in subsets.T.tolist()])
@@ -229,7 +229,7 @@ def _first_of(
 
 
 def _map(f: Callable, xs: jax.Array, batch_size: int | None) -> jax.Array:
-    """`f` on each of `xs`, `batch_size` of them at once, or one after the other."""
+    """`f` on each of `xs`, in batches of `batch_size`, or else one by one."""
     if batch_size is not None:
         batch_size = min(batch_size, xs.shape[0])
     try:

@@ -19,7 +19,7 @@ from partnewton.engines import compat
 __all__ = ["NoKeyError", "key_of_program"]
 
 _CUSTOM = (primitives.custom_jvp_call_p, primitives.custom_vjp_call_p)
-_ORDERS = 4  # of derivatives, one more than a summary takes
+_ORDERS = 4  # of derivatives, one more than a summary uses
 
 
 class NoKeyError(Exception):

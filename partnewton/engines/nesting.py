@@ -1,4 +1,4 @@
-"""Second and third derivatives of a loss, by whichever nesting of modes jax accepts.
+"""Second and third derivatives, by the first nesting of modes that jax accepts.
 
 Everything here is about the derivatives of ``jax.grad(loss)``. Forward mode over the
 gradient is the cheapest way. Where an operation cannot be differentiated forwards, as a
@@ -22,7 +22,7 @@ Function = Callable[[list[jax.Array]], tuple[jax.Array, Any]]  # to (value, aux)
 
 
 class DifferentiationError(TypeError):
-    """No nesting of forward and reverse mode differentiates a function so often.
+    """No nesting of forward and reverse mode computes a derivative of this order.
 
     Attributes:
       kernels: the names of the Pallas kernels in the function.
@@ -131,9 +131,9 @@ def third(
 
 
 def _traced(function: Callable, *args: jax.Array) -> Callable[..., list[jax.Array]]:
-    """The function, if jax can differentiate forwards what is in it."""
+    """The function, if jax can differentiate it in forward mode."""
     traced, jaxpr = compat.traced(function, *args)
-    if compat.mentions(jaxpr, "custom_lin"):  # jax complains only when it lowers this
+    if compat.mentions(jaxpr, "custom_lin"):  # jax raises its error only on lowering
         raise TypeError("a custom_vjp cannot be differentiated forwards")
     return traced
 
@@ -158,10 +158,10 @@ def _first_that_works(ways: Sequence[Callable], function: Function, x: Arrays) -
     for way in ways:
         try:
             return way()
-        except Exception as error:  # jax has no common class for what it refuses
+        except Exception as error:  # jax has no common class for these errors
             errors.append(error)
     x = list(x)
-    jax.eval_shape(function, x)  # an error of the function's own is raised as it is
+    jax.eval_shape(function, x)  # raises errors of the function itself
     kernels = compat.kernels_in(jax.make_jaxpr(function)(x))
     where = f" It contains the Pallas kernel {', '.join(kernels)}." if kernels else ""
     raise DifferentiationError(

@@ -55,7 +55,9 @@ def partition_of(params: PyTree, param_labels: ParamLabels) -> Partition:
         ]
     subsets: dict[str, str | int] = {}  # subset name -> its label
     owners = _owners(by_leaf, names)
-    index_of = functools.cache(functools.partial(_enter, names=subsets, owners=owners))
+    index_of = functools.cache(
+        functools.partial(_index_of_label, names=subsets, owners=owners)
+    )
     indices = tuple(_indices(label, index_of) for label in by_leaf)
     if not subsets:
         raise ValueError(
@@ -186,7 +188,9 @@ def _owners(by_leaf: Sequence[Label], names: Callable[[], list[str]]) -> dict[in
     }
 
 
-def _enter(x: str | int, names: dict[str, str | int], owners: dict[int, str]) -> int:
+def _index_of_label(
+    x: str | int, names: dict[str, str | int], owners: dict[int, str]
+) -> int:
     """The index of the subset with the label `x`, which is added to `names`."""
     if x == FROZEN:
         return FROZEN

@@ -144,7 +144,7 @@ def _tensors(
     order: int,
     batch_size: int | None,
 ) -> tuple | None:
-    """Value and aux, and the tensors; None if a part of the loss is left to jax."""
+    """Value and aux, and the tensors; None if the loss has a final step."""
     if order == 3 and problem.program.final:
         return None
     point = problem.linearize(leaves)

@@ -118,13 +118,13 @@ class _Group(NamedTuple):
     places: tuple[int, ...]
 
     def constant_op(self) -> Op:
-        """An operation that tangents do not pass."""
+        """An operation without active outputs."""
         return Op(None, self.equations, self.read, self.written, places=self.places)
 
 
 def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
     """Each group of equations, with what it reads and writes."""
-    readers = _readers(flat, groups)
+    readers = _reading_groups(flat, groups)
     found = []
     for n, group in enumerate(groups):
         equations = tuple(flat.equations[i] for i in group)
@@ -135,7 +135,7 @@ def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
 
 
 def _opaque_places(flat: Graph, active: Collection[Variable]) -> list[int]:
-    """The places of the equations that only jax itself can differentiate."""
+    """The positions of the equations that belong to the final step."""
     return [
         i
         for i, equation in enumerate(flat.equations)
@@ -176,8 +176,7 @@ def _op(
 
 
 def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) -> Op:
-    """The equations that are left to jax as an operation; its first output is the
-    loss."""
+    """The operation of the final step, whose first output is the loss."""
     outputs = (value, *(v for v in group.written if v is not value))
     inputs = enumerate(group.read)
     active_inputs = tuple(i for i, v in inputs if v in relevant and is_inexact(v))
@@ -186,7 +185,9 @@ def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) ->
     )
 
 
-def _readers(flat: Graph, groups: Sequence[Sequence[int]]) -> dict[Variable, set[int]]:
+def _reading_groups(
+    flat: Graph, groups: Sequence[Sequence[int]]
+) -> dict[Variable, set[int]]:
     """The groups that read each variable; -1 stands for an output."""
     readers: dict[Variable, set[int]] = {}
     for v in filter(is_variable, flat.outputs):

@@ -30,7 +30,7 @@ from partnewton.engines.adjoint.terms import Terms, over_all_devices
 
 __all__ = ["Final", "sweep_final"]
 
-_MOST_BYTES = 2**30  # that products with several vectors write at once
+_MOST_PRODUCT_BYTES = 2**30  # written at once by products with several vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def sweep_final(
         along = nesting.third(final.function, final.point, xdot, xddot, request.dtype)
         return [along]
 
-    batch_size = max(1, _MOST_BYTES // final.bytes_of_a_row)
+    batch_size = max(1, _MOST_PRODUCT_BYTES // final.bytes_of_a_row)
     products = apply(hvp, *columns, batch_size=batch_size)
     terms, slopes = Terms(), []
     for n, x, product in zip(places, first, products, strict=True):

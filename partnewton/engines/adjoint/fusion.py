@@ -56,7 +56,7 @@ def grouped(
             written
             and len(read if is_start else names) == 1
             and len({v.aval.shape for v in (*read, *written)}) == 1
-            and all(_is_real(v.aval) for v in (*read, *written))
+            and all(_is_floating(v.aval) for v in (*read, *written))
             and registry.is_elementwise(equation)
         ):
             name = equation.outvars[0] if is_start else names.pop()
@@ -116,5 +116,5 @@ def ordered(
     return result
 
 
-def _is_real(aval: Any) -> bool:
+def _is_floating(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.floating)

@@ -115,12 +115,12 @@ class Op:
 
     @functools.cached_property
     def function(self) -> Callable[..., list[jax.Array]]:
-        """From the values of all inputs to those of all outputs."""
+        """The function from the values of all inputs to those of all outputs."""
         return compat.function_of(self.equations, self.inputs, self.outputs)
 
     @property
     def is_curved(self) -> bool:
-        """Whether its rule returns terms of its own, unlike a scan or a linear one."""
+        """Whether its rule returns terms of its own, unlike scans and linear rules."""
         return self.rule is not None and self.rule.is_curved and self.loop is None
 
     @property

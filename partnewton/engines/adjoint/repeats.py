@@ -20,8 +20,8 @@ from partnewton.engines.keys import NoKeyError, key_of_program
 
 __all__ = ["Part", "Repeat", "repeats_in"]
 
-_LEAST_PARTS = 3  # with two, less is saved than the padding costs
-_LEAST_OPERATIONS = 6  # in all parts but one: what is saved
+_LEAST_PARTS = 3  # with two, padding costs more than the scan saves
+_LEAST_OPERATIONS = 6  # in all parts but one: those that need not be compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
-    """Consecutive parts that are one and the same function of what they read."""
+    """Consecutive parts that are the same function of their inputs."""
 
     parts: tuple[Part, ...]
 
@@ -56,7 +56,7 @@ class Repeat:
 
     @property
     def stop(self) -> int:
-        """The number after that of the last operation."""
+        """One more than the number of the last operation."""
         return self.parts[-1].numbers[-1] + 1
 
 
@@ -78,7 +78,7 @@ def repeats_in(program: Program) -> list[Repeat]:
 
 
 def _outline(op: Op) -> Hashable:
-    """What two operations have in common at least, if they are the same."""
+    """A hashable value, which is equal for two operations that are equal."""
     names = tuple(equation.primitive.name for equation in op.equations)
     # XLA's CPU backend has no fast convolution inside of a loop.
     if op.loop or "conv_general_dilated" in names:
@@ -111,7 +111,7 @@ def _periodic(words: np.ndarray, offset: int) -> Iterator[tuple[int, int, int]]:
 def _repeats_among(
     program: Program, stretches: Sequence[Sequence[int]]
 ) -> Iterator[Repeat]:
-    """The longest runs of stretches that are really the same."""
+    """The longest sequences of parts that are equal functions."""
     readers = _readers(program)
     keys = [_key(program, numbers) for numbers in stretches]
     n = 0
@@ -125,7 +125,7 @@ def _repeats_among(
 
 
 def _key(program: Program, numbers: Sequence[int]) -> Hashable | None:
-    """What some operations compute from what they read; None if it cannot be told."""
+    """The key of the function that operations compute; None if there is none."""
     ops = [program.ops[n] for n in numbers]
     inside = {v: (k, i) for k, op in enumerate(ops) for i, v in enumerate(op.outputs)}
     slots: dict[Variable, int] = {}
@@ -145,7 +145,7 @@ def _key(program: Program, numbers: Sequence[int]) -> Hashable | None:
 
 
 def _readers(program: Program) -> dict[Variable, set[int]]:
-    """The operations that read each variable; -1 for what is behind all of them."""
+    """The operations that read each variable; -1 stands for an output."""
     readers: dict[Variable, set[int]] = {}
     for n, op in enumerate(program.ops):
         for v in op.read:
@@ -161,7 +161,7 @@ def _parts(
     stretches: Sequence[Sequence[int]],
     readers: dict[Variable, set[int]],
 ) -> Iterator[Part]:
-    """The parts of a repeat, with what they write in one and the same order."""
+    """The parts of a repeat, with their results in the same order."""
     read = [_places_read(program, numbers, numbers, readers) for numbers in stretches]
     later = [
         _places_read(program, numbers, [*numbers, *following], readers)

@@ -1,4 +1,4 @@
-"""Tangents through parts that repeat, as a scan: traced and compiled once.
+"""Tangents of repeated parts, by a scan that is traced and compiled once.
 
 The rows of some consecutive parts are padded by zeros to the same number, which makes
 the parts one function. What they read from each other is the carry of the scan, with a
@@ -28,10 +28,10 @@ from partnewton.engines.compat import Variable
 
 __all__ = ["sweep_repeat"]
 
-# Parts are padded to the rows of the last one of as many: with more of them there is
-# less to compile, and more to compute.
-_LEAST_PARTS = 3
-_MOST_SIZES = 4
+# Consecutive parts form groups, and are padded to the number of rows of the last part
+# of their group. Larger groups compile faster, and compute more with zeros.
+_LEAST_PARTS = 3  # of a group
+_MOST_SIZES = 4  # groups with different numbers of rows
 
 
 def sweep_repeat(
@@ -63,13 +63,14 @@ def sweep_repeat(
                     terms += sweep(ops, residuals, cotangents, jets, request)
             else:
                 everyone = Span(0, max(span.stop for span in moving))
-                scan = _Scan(some, layout, links, everyone, request)
+                scan = _ScanOfParts(some, layout, links, everyone, request)
                 terms += scan.run(residuals, cotangents, jets)
     return terms
 
 
-# For each variable that is read: None if it does not move, -1 for a row for every
-# subset, else the number of the rows and which variables before have the same subsets.
+# For each variable that is read: None if it has no tangent, -1 if its tangent has a row
+# for every subset, else the number of rows and the earlier variables with the same
+# subsets.
 _Layout = tuple[Any, ...]
 
 
@@ -96,7 +97,7 @@ def _layout(part: Part, leaves: frozenset[Variable], spans: Spans) -> _Layout | 
     for v in part.read:
         span = spans.get(v)
         if v not in leaves:
-            # Whether it moves or not: zeros do not change anything.
+            # Also without a tangent, since zeros do not change anything.
             layout.append(-1)
         elif span is None:
             layout.append(None)
@@ -118,7 +119,7 @@ def _in_sizes(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
 
 
 def _links(parts: Sequence[Part], layout: _Layout) -> dict[int, tuple[str, int]] | None:
-    """The sources of the carry: which variables of a part are which of the part before.
+    """The sources of the carry: variables of a part computed by the part before.
 
     Returns:
       For each variable that is read with a row for every subset, by its place:
@@ -143,7 +144,7 @@ def _links(parts: Sequence[Part], layout: _Layout) -> dict[int, tuple[str, int]]
     return links
 
 
-class _Scan:
+class _ScanOfParts:
     """A scan of tangents over parts of a program.
 
     What the parts read from each other is the carry, with a row for every subset; the
@@ -215,7 +216,7 @@ class _Scan:
         return [starts[n] for n in sorted(starts)]
 
     def _dense(self, jet: Jet, like: jax.Array) -> list[jax.Array]:
-        """A row for every subset, of each order that is asked for."""
+        """A row for every subset, for each requested order."""
         orders = 2 if self.request.third_order else 1
         return [densify(x, self.everyone, like) for x in jet[:orders]]
 
@@ -227,7 +228,7 @@ class _Scan:
         places: jax.Array,
         carried: dict[int, list[jax.Array]],
     ) -> tuple[list[list[jax.Array]], tuple[jax.Array, jax.Array]]:
-        """The rows of what one part writes, and the sums of its terms."""
+        """The rows of the results of one part, and the sums of its terms."""
         starts = [DynamicIndex(x, self.everyone.count) for x in places]
         jets: Jets = {}
         for n, (v, how) in enumerate(zip(self.part.read, self.layout, strict=True)):
@@ -258,7 +259,7 @@ class _Scan:
         after: dict[int, list[jax.Array]],
         ys: list[list[jax.Array]],
     ) -> None:
-        """Enters the jets of what the parts have written."""
+        """Adds the jets of the results of all parts to `jets`."""
         for n, stacks in zip(self.collected, ys, strict=True):
             for k, part in enumerate(self.parts):
                 jets[part.written[n]] = Jet(*(Tangent(x[k]) for x in stacks))
@@ -268,7 +269,7 @@ class _Scan:
 
 
 def _stacked(columns: Any) -> tuple[Callable[[list], Any], list[jax.Array]]:
-    """Values of all parts, as something to be scanned over.
+    """Stacked values of all parts, the input of a scan.
 
     Args:
       columns: a pytree in which each subtree is a list with an entry for each part.

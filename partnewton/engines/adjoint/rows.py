@@ -44,6 +44,7 @@ def push(
       The tangents of each result, or None if no operand has any.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> (twice,) = push(lambda _: lambda row: [2 * row], [Tangent(jnp.ones((1, 3)))])
       >>> twice.values.tolist()
       [[2.0, 2.0, 2.0]]

@@ -19,7 +19,7 @@ def spans_in(program: Program, spans: Spans) -> Spans:
         if op.rule is None or not read:
             continue
         if op.loop:
-            inside = spans_in_loop(op.loop, _entering(op, found))
+            inside = spans_in_loop(op.loop, _spans_of_body_inputs(op, found))
             results = [op.loop.body.outputs[i] for i in op.active_outputs]
             pairs = zip(op.written, results, strict=True)
             found.update((v, inside[w]) for v, w in pairs if w in inside)
@@ -46,7 +46,7 @@ def spans_in_loop(loop: Loop, spans: Spans) -> Spans:
         spans = grown
 
 
-def _entering(op: Op, spans: Spans) -> Spans:
+def _spans_of_body_inputs(op: Op, spans: Spans) -> Spans:
     """The spans of the inputs of the body of a scan."""
     pairs = [(op.loop.inputs[i], op.inputs[i]) for i in op.active_inputs]
     return {v: spans[w] for v, w in pairs if w in spans}
@@ -62,7 +62,7 @@ def bytes_of_a_row(program: Program, spans: Spans) -> int:
         size = sum(_bytes(v) * found[v].count for v in written)
         most = max(most, -(-size // everyone.count))
         if op.loop:
-            entering = _entering(op, found)
+            entering = _spans_of_body_inputs(op, found)
             inside = {op.loop.inputs[i]: everyone for i in op.active_inputs}
             most = max(most, bytes_of_a_row(op.loop.body, inside | entering))
     return most

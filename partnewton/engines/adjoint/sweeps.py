@@ -23,7 +23,7 @@ from partnewton.engines.adjoint.terms import Terms, placed
 
 __all__ = ["sums_along", "third_order_tensor"]
 
-_MOST_BYTES = 2**30  # of the tangents that one operation writes
+_MOST_BYTES = 2**30  # upper bound on the tangents that one operation writes
 _CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
 
 
@@ -116,7 +116,7 @@ def third_order_tensor(
     m = jax.lax.map(pass_of, jnp.arange(partition.size), batch_size=batch_size)
     s, t, r = np.sort(np.indices(m.shape).reshape(3, -1), axis=0)
     tensor = m[s, t, r] + m[t, s, r] + m[r, s, t]
-    return tensor.reshape(m.shape)  # read in sorted order: exactly symmetric
+    return tensor.reshape(m.shape)  # read in sorted order, hence symmetric
 
 
 def _sweep(
@@ -148,7 +148,7 @@ def _sweep(
         terms += more
     gradient = placed(slope, everyone, request.dtype)
     hessian, third = terms.total(everyone, request.dtype)
-    hessian = 0.5 * (hessian + hessian.T)  # symmetric to the last bit
+    hessian = 0.5 * (hessian + hessian.T)  # exactly symmetric
     return _spread(problem.partition.size, subsets, gradient, hessian, third)
 
 

@@ -13,7 +13,7 @@ __all__ = ["concatenate", "in_blocks", "outlined"]
 _LARGE = 2**20  # bytes
 _BEYOND_CACHE = 2**23  # numbers
 _BLOCK = 2**10  # numbers of each row
-_MANY_ROWS = 8  # with fewer, each is read a few times only
+_MANY_ROWS = 8  # with fewer rows, each is read only a few times
 
 
 def concatenate(parts: Sequence[jax.Array]) -> jax.Array:

@@ -18,7 +18,7 @@ __all__ = ["of_rows", "total"]
 
 
 def of_rows(equation: Equation) -> Callable[[jax.Array], jax.Array] | None:
-    """The sum of an equation, for many rows; None if it is no sum over last axes."""
+    """The sum of an equation, for many rows; None unless it is over the last axes."""
     if equation.primitive.name != "reduce_sum":
         return None
     axes = equation.params["axes"]

@@ -163,7 +163,7 @@ def elementwise(
 def _partials(
     function: Callable, at: Sequence[jax.Array], order: int
 ) -> list[Partials]:
-    """The partial derivatives of each output, in float32 at least."""
+    """The partial derivatives of each output, in float32 or wider."""
     found: list[Partials] = []
     front = {(): (function, None)}
     for _ in range(order):

@@ -1,4 +1,4 @@
-"""Operations without terms: linear ones, and those that are so almost everywhere."""
+"""Operations without terms: linear and piecewise linear functions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
