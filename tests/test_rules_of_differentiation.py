@@ -224,7 +224,7 @@ def test_a_summary_is_the_derivative_of_the_gradient(name, engine, monkeypatch):
 
 
 def test_the_final_step_takes_a_few_subsets_at_a_time(monkeypatch):
-    monkeypatch.setattr(final, "_MOST_BYTES", 1)
+    monkeypatch.setattr(final, "_MOST_PRODUCT_BYTES", 1)
     assert_is_derivative_of_gradient(LOSSES["clipped"], params, "adjoint")
 
 
