@@ -80,6 +80,8 @@ def passed(
 
     try:
         found, terms = (lowerings.outlined(run) if by_itself else run)()
+    except NameError:  # an error of the rule itself
+        raise
     except Exception as error:  # jax has no common class for missing derivatives
         raise OperationError(op) from error
     if request.tangents_are_fixed:
