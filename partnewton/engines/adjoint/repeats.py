@@ -18,9 +18,9 @@ from partnewton.engines.adjoint.program import Program
 from partnewton.engines.compat import Variable
 from partnewton.engines.keys import NoKeyError, key_of_program
 
-__all__ = ["Part", "Repeat", "repeats_in"]
+__all__ = ["LEAST_PARTS", "Part", "Repeat", "repeats_in"]
 
-_LEAST_PARTS = 3  # with two, padding costs more than the scan saves
+LEAST_PARTS = 3  # with two, padding costs more than the scan saves
 _LEAST_OPERATIONS = 6  # in all parts but one: those that need not be compiled
 
 
@@ -119,7 +119,7 @@ def _repeats_among(
         m = n + 1
         while keys[n] is not None and m < len(stretches) and keys[m] == keys[n]:
             m += 1
-        if m - n >= _LEAST_PARTS:
+        if m - n >= LEAST_PARTS:
             yield Repeat(tuple(_parts(program, stretches[n:m], readers)))
         n = m
 

@@ -18,7 +18,7 @@ from partnewton.engines import compat
 from partnewton.engines.adjoint.dataflow import is_variable, values_of
 from partnewton.engines.adjoint.op import Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
-from partnewton.engines.adjoint.repeats import Part, Repeat
+from partnewton.engines.adjoint.repeats import LEAST_PARTS, Part, Repeat
 from partnewton.engines.adjoint.spans import DynamicIndex, Span, overlap
 from partnewton.engines.adjoint.support import Spans
 from partnewton.engines.adjoint.sweep import Jets, sweep
@@ -29,8 +29,8 @@ from partnewton.engines.compat import Variable
 __all__ = ["sweep_repeat"]
 
 # Consecutive parts form groups, and are padded to the number of rows of the last part
-# of their group. Larger groups compile faster, and compute more with zeros.
-_LEAST_PARTS = 3  # of a group
+# of their group, which has at least `LEAST_PARTS`. Larger groups compile faster, and
+# compute more with zeros.
 _MOST_SIZES = 4  # groups with different numbers of rows
 
 
@@ -55,7 +55,7 @@ def sweep_repeat(
     for parts, layout in _alike(repeat.parts, leaves, spans):
         for some in _in_sizes(parts):
             moving = [spans[v] for part in some for v in part.read if v in spans]
-            is_scan = moving and layout and len(some) >= _LEAST_PARTS
+            is_scan = moving and layout and len(some) >= LEAST_PARTS
             links = _links(some, layout) if is_scan else None
             if links is None:
                 for part in some:
@@ -112,7 +112,7 @@ def _layout(part: Part, leaves: frozenset[Variable], spans: Spans) -> _Layout | 
 
 def _in_sizes(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """Parts that are padded to the same number of rows."""
-    sizes = max(1, min(_MOST_SIZES, len(parts) // _LEAST_PARTS))
+    sizes = max(1, min(_MOST_SIZES, len(parts) // LEAST_PARTS))
     edges = np.linspace(0, len(parts), sizes + 1).round().astype(int)
     for a, b in itertools.pairwise(edges):
         yield parts[a:b]
