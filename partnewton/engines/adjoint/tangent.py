@@ -79,7 +79,9 @@ def restrict(tangent: Tangent, span: Span) -> jax.Array:
     return jax.lax.slice_in_dim(tangent.values, start, start + span.count)
 
 
-def densify(tangent: Tangent | None, span: Span, like: jax.Array | None = None):
+def densify(
+    tangent: Tangent | None, span: Span, like: jax.Array | None = None
+) -> jax.Array:
     """The rows of all subsets of a span that includes the tangent's own.
 
     Args:

@@ -9,7 +9,7 @@ from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, Request, Rule
 from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.rows import apply, group_by_support, push
-from partnewton.engines.adjoint.spans import overlap
+from partnewton.engines.adjoint.spans import Span, overlap
 from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
 
@@ -76,7 +76,7 @@ def _linearized(
     return of_members
 
 
-def _hessian(products: Sequence[jax.Array], first: Sequence, span) -> Terms:
+def _hessian(products: Sequence[jax.Array], first: Sequence, span: Span) -> Terms:
     """<xdot_s, D2F xdot_t> for t in a span."""
     terms = Terms()
     for x, product in zip(first, products, strict=True):
@@ -86,7 +86,7 @@ def _hessian(products: Sequence[jax.Array], first: Sequence, span) -> Terms:
     return terms
 
 
-def _cross_third(products: Sequence[jax.Array], second: Sequence, span) -> Terms:
+def _cross_third(products: Sequence[jax.Array], second: Sequence, span: Span) -> Terms:
     """3 <xddot_s, D2F xdot_s> for s in a span."""
     terms = Terms()
     for x, product in zip(second, products, strict=True):
