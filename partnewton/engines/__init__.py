@@ -1,4 +1,4 @@
-"""How derivatives along the parts of a direction are computed.
+"""How derivatives along the parts of directions are computed.
 
 There are two engines, whose results agree up to rounding: :class:`Adjoint`, the fast
 one, and :class:`JvpOfGrad`, the reference.
@@ -61,35 +61,36 @@ Loss = Callable[[Leaves], tuple[jax.Array, Any]]
 
 
 class Engine(Protocol):
-    """The methods that compute derivatives of a loss along the parts of a direction.
+    """The methods that compute derivatives of a loss along the parts of directions.
 
     The arguments of both methods are `loss`, a function from a list of arrays to
-    ``(value, aux)``, two such lists of equal shapes and dtypes, and the partition of
-    their entries.
+    ``(value, aux)``; `leaves`, such a list; `directions`, K directions as a list of
+    arrays with a leading axis K and the shapes and dtypes of `leaves`; and the
+    partition of the entries of `leaves`.
     """
 
     def summarize(
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         third_order: bool,
     ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
-        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        """Value and aux, gradient (K, S), hessian (K, S, K, S), third (K, S)."""
         ...
 
     def derivative_tensors(
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         order: int,
     ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-        """Value and aux, and the tensors of order 1 to `order`."""
+        """Value and aux, and the tensors of order 1 to `order`, (K, S) * d."""
         ...
 
 

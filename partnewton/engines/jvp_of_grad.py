@@ -1,9 +1,9 @@
 """The reference engine: derivatives of the gradient, by jax alone.
 
 Short, of any order and for any loss that jax can differentiate. The gradient is
-linearised once and applied to the part of the direction on each subset: S
-Hessian-vector products, and S passes more for the third order. Where jax refuses
-forward mode over the gradient there are other ways: see
+linearised once and applied to each component, a direction on a subset: K S
+Hessian-vector products for K directions, and K S passes more for the third order. Where
+jax refuses forward mode over the gradient there are other ways: see
 :mod:`partnewton.engines.nesting`.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from partnewton._checks import check_batch_size
 from partnewton.engines import nesting
 from partnewton.engines.axes import refuse_named_axes
+from partnewton.engines.components import Components
 from partnewton.partitions import Partition
 
 Leaves = Sequence[jax.Array]
@@ -32,8 +33,8 @@ class JvpOfGrad:
     """The reference engine.
 
     Attributes:
-      batch_size: the number of subsets that are processed at once, by default one.
-        Memory grows with it, and so does speed.
+      batch_size: the number of subsets, times directions, that are processed at once;
+        by default one. Memory grows with it, and so does speed.
     """
 
     batch_size: int | None = None
@@ -45,46 +46,54 @@ class JvpOfGrad:
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         third_order: bool,
     ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
-        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        """Value and aux, gradient (K, S), hessian (K, S, K, S), third (K, S)."""
         value_and_aux, (gradient, hessian) = self.derivative_tensors(
-            loss, leaves, direction, partition, order=2
+            loss, leaves, directions, partition, order=2
         )
         if not third_order:
             return value_and_aux, gradient, hessian, None
+        parts = Components(directions, partition)
 
-        def third_of(s: jax.Array) -> jax.Array:
-            u_s = partition.restrict(direction, s)
-            return nesting.third(loss, leaves, u_s, None, partition.dtype)
+        def third_of(m: jax.Array) -> jax.Array:
+            return nesting.third(loss, leaves, parts[m], None, parts.dtype)
 
-        def third_forwards(s: jax.Array) -> jax.Array:
-            u_s = partition.restrict(direction, s)
-            return _entry(loss, leaves, [u_s] * 3, partition.dtype)
+        def third_forwards(m: jax.Array) -> jax.Array:
+            return _entry(loss, leaves, [parts[m]] * 3, parts.dtype)
 
         third = _first_of(
-            [third_of, third_forwards], jnp.arange(partition.size), self.batch_size
+            [third_of, third_forwards], jnp.arange(parts.size), self.batch_size
         )
-        return value_and_aux, gradient, hessian, third
+        return value_and_aux, gradient, hessian, third.reshape(parts.shape)
 
     def derivative_tensors(
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         order: int,
     ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-        """Value and aux, and the tensors of order 1 to `order`.
+        """Value and aux, and the tensors of order 1 to `order`, (K, S) * d.
 
-        D^d L[u_s1, ..., u_sd] is the inner product of u_sd with the derivative of the
-        gradient along u_s1, ..., u_s(d-1): one pass for each multiset of d - 1 subsets
-        gives S entries at once.
+        D^d L[v_1, ..., v_d], for components v, is the inner product of v_d with the
+        derivative of the gradient along v_1, ..., v_(d-1): one pass for each multiset
+        of d - 1 components gives K S entries at once.
         """
+        parts = Components(directions, partition)
+        found, tensors = self._tensors(loss, leaves, parts, order)
+        shaped = [x.reshape(parts.shape * x.ndim) for x in tensors[:order]]
+        return found, tuple(shaped)
+
+    def _tensors(
+        self, loss: Loss, leaves: Leaves, parts: Components, order: int
+    ) -> tuple[tuple[jax.Array, Any], list[jax.Array]]:
+        """Value and aux, and the tensors, with axes of length K S."""
         refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
         try:
             linear = nesting.linearize(loss, leaves)
@@ -93,64 +102,48 @@ class JvpOfGrad:
                 # jax differentiates them in part, and fails when it lowers them.
                 raise
             try:
-                return _forwards(
-                    loss, leaves, direction, partition, order, self.batch_size
-                )
+                return _forwards(loss, leaves, parts, order, self.batch_size)
             except Exception:
                 raise error from error.__cause__
 
-        def contract(gradient_like: Leaves) -> jax.Array:
-            return partition.inner(gradient_like, direction)
+        def product_of(m: jax.Array) -> jax.Array:
+            return parts.inner(linear.product(*parts[m]))
 
-        def product_of(s: jax.Array) -> jax.Array:
-            return contract(linear.product(*partition.restrict(direction, s)))
-
-        hessian = _map(product_of, jnp.arange(partition.size), self.batch_size)
+        hessian = _map(product_of, jnp.arange(parts.size), self.batch_size)
         # With a custom rule that is not the derivative, the Jacobian of the gradient
         # need not be symmetric.
-        tensors = [contract(linear.gradient), 0.5 * (hessian + hessian.T)]
+        tensors = [parts.inner(linear.gradient), 0.5 * (hessian + hessian.T)]
         higher = functools.partial(
-            _tensor_of_order, loss, leaves, direction, partition, self.batch_size
+            _tensor_of_order, loss, leaves, parts, self.batch_size
         )
         tensors += [higher(d) for d in range(3, order + 1)]
-        return (linear.value, linear.aux), tuple(tensors[:order])
+        return (linear.value, linear.aux), tensors
 
 
 def _tensor_of_order(
-    loss: Loss,
-    leaves: Leaves,
-    direction: Leaves,
-    partition: Partition,
-    batch_size: int | None,
-    d: int,
+    loss: Loss, leaves: Leaves, parts: Components, batch_size: int | None, d: int
 ) -> jax.Array:
-    """All D^d L[u_s1, ..., u_sd], for d of at least 3."""
+    """All D^d L[v_1, ..., v_d] of components, for d of at least 3."""
     grad_fn = jax.grad(lambda x: loss(x)[0])
 
-    def row(subsets: jax.Array) -> jax.Array:
-        parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
-        gradient_like = functools.reduce(_along, parts, grad_fn)(leaves)
-        return partition.inner(gradient_like, direction)
+    def row(numbers: jax.Array) -> jax.Array:
+        some = [parts[numbers[i]] for i in range(d - 1)]
+        return parts.inner(functools.reduce(_along, some, grad_fn)(leaves))
 
-    def entries(subsets: jax.Array) -> jax.Array:
-        parts = [partition.restrict(direction, subsets[k]) for k in range(d - 1)]
-        last = (partition.restrict(direction, s) for s in range(partition.size))
+    def entries(numbers: jax.Array) -> jax.Array:
+        some = [parts[numbers[i]] for i in range(d - 1)]
+        last = (parts[m] for m in range(parts.size))
         return jnp.stack(
-            [_entry_backwards(loss, leaves, [*parts, v], partition) for v in last]
+            [_entry_backwards(loss, leaves, [*some, v], parts.dtype) for v in last]
         )
 
-    rows = _first_of([row, entries], _multisets(partition.size, d - 1), batch_size)
-    return _symmetric_tensor(rows, partition.size, d)
+    rows = _first_of([row, entries], _multisets(parts.size, d - 1), batch_size)
+    return _symmetric_tensor(rows, parts.size, d)
 
 
 def _forwards(
-    loss: Loss,
-    leaves: Leaves,
-    direction: Leaves,
-    partition: Partition,
-    order: int,
-    batch_size: int | None,
-) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
+    loss: Loss, leaves: Leaves, parts: Components, order: int, batch_size: int | None
+) -> tuple[tuple[jax.Array, Any], list[jax.Array]]:
     """The same in forward mode only, for a loss without reverse mode.
 
     That is one with a `while_loop`, for example: one pass for each entry.
@@ -158,30 +151,30 @@ def _forwards(
     tensors = []
     for d in range(1, order + 1):
 
-        def entry(subsets: jax.Array, d: int = d) -> jax.Array:
-            parts = [partition.restrict(direction, subsets[k]) for k in range(d)]
-            return _entry(loss, leaves, parts, partition.dtype)
+        def entry(numbers: jax.Array, d: int = d) -> jax.Array:
+            some = [parts[numbers[i]] for i in range(d)]
+            return _entry(loss, leaves, some, parts.dtype)
 
-        multisets = _multisets(partition.size, d)
-        tensors.append(_tensor(_map(entry, multisets, batch_size), partition.size, d))
-    return loss(leaves), tuple(tensors)
+        entries = _map(entry, _multisets(parts.size, d), batch_size)
+        tensors.append(_tensor(entries, parts.size, d))
+    return loss(leaves), tensors
 
 
-def _entry(loss: Loss, leaves: Leaves, parts: Sequence[Leaves], dtype: Any) -> Any:
+def _entry(loss: Loss, leaves: Leaves, some: Sequence[Leaves], dtype: Any) -> Any:
     """D^d L along some directions, in forward mode."""
-    value = functools.reduce(_along, parts, lambda x: loss(x)[0])(list(leaves))
+    value = functools.reduce(_along, some, lambda x: loss(x)[0])(list(leaves))
     return value.astype(dtype)
 
 
 def _entry_backwards(
-    loss: Loss, leaves: Leaves, parts: Sequence[Leaves], partition: Partition
+    loss: Loss, leaves: Leaves, some: Sequence[Leaves], dtype: Any
 ) -> jax.Array:
     """D^d L along some directions, in reverse mode."""
 
     def along(f: Callable, v: Leaves) -> Callable:
-        return lambda x: nesting.inner(jax.grad(f)(x), v, partition.dtype)
+        return lambda x: nesting.inner(jax.grad(f)(x), v, dtype)
 
-    return functools.reduce(along, parts, lambda x: loss(x)[0])(list(leaves))
+    return functools.reduce(along, some, lambda x: loss(x)[0])(list(leaves))
 
 
 def _along(f: Callable, v: Leaves) -> Callable:
@@ -195,23 +188,23 @@ def _multisets(size: int, d: int) -> jax.Array:
 
 
 def _symmetric_tensor(rows: jax.Array, size: int, d: int) -> jax.Array:
-    """The tensor of order d from its rows, one for each multiset of d - 1 subsets."""
-    # Each entry is read at its sorted subsets, so the tensor is exactly symmetric.
-    subsets = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
-    return rows[_number_of(subsets[:-1], size), subsets[-1]].reshape((size,) * d)
+    """The tensor of order d from its rows, one for each multiset of d - 1 numbers."""
+    # Each entry is read at its sorted index, so the tensor is exactly symmetric.
+    index = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
+    return rows[_number_of(index[:-1], size), index[-1]].reshape((size,) * d)
 
 
 def _tensor(entries: jax.Array, size: int, d: int) -> jax.Array:
-    """The tensor of order d from its entries, one for each multiset of d subsets."""
-    subsets = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
-    return entries[_number_of(subsets, size)].reshape((size,) * d)
+    """The tensor of order d from its entries, one for each multiset of d numbers."""
+    index = np.sort(np.indices((size,) * d).reshape(d, -1), axis=0)
+    return entries[_number_of(index, size)].reshape((size,) * d)
 
 
-def _number_of(subsets: np.ndarray, size: int) -> np.ndarray:
-    """The index of each column, a multiset, in the list of all multisets."""
-    sets = itertools.combinations_with_replacement(range(size), len(subsets))
+def _number_of(index: np.ndarray, size: int) -> np.ndarray:
+    """The place of each column, a multiset, in the list of all multisets."""
+    sets = itertools.combinations_with_replacement(range(size), len(index))
     number_of = {multiset: n for n, multiset in enumerate(sets)}
-    return np.array([number_of[tuple(column)] for column in subsets.T.tolist()])
+    return np.array([number_of[tuple(column)] for column in index.T.tolist()])
 
 
 def _first_of(

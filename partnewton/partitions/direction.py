@@ -16,6 +16,7 @@ def checked_direction(
     params: PyTree,
     name: str = "direction",
     partition: Partition | None = None,
+    num_directions: int | None = None,
 ) -> list[Any]:
     """The leaves of `direction`, if they have the paths and shapes of `params`.
 
@@ -27,6 +28,8 @@ def checked_direction(
       params: the parameters.
       name: the argument, for the message.
       partition: the partition of `params`; by default no leaf is frozen.
+      num_directions: the length of a leading axis of all leaves; by default there is
+        no such axis.
 
     Returns:
       A list of leaves, frozen ones included.
@@ -43,10 +46,12 @@ def checked_direction(
         for extra in [path for path in theirs if path not in ours]:
             raise ValueError(f"{name} has a leaf {extra!r}, but params has none.")
     frozen = set() if partition is None else {*range(len(leaves))} - {*partition.active}
+    axes = () if num_directions is None else (num_directions,)
+    and_axis = f" and num_directions={num_directions}" if axes else ""
     for i, (u, leaf) in enumerate(zip(leaves, likes, strict=True)):
-        if i not in frozen and np.shape(u) != np.shape(leaf):
+        if i not in frozen and np.shape(u) != axes + np.shape(leaf):
             raise ValueError(
-                f"{name}: the leaf {leaf_names(params)[i]!r} has shape "
-                f"{np.shape(u)}, but in params it has shape {np.shape(leaf)}."
+                f"{name}: the leaf {leaf_names(params)[i]!r} has shape {np.shape(u)}, "
+                f"but in params it has shape {np.shape(leaf)}{and_axis}."
             )
     return leaves

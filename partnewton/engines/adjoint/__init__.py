@@ -33,6 +33,7 @@ import jax
 from partnewton._checks import check_batch_size
 from partnewton.engines.adjoint.problem import Problem, ReverseModeError
 from partnewton.engines.adjoint.sweeps import sums_along, third_order_tensor
+from partnewton.engines.components import Components
 from partnewton.engines.jvp_of_grad import JvpOfGrad
 from partnewton.partitions import Partition
 
@@ -47,9 +48,10 @@ class Adjoint:
     """The fast engine.
 
     Attributes:
-      batch_size: the number of subsets that move together. By default all, or as many
-        as fit if the tangents that some operation writes would exceed 1 GiB. With fewer
-        than all, there is one sweep for each pair of blocks of half this size.
+      batch_size: the number of subsets that move together, each along all directions.
+        By default all, or as many as fit if the tangents that some operation writes
+        would exceed 1 GiB. With fewer than all, there is one sweep for each pair of
+        blocks of half this size.
 
     Example:
       >>> from partnewton import summarize
@@ -67,53 +69,60 @@ class Adjoint:
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         third_order: bool,
     ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
-        """Value and aux, gradient (S,), hessian (S, S), third (S,) or None."""
+        """Value and aux, gradient (K, S), hessian (K, S, K, S), third (K, S)."""
         problem = Problem(loss, leaves, partition)
         try:
-            outputs, *found = _summarize(
-                problem, leaves, direction, third_order, self.batch_size
+            parts = Components(directions, partition)
+            outputs, gradient, hessian, third = _summarize(
+                problem, leaves, parts, third_order, self.batch_size
             )
-            return problem.value_and_aux(outputs), *found
+            return (
+                problem.value_and_aux(outputs),
+                gradient.reshape(parts.shape),
+                hessian.reshape(parts.shape * 2),
+                None if third is None else third.reshape(parts.shape),
+            )
         except ReverseModeError:
             return JvpOfGrad(self.batch_size).summarize(
-                loss, leaves, direction, partition, third_order=third_order
+                loss, leaves, directions, partition, third_order=third_order
             )
 
     def derivative_tensors(
         self,
         loss: Loss,
         leaves: Leaves,
-        direction: Leaves,
+        directions: Leaves,
         partition: Partition,
         *,
         order: int,
     ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, ...]]:
-        """Value and aux, and the tensors of order 1 to `order`.
+        """Value and aux, and the tensors of order 1 to `order`, (K, S) * d.
 
-        The third order takes one pass for each subset. Beyond it, and where a part of
-        the loss is left to jax, the reference engine does the work.
+        The third order takes one pass for each direction and subset. Beyond it, and
+        where a part of the loss is left to jax, the reference engine does the work.
         """
         if order <= 3:
             problem = Problem(loss, leaves, partition)
+            parts = Components(directions, partition)
             compute = functools.partial(
-                _tensors, problem, leaves, direction, order, self.batch_size
+                _tensors, problem, leaves, parts, order, self.batch_size
             )
             with contextlib.suppress(ReverseModeError):
                 found = problem.attempted(compute)
                 if found is not None:
                     return found
         return JvpOfGrad(self.batch_size).derivative_tensors(
-            loss, leaves, direction, partition, order=order
+            loss, leaves, directions, partition, order=order
         )
 
 
 def _summarize(
-    problem: Problem, leaves: Leaves, direction: Leaves, *options: Any
+    problem: Problem, leaves: Leaves, parts: Components, *options: Any
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array | None]:
     """The outputs of the loss, gradient, hessian and third.
 
@@ -123,16 +132,14 @@ def _summarize(
     branch_point = problem.branch_point
     if branch_point is not None:
         branches = [
-            functools.partial(
-                _summarize, problem.in_branch(n), leaves, direction, *options
-            )
+            functools.partial(_summarize, problem.in_branch(n), leaves, parts, *options)
             for n in branch_point.branches
         ]
         return jax.lax.switch(branch_point.index(*leaves), branches)
 
     def compute() -> tuple:
         point = problem.linearize(leaves)
-        return point.outputs, *sums_along(problem, direction, point, *options)
+        return point.outputs, *sums_along(problem, parts, point, *options)
 
     return problem.attempted(compute)
 
@@ -140,7 +147,7 @@ def _summarize(
 def _tensors(
     problem: Problem,
     leaves: Leaves,
-    direction: Leaves,
+    parts: Components,
     order: int,
     batch_size: int | None,
 ) -> tuple | None:
@@ -148,8 +155,9 @@ def _tensors(
     if order == 3 and problem.program.final:
         return None
     point = problem.linearize(leaves)
-    *tensors, _ = sums_along(problem, direction, point, False, batch_size)
+    *tensors, _ = sums_along(problem, parts, point, False, batch_size)
     if order == 3:
-        third = third_order_tensor(problem, direction, leaves, batch_size)
+        third = third_order_tensor(problem, parts, leaves, batch_size)
         tensors.append(third)
-    return problem.value_and_aux(point.outputs), tuple(tensors[:order])
+    shaped = [x.reshape(parts.shape * x.ndim) for x in tensors[:order]]
+    return problem.value_and_aux(point.outputs), tuple(shaped)

@@ -20,6 +20,7 @@ from partnewton.engines.adjoint.support import bytes_of_a_row, spans_in
 from partnewton.engines.adjoint.sweep import Jets, sweep
 from partnewton.engines.adjoint.tangent import Jet, Tangent
 from partnewton.engines.adjoint.terms import Terms, placed
+from partnewton.engines.components import Components
 
 __all__ = ["sums_along", "third_order_tensor"]
 
@@ -29,12 +30,12 @@ _CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
 
 def sums_along(
     problem: Problem,
-    direction: Leaves,
+    parts: Components,
     point: Linearized,
     third_order: bool,
     batch_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Gradient (S,), hessian (S, S) and third (S,) or None.
+    """Gradient (K S,), hessian (K S, K S) and third (K S,) or None.
 
     An entry of the hessian needs the tangents of two subsets in the same sweep. If the
     memory does not suffice for all subsets, they are divided into blocks, and there is
@@ -42,24 +43,24 @@ def sums_along(
 
     Args:
       problem: the loss.
-      direction: of the leaves.
+      parts: the components of the directions.
       point: the linearization of the loss.
       third_order: whether third is requested.
       batch_size: the number of subsets in one sweep; by default as many as 1 GiB holds.
     """
-    S, dtype = problem.partition.size, problem.partition.dtype
-    row = _bytes_of_a_row(problem)
+    M, dtype = parts.size, parts.dtype
+    row = _bytes_of_a_row(problem) * parts.num_directions
     request = Request(third_order, dtype)
-    shapes = [(S,), (S, S), (S,)]
+    shapes = [(M,), (M, M), (M,)]
     found = [jnp.zeros(shape, dtype) for shape in shapes]
     known = [np.zeros(shape, bool) for shape in shapes]
     for subsets in _blocks(problem.order, batch_size or _MOST_BYTES // row):
-        moving = np.zeros(S, bool)
-        moving[subsets] = True
+        moving = np.zeros(M, bool)
+        moving[_numbers(parts, subsets)] = True
         now = [moving, np.outer(moving, moving), moving]
         new = [x & ~y for x, y in zip(now, known, strict=True)]
         is_large = len(subsets) * row > _CACHED_BYTES
-        more = _sweep(problem, direction, point, subsets, request, is_large)
+        more = _sweep(problem, parts, point, subsets, request, is_large)
         # If the loss is not finite, neither are its derivatives.
         value = point.outputs[0]
         if not compat.varying_axes(value):
@@ -72,48 +73,47 @@ def sums_along(
 
 
 def third_order_tensor(
-    problem: Problem, direction: Leaves, leaves: Leaves, batch_size: int | None
+    problem: Problem, parts: Components, leaves: Leaves, batch_size: int | None
 ) -> jax.Array:
-    """All of the third order, (S, S, S).
+    """All of the third order, (K S, K S, K S).
 
     With M_s the derivative of the sum of all terms along (xdot_s / 3, lambdadot_s),
-    where the tangents in these terms are constants,
+    where the tangents in these terms are constants, and s, t, r components,
 
         D3 L[u_s, u_t, u_r] = M_s[t, r] + M_t[s, r] + M_r[s, t].
     """
-    partition = problem.partition
-    request = Request(False, partition.dtype, tangents_are_fixed=True)
+    request = Request(False, parts.dtype, tangents_are_fixed=True)
 
     def linearize(leaves: Leaves) -> tuple[Residuals, Perturbations]:
         point = problem.linearize(leaves)
         return point.residuals, point.cotangents
 
-    parts, treedef = jax.tree.flatten(linearize(leaves))
+    values, treedef = jax.tree.flatten(linearize(leaves))
     is_active = jax.tree.leaves(problem.program.is_active())
     num_values = sum(is_active)
-    is_active += [True] * (len(parts) - len(is_active))  # the cotangents
+    is_active += [True] * (len(values) - len(is_active))  # the cotangents
 
-    def active_parts(leaves: Leaves) -> list[jax.Array]:
+    def active_values(leaves: Leaves) -> list[jax.Array]:
         pairs = zip(jax.tree.leaves(linearize(leaves)), is_active, strict=True)
         return [x for x, flag in pairs if flag]
 
     def products(some: Sequence[jax.Array]) -> jax.Array:
         rest = iter(some)
-        pairs = zip(parts, is_active, strict=True)
+        pairs = zip(values, is_active, strict=True)
         filled = [next(rest) if flag else x for x, flag in pairs]
         residuals, cotangents = jax.tree.unflatten(treedef, filled)
         point = Linearized([], residuals, cotangents, None)
-        return _sweep(problem, direction, point, problem.order, request)[1]
+        return _sweep(problem, parts, point, problem.order, request)[1]
 
-    start, jvp = jax.linearize(active_parts, list(leaves))
+    start, jvp = jax.linearize(active_values, list(leaves))
     _, along = jax.linearize(products, start)
 
-    def pass_of(s: jax.Array) -> jax.Array:
-        moved = jvp(partition.restrict(direction, s))
+    def pass_of(m: jax.Array) -> jax.Array:
+        moved = jvp(parts[m])
         thirds = [x / 3 for x in moved[:num_values]]
         return along([*thirds, *moved[num_values:]])
 
-    m = jax.lax.map(pass_of, jnp.arange(partition.size), batch_size=batch_size)
+    m = jax.lax.map(pass_of, jnp.arange(parts.size), batch_size=batch_size)
     s, t, r = np.sort(np.indices(m.shape).reshape(3, -1), axis=0)
     tensor = m[s, t, r] + m[t, s, r] + m[r, s, t]
     return tensor.reshape(m.shape)  # read in sorted order, hence symmetric
@@ -121,26 +121,29 @@ def third_order_tensor(
 
 def _sweep(
     problem: Problem,
-    direction: Leaves,
+    parts: Components,
     point: Linearized,
     subsets: Sequence[int],
     request: Request,
     one_by_one: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradient, hessian and third, zero at all entries of other subsets."""
-    program, everyone = problem.program, Span(0, len(subsets))
+    numbers = _numbers(parts, subsets)
+    program, everyone = problem.program, Span(0, len(numbers))
 
     def run(
-        direction: Leaves, residuals: Residuals, cotangents: Perturbations
+        directions: Leaves, residuals: Residuals, cotangents: Perturbations
     ) -> tuple[list[Jet], Terms]:
-        jets = _jets_of_leaves(problem, direction, subsets)
+        jets = _jets_of_leaves(problem, directions, subsets)
         terms = _sweep_ops(problem, residuals, cotangents, jets, request, one_by_one)
         return [jets.get(v, Jet()) for v in ends], terms
 
     ends = program.final.read if program.final else program.outputs[:1]
     ends = list(filter(is_variable, ends))
     # Not inlined: XLA would recompute values and cotangents for each consumer.
-    found, terms = lowerings.outlined(run)(direction, point.residuals, point.cotangents)
+    found, terms = lowerings.outlined(run)(
+        parts.directions, point.residuals, point.cotangents
+    )
     jets = {v: x for v, x in zip(ends, found, strict=True) if x.first}
     slope = jets[ends[0]].first if jets else None
     if point.final:
@@ -149,7 +152,7 @@ def _sweep(
     gradient = placed(slope, everyone, request.dtype)
     hessian, third = terms.total(everyone, request.dtype)
     hessian = 0.5 * (hessian + hessian.T)  # exactly symmetric
-    return _spread(problem.partition.size, subsets, gradient, hessian, third)
+    return _spread(parts.size, numbers, gradient, hessian, third)
 
 
 def _sweep_ops(
@@ -173,14 +176,17 @@ def _sweep_ops(
     return terms + sweep(ops[n:], *common, one_by_one=one_by_one)
 
 
-def _spread(
-    size: int, subsets: Sequence[int], *arrays: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Scatters arrays over some subsets to arrays over all subsets."""
-    if len(subsets) == size:
-        back = np.argsort(subsets)
+def _numbers(parts: Components, subsets: Sequence[int]) -> np.ndarray:
+    """The components of the rows of a sweep: all directions of each subset in turn."""
+    K, S = parts.shape
+    return (np.array(subsets)[:, None] + S * np.arange(K)).ravel()
+
+
+def _spread(size: int, places: np.ndarray, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Scatters arrays over some components to arrays over all components."""
+    if len(places) == size:
+        back = np.argsort(places)
         return tuple(x[np.ix_(*[back] * x.ndim)] for x in arrays)
-    places = np.array(subsets)
     return tuple(
         jnp.zeros((size,) * x.ndim, x.dtype).at[np.ix_(*[places] * x.ndim)].set(x)
         for x in arrays
@@ -188,23 +194,24 @@ def _spread(
 
 
 def _jets_of_leaves(
-    problem: Problem, direction: Leaves, subsets: Sequence[int]
+    problem: Problem, directions: Leaves, subsets: Sequence[int]
 ) -> Jets:
-    """The direction of each leaf, with a row for each subset that has entries in it."""
+    """The directions of each leaf, with K rows for each subset with entries in it."""
     places = {s: n for n, s in enumerate(subsets)}
     jets = {}
     for v, u, label in zip(
-        problem.inputs, direction, problem.partition.labels, strict=True
+        problem.inputs, directions, problem.partition.labels, strict=True
     ):
         found = [places[s] for s in np.unique(label).tolist() if s in places]
         if not found:
             continue
         start, stop = min(found), max(found) + 1
-        rows = u[None]
+        rows = u  # (K, *shape)
         if isinstance(label, np.ndarray):
-            some = np.array(subsets[start:stop]).reshape(-1, *[1] * label.ndim)
+            some = np.array(subsets[start:stop]).reshape(-1, 1, *[1] * label.ndim)
             rows = jnp.where(label == some, u, jnp.zeros_like(u))
-        jets[v] = Jet(Tangent(rows, start))
+            rows = rows.reshape(-1, *label.shape)
+        jets[v] = Jet(Tangent(rows, start * len(u)))
     return jets
 
 
