@@ -80,6 +80,14 @@ def parser() -> Parser:
         help="measure derivative_tensors(order=3) as well",
     )
     add(
+        "--directions",
+        type=integer,
+        default=1,
+        metavar="K",
+        help="measure summaries along K directions as well, if K is greater than 1 "
+        "(default: %(default)s)",
+    )
+    add(
         "--repeats",
         type=integer,
         default=5,
@@ -152,6 +160,7 @@ def _measured(name: str, options: argparse.Namespace) -> list[Measurement]:
         models.make(name, options.batch, scale=options.scale),
         tuple(dict.fromkeys(options.engine)),
         tensor=options.tensor,
+        directions=options.directions,
         batch_size=options.batch_size,
         repeats=options.repeats,
         max_gib=options.max_gib,

@@ -27,18 +27,21 @@ GIB = 2**30
 HESSIAN_OF_PHI = "hessian_of_phi"
 FORWARD, GRADIENT = "forward", "gradient"
 HESSIAN, THIRD, TENSOR = "hessian", "third", "tensor"
+SEVERAL = "several"
 QUANTITIES = {
     FORWARD: "the loss",
     GRADIENT: "its gradient",
     HESSIAN: "summarize(third_order=False)",
     THIRD: "summarize(third_order=True)",
     TENSOR: "derivative_tensors(order=3)",
+    SEVERAL: "summarize(third_order=True) along K directions",
 }
 
 # A lower bound of the time of a call in gradients, as a function of S, if known.
 GUESSES: dict[tuple[str, str], Callable[[int], float]] = {
     ("jvp_of_grad", HESSIAN): lambda S: 2 * S,
     ("jvp_of_grad", THIRD): lambda S: (2 + 4) * S,
+    ("jvp_of_grad", SEVERAL): lambda S: 4 * (2 + 4) * S,
     ("jvp_of_grad", TENSOR): lambda S: 2 * S + 4 * S * (S + 1) / 2,
     (HESSIAN_OF_PHI, HESSIAN): lambda S: 2 * S,
     (HESSIAN_OF_PHI, THIRD): lambda S: (2 + 2) * S,
@@ -122,7 +125,7 @@ def _function(
             value_fn,
             params,
             direction,
-            third_order=quantity == THIRD,
+            third_order=quantity in (THIRD, SEVERAL),
             engine=some_engine,
         )
 
@@ -173,6 +176,7 @@ def measure(
     engines: Sequence[str],
     *,
     tensor: bool = False,
+    directions: int = 1,
     batch_size: int | None = None,
     repeats: int = 5,
     max_gib: float = 12.0,
@@ -185,6 +189,8 @@ def measure(
       model: the network.
       engines: names of engines, or "hessian_of_phi".
       tensor: whether to measure the whole third-order tensor as well.
+      directions: K; if greater than 1, summaries along the gradient and K - 1 random
+        directions are measured as well, for engines.
       batch_size: the number of subsets that an engine processes together.
       repeats: the number of timed calls.
       max_gib: functions that need more memory are compiled, but not run.
@@ -205,8 +211,15 @@ def measure(
     quantities = [HESSIAN, THIRD, *([TENSOR] if tensor else [])]
     cases = [("", FORWARD), ("", GRADIENT)]
     cases += [(engine, quantity) for engine in engines for quantity in quantities]
+    if directions > 1:
+        cases += [(engine, SEVERAL) for engine in engines if engine != HESSIAN_OF_PHI]
     direction = jax.jit(jax.grad(model.loss))(model.params, model.batch)
-    arguments = jax.block_until_ready((model.params, direction, model.batch))
+    one = jax.block_until_ready((model.params, direction, model.batch))
+    several = model.params, _and_random(direction, directions - 1), model.batch
+    several = jax.block_until_ready(several)
+
+    def arguments(quantity: str) -> tuple:
+        return several if quantity == SEVERAL else one
 
     rows, calls, firsts, results = [], {}, {}, {}
     gradient_seconds = 0.0
@@ -221,14 +234,14 @@ def measure(
             log(f"{_title(row)}: skipped, {row.skipped}")
             continue
         function = _function(model.loss, engine, quantity, batch_size)
-        call = _compile(row, function, arguments)
+        call = _compile(row, function, arguments(quantity))
         if engine and (row.temp_bytes or 0) > max_gib * GIB:
             row.skipped = f"needs {row.temp_bytes / GIB:.3g} GiB (--max-gib)"
             log(f"{_title(row)}: not run, {row.skipped}")
             continue
-        first_call, result = _timed(call, arguments)
+        first_call, result = _timed(call, arguments(quantity))
         if quantity == GRADIENT:
-            gradient_seconds = min(_timed(call, arguments)[0] for _ in range(2))
+            gradient_seconds = min(_timed(call, one)[0] for _ in range(2))
         if engine:
             row.difference = _difference(result, results.setdefault(quantity, result))
         calls[len(rows) - 1], firsts[len(rows) - 1] = call, first_call
@@ -240,11 +253,25 @@ def measure(
     for _ in range(repeats):  # interleaved, so that other load affects all functions
         for i, call in calls.items():
             if sum(rows[i].seconds) < max_seconds:
+                some = arguments(rows[i].quantity)
                 if firsts[i] < QUICK:
-                    _timed(call, arguments)
-                rows[i].seconds.append(_timed(call, arguments)[0])
+                    _timed(call, some)
+                rows[i].seconds.append(_timed(call, some)[0])
     _in_gradients(rows)
     return rows
+
+
+def _and_random(direction: PyTree, count: int) -> list[PyTree]:
+    """A direction, and random ones with normally distributed entries."""
+
+    def draw(key: jax.Array) -> PyTree:
+        leaves, treedef = jax.tree.flatten(direction)
+        pairs = zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+        return jax.tree.unflatten(
+            treedef, [jax.random.normal(k, x.shape, x.dtype) for k, x in pairs]
+        )
+
+    return [direction, *map(draw, jax.random.split(jax.random.key(0), count))]
 
 
 def _compile(row: Measurement, function: Callable, arguments: tuple) -> Callable:
