@@ -100,10 +100,11 @@ def assert_summaries_close(actual, expected, rtol):
 CASES = list(zip(range(1, 9), 2 * list(PARTITIONS), strict=True))
 
 
-@pytest.mark.parametrize(("K", "key"), some(CASES, default=[(4, "thirds")]))
+@pytest.mark.parametrize("case", some(CASES, default=[(4, "thirds")]))
 @pytest.mark.parametrize("name", some(models.MODELS, default=["mlp"]))
 @each_engine
-def test_phi_of_all_directions_agrees(name, key, K, engine):
+def test_phi_of_all_directions_agrees(name, case, engine):
+    K, key = case
     problem, labels = models.make(name, jnp.float64), PARTITIONS[key]
     directions = random_directions(problem.params, K)
     summary = quick_jit(
