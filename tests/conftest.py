@@ -1,5 +1,7 @@
 """What all tests share: how programs are compiled, and products in full precision."""
 
+import copy
+
 import pytest
 from support.compiling import compile_once, compile_quickly
 
@@ -34,11 +36,13 @@ def _compiled_programs_are_dropped():
 
 
 @pytest.fixture
-def registry_is_restored(monkeypatch):
+def registry_is_restored():
     """Primitives that a test registers with the engine are removed after it."""
-    from partnewton.engines.adjoint import registry
+    from partnewton.engines.adjoint.registry import TABLES
 
-    for name in ("_ELEMENTWISE", "_LINEAR", "_PIECEWISE_CONSTANT", "_PIECEWISE_LINEAR"):
-        monkeypatch.setattr(registry, name, getattr(registry, name).copy())
-    custom = {name: [*rules] for name, rules in registry._CUSTOM.items()}
-    monkeypatch.setattr(registry, "_CUSTOM", custom)
+    tables = vars(TABLES)
+    before = copy.deepcopy(tables)
+    yield
+    for name, table in tables.items():
+        table.clear()
+        table.update(before[name])

@@ -22,7 +22,7 @@ from support.selection import some
 
 import partnewton as pn
 from partnewton.engines import compat
-from partnewton.engines.adjoint import inner, lowerings, registry, sweeps
+from partnewton.engines.adjoint import inner, lowerings, sweeps
 from partnewton.engines.adjoint.build import program_of
 from partnewton.engines.adjoint.lowerings import (
     convolutions,
@@ -30,8 +30,9 @@ from partnewton.engines.adjoint.lowerings import (
     products,
     reductions,
 )
-from partnewton.engines.adjoint.primitives.bilinear import bilinear, is_product
+from partnewton.engines.adjoint.primitives.bilinear import BILINEAR, is_product
 from partnewton.engines.adjoint.program import Program
+from partnewton.engines.adjoint.registry import TABLES
 
 PyTree = Any
 
@@ -289,7 +290,7 @@ def test_tensors_of_an_operation_against_the_reference(name):
 
 
 def test_each_registered_operation_has_its_case():
-    known = {*registry._LINEAR, *registry._PIECEWISE_LINEAR}
+    known = {*TABLES.linear, *TABLES.piecewise_linear}
     known |= {"conv_general_dilated", "dot_general", "mul"}
     assert known - OPERATIONS.keys() - OF_DEVICES == {"copy_p"}
     assert OPERATIONS.keys() <= known
@@ -562,17 +563,15 @@ def test_no_stack_of_weights_is_ever_built():
     assert (8, 7, 11) in stacked_weights(pn.engines.JvpOfGrad(batch_size=8))
 
 
-def test_tangents_have_rows_for_the_subsets_on_which_a_value_depends(monkeypatch):
+@pytest.mark.usefixtures("registry_is_restored")
+def test_tangents_have_rows_for_the_subsets_on_which_a_value_depends():
     met = []
 
     def watched(op, primals, cotangents, jets, request):
         met.append([(x.first.start, x.first.span.stop) for x in jets])
-        return bilinear(op, primals, cotangents, jets, request)
+        return BILINEAR.apply(op, primals, cotangents, jets, request)
 
-    custom = {**registry._CUSTOM}
-    monkeypatch.setattr(registry, "_CUSTOM", custom)
-    custom["dot_general"] = []
-    registry.rule("dot_general", when=is_product)(watched)
+    pn.engines.rule("dot_general", when=is_product)(watched)
     compute = functools.partial(pn.summarize, dense_loss, engine="adjoint")
     jax.eval_shape(compute, layers(), layers())
     # Products of layers 2 to 4: the first operand depends on all layers before.

@@ -7,27 +7,29 @@ from typing import Any, NamedTuple
 import jax
 
 from partnewton.engines import compat
-from partnewton.engines.adjoint import dataflow, registry
-from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.adjoint import dataflow, properties
+from partnewton.engines.adjoint.dataflow import is_inexact, is_variable
 from partnewton.engines.adjoint.fusion import grouped, ordered
 from partnewton.engines.adjoint.graph import (
     Graph,
     active_in_loop,
     active_variables,
     flattened,
-    is_inexact,
     is_scan,
 )
-from partnewton.engines.adjoint.op import Loop, Op, Rule
+from partnewton.engines.adjoint.op import Loop, Op, OpRule
 from partnewton.engines.adjoint.primitives import (
+    BILINEAR,
     ELEMENTWISE,
     GENERIC,
     LINEAR,
     PIECEWISE_LINEAR,
     SCAN,
+    is_product,
     is_real_function,
 )
 from partnewton.engines.adjoint.program import Program
+from partnewton.engines.adjoint.registry import registered_rule
 from partnewton.engines.adjoint.singularities import Singularities, singularities_of
 from partnewton.engines.compat import Equation, Variable
 
@@ -212,7 +214,7 @@ def _rule(
     equations: Sequence[Equation],
     active_inputs: Sequence[Variable],
     active: Collection[Variable],
-) -> Rule:
+) -> OpRule:
     """The rule of an operation that consists of some equations."""
     places = [
         [n for n, v in enumerate(e.invars) if is_variable(v) and v in active]
@@ -220,14 +222,16 @@ def _rule(
     ]
     if len(equations) == 1:
         (equation,), (active_places,) = equations, places
-        custom = registry.custom_rule(equation, active_places)
-        if custom is not None:
-            return custom
-        if registry.is_linear(equation, active_places):
-            is_affine = registry.is_affine(equation, active_places)
+        registered = registered_rule(equation, active_places)
+        if registered is not None:
+            return registered
+        if is_product(equation, active_places):
+            return BILINEAR
+        if properties.is_linear(equation, active_places):
+            is_affine = properties.is_affine(equation, active_places)
             return PIECEWISE_LINEAR if is_affine else LINEAR
     if all(
-        registry.is_linear(e, some) or registry.is_piecewise_linear(e)
+        properties.is_linear(e, some) or properties.is_piecewise_linear(e)
         for e, some in zip(equations, places, strict=True)
     ):
         return PIECEWISE_LINEAR

@@ -7,6 +7,8 @@ its operands. Equations with other effects, such as ordered callbacks, keep thei
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import Literal, primitives
 
@@ -18,6 +20,7 @@ __all__ = [
     "final_part",
     "has_other_effects",
     "has_own_rule",
+    "is_inexact",
     "is_opaque",
     "is_variable",
     "needed",
@@ -40,6 +43,11 @@ _REVERSE_RULES = (
 def is_variable(atom: Any) -> bool:
     """Whether it is a variable and not a literal."""
     return not isinstance(atom, Literal)
+
+
+def is_inexact(atom: Any) -> bool:
+    """Whether a variable or literal is real or complex."""
+    return jnp.issubdtype(atom.aval.dtype, np.inexact)
 
 
 def values_of(atoms: Sequence[Any], values: dict[Variable, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from partnewton.engines.adjoint import dataflow, registry
+from partnewton.engines.adjoint import dataflow, properties
 from partnewton.engines.adjoint.singularities import Singularities
 from partnewton.engines.compat import Equation, Variable
 
@@ -57,7 +57,7 @@ def grouped(
             and len(read if is_start else names) == 1
             and len({v.aval.shape for v in (*read, *written)}) == 1
             and all(_is_floating(v.aval) for v in (*read, *written))
-            and registry.is_elementwise(equation)
+            and properties.is_elementwise(equation)
         ):
             name = equation.outvars[0] if is_start else names.pop()
             run_of.update(dict.fromkeys(equation.outvars, name))

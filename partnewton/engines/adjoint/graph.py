@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import gensym, primitives
 
 from partnewton.engines import compat
-from partnewton.engines.adjoint import dataflow, lowerings, registry
-from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.adjoint import dataflow, lowerings, properties
+from partnewton.engines.adjoint.dataflow import is_inexact, is_variable
 from partnewton.engines.compat import Equation, Jaxpr, Variable
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "branch_point_of",
     "depends_on",
     "flattened",
-    "is_inexact",
     "is_scan",
 ]
 
@@ -100,7 +98,7 @@ def active_variables(flat: Graph, moving: Iterable[Variable]) -> set[Variable]:
     active = {v for v in moving if is_inexact(v)}
     for i, equation in enumerate(flat.equations):
         read = [v for v in dataflow.operands(equation) if v in active]
-        if not read or not registry.is_differentiable(equation):
+        if not read or not properties.is_differentiable(equation):
             continue
         active.update(dataflow.references(equation))
         if i in flat.bodies:
@@ -187,11 +185,6 @@ def depends_on(jaxpr: Any, place: int = 0) -> bool:
     flat = flattened(jaxpr)
     active = active_variables(flat, [flat.inputs[place]])
     return not active.isdisjoint(filter(is_variable, flat.outputs))
-
-
-def is_inexact(atom: Any) -> bool:
-    """Whether a variable or literal is real or complex."""
-    return jnp.issubdtype(atom.aval.dtype, np.inexact)
 
 
 def is_scan(equation: Equation) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from partnewton.engines.adjoint.tangent import Jet
     from partnewton.engines.adjoint.terms import Terms
 
-__all__ = ["Apply", "Loop", "Op", "Request", "Rule"]
+__all__ = ["Apply", "Loop", "Op", "OpRule", "Request"]
 
 
 class Request(NamedTuple):
@@ -67,7 +67,7 @@ class Apply(Protocol):
     ) -> "tuple[list[Jet], Terms]": ...
 
 
-class Rule(NamedTuple):
+class OpRule(NamedTuple):
     """A rule for operations of one kind.
 
     Attributes:
@@ -102,7 +102,7 @@ class Op:
       places: the positions of the equations in the flattened jaxpr.
     """
 
-    rule: Rule | None
+    rule: OpRule | None
     equations: tuple[Equation, ...]
     inputs: tuple[Variable, ...]
     outputs: tuple[Variable, ...]

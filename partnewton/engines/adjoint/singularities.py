@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from partnewton.engines.adjoint import dataflow, registry
+from partnewton.engines.adjoint import dataflow, properties
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.compat import Equation, Variable
 
@@ -60,7 +60,7 @@ class Singularities:
 
     def is_singular(self, equation: Equation) -> bool:
         """Whether an elementwise function may have an infinite derivative."""
-        return registry.is_singular(equation, self.positive)
+        return properties.is_singular(equation, self.positive)
 
     def is_guarded(
         self,
@@ -77,7 +77,7 @@ class Singularities:
         """
         is_singular = is_elementwise and any(map(self.is_singular, equations))
         if is_singular and any(
-            registry.may_mask(e) or registry.has_power(e) for e in equations
+            properties.may_mask(e) or properties.has_power(e) for e in equations
         ):
             return True  # a power may be infinite in its second derivative only
         is_infinite = is_singular or self._is_endangered(equations)
@@ -85,7 +85,7 @@ class Singularities:
 
     def has_mask(self, equations: Sequence[Equation]) -> bool:
         """Whether an operation has a mask, and cotangents may be infinite there."""
-        has_mask = any(map(registry.may_mask, equations))
+        has_mask = any(map(properties.may_mask, equations))
         return has_mask and self._is_endangered(equations)
 
     def _is_endangered(self, equations: Sequence[Equation]) -> bool:
@@ -112,8 +112,8 @@ def singularities_of(
     endangered = masked.intersection(filter(is_variable, to_outside))
     for equation in reversed(equations):
         if (
-            registry.is_singular(equation, positive)
-            or not registry.is_known(equation)
+            properties.is_singular(equation, positive)
+            or not properties.is_known(equation)
             or not endangered.isdisjoint(equation.outvars)
         ):
             endangered |= masked.intersection(dataflow.operands(equation))
@@ -134,7 +134,7 @@ def _masked(
     masked = set(from_outside)
     for equation in equations:
         read = [v for v in dataflow.operands(equation) if v in active]
-        if read and (registry.may_mask(equation) or masked.issuperset(read)):
+        if read and (properties.may_mask(equation) or masked.issuperset(read)):
             masked.update(v for v in equation.outvars if v in active)
     return masked
 

@@ -1,6 +1,6 @@
 """The rules of the engine, one file for each kind of operation."""
 
-from partnewton.engines.adjoint.primitives.bilinear import bilinear
+from partnewton.engines.adjoint.primitives.bilinear import BILINEAR, is_product
 from partnewton.engines.adjoint.primitives.elementwise import (
     ELEMENTWISE,
     is_real_function,
@@ -10,11 +10,12 @@ from partnewton.engines.adjoint.primitives.linear import LINEAR, PIECEWISE_LINEA
 from partnewton.engines.adjoint.primitives.scan import SCAN
 
 __all__ = [
+    "BILINEAR",
     "ELEMENTWISE",
     "GENERIC",
     "LINEAR",
     "PIECEWISE_LINEAR",
     "SCAN",
-    "bilinear",
+    "is_product",
     "is_real_function",
 ]

@@ -8,33 +8,31 @@ import jax.numpy as jnp
 from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.lowerings.products import repeating
-from partnewton.engines.adjoint.op import Op, Request
+from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
-from partnewton.engines.adjoint.registry import rule
+from partnewton.engines.adjoint.properties import is_bilinear
 from partnewton.engines.adjoint.rows import apply, push
 from partnewton.engines.adjoint.spans import overlap
 from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Equation
 
-__all__ = ["bilinear", "is_product"]
+__all__ = ["BILINEAR", "is_product"]
 
 
 def is_product(equation: Equation, active: Collection[int]) -> bool:
-    """Whether both operands are active, and they are different variables."""
+    """Whether an equation is a product of two different variables, both active.
+
+    Entrywise products of real numbers do not count: they are elementwise functions.
+    """
+    if not is_bilinear(equation) or len(active) < 2:
+        return False
     left, right = equation.invars
-    return len(active) == 2 and left is not right
-
-
-def _is_complex_product(equation: Equation, active: Collection[int]) -> bool:
-    """The same for complex numbers; real products are elementwise functions."""
     dtype = equation.outvars[0].aval.dtype
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    return is_complex and is_product(equation, active)
+    return left is not right and (is_complex or equation.primitive.name != "mul")
 
 
-@rule("mul", when=_is_complex_product)
-@rule("dot_general", "conv_general_dilated", when=is_product)
 def bilinear(
     op: Op,
     primals: Sequence[jax.Array],
@@ -136,3 +134,6 @@ class _Product:
         weights = jnp.broadcast_to(self.cotangent, cross.values.shape)
         values = dots(cross.values, weights, is_guarded=self.is_guarded)
         return Terms.of_third(cross.span, values, factor=3.0)
+
+
+BILINEAR = OpRule("bilinear", bilinear)

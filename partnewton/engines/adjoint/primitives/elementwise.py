@@ -12,9 +12,10 @@ from partnewton.engines import compat
 from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.graph import depends_on
 from partnewton.engines.adjoint.inner import guarded_product, where_moved, widened
-from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
-from partnewton.engines.adjoint.registry import is_elementwise, register_elementwise
+from partnewton.engines.adjoint.properties import is_elementwise
+from partnewton.engines.adjoint.registry import register_elementwise
 from partnewton.engines.adjoint.rows import apply
 from partnewton.engines.adjoint.spans import Span, overlap
 from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
@@ -287,4 +288,4 @@ def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
     return lowerings.total(x, axes).reshape(shape) if axes else x
 
 
-ELEMENTWISE = Rule("elementwise", elementwise)
+ELEMENTWISE = OpRule("elementwise", elementwise)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint.inner import dots, where_moved
-from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.rows import apply, group_by_support, push
 from partnewton.engines.adjoint.spans import Span, overlap
@@ -128,4 +128,4 @@ def _paired(cotangents: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.A
     return sum(dots(x, jnp.broadcast_to(a, x.shape), is_guarded=True) for a, x in pairs)
 
 
-GENERIC = Rule("generic", generic)
+GENERIC = OpRule("generic", generic)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
-from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.registry import (
     register_linear,
     register_piecewise_constant,
@@ -166,5 +166,5 @@ def _with_rows_of(first: Tangent | None, second: Tangent | None) -> Tangent | No
     return Tangent(densify(second, first.span), first.start)
 
 
-LINEAR = Rule("linear", linear, is_curved=False)
-PIECEWISE_LINEAR = Rule("piecewise_linear", piecewise_linear, is_curved=False)
+LINEAR = OpRule("linear", linear, is_curved=False)
+PIECEWISE_LINEAR = OpRule("piecewise_linear", piecewise_linear, is_curved=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from partnewton.engines import compat
 from partnewton.engines.adjoint.dataflow import is_variable
-from partnewton.engines.adjoint.op import Op, Request, Rule
+from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
 from partnewton.engines.adjoint.spans import Span, hull
 from partnewton.engines.adjoint.support import spans_in_loop
@@ -156,4 +156,4 @@ class _Scan:
         return [Jet(first.get(i), second.get(i)) for i in self.op.active_outputs]
 
 
-SCAN = Rule("scan", scan)
+SCAN = OpRule("scan", scan)
