@@ -18,6 +18,7 @@ import partnewton as pn
 from partnewton import engines
 from partnewton.engines import Jet, Tangent, Terms, compat
 from partnewton.engines.adjoint.build import program_of
+from partnewton.engines.adjoint.primitives import ELEMENTWISE
 
 PyTree = Any
 
@@ -344,11 +345,40 @@ def test_a_rule_without_terms_is_not_given_cotangents():
 
 def test_where_a_rule_raises_jax_differentiates():
     @engines.rule("log_sum_exp")
-    def rule(op, primals, cotangents, jets, request):
-        raise NotImplementedError
+    def unfinished(op, primals, cotangents, jets, request):
+        raise NotImplementedError("third order")
+
+    with jax.enable_x64(True), pytest.warns(RuntimeWarning) as caught:
+        assert_is_the_reference(loss_around(CASES["rule"].apply), point())
+    warning = caught[0]
+    assert warning.filename == __file__
+    assert "rule unfinished of the primitive log_sum_exp" in str(warning.message)
+    assert "NotImplementedError: third order" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_warning_about_a_rule_is_shown_once(recwarn):
+    @engines.rule("log_sum_exp")
+    def unfinished(op, primals, cotangents, jets, request):
+        raise NotImplementedError("shown once")
+
+    loss, params = layers(3)
+    for _ in range(2):
+        jax.eval_shape(functools.partial(pn.summarize, loss), params, params)
+    assert len(recwarn) == 1
+
+
+def test_a_registered_rule_takes_precedence_over_a_run_of_elementwise_equations():
+    rule, calls = watched(ELEMENTWISE.apply)
+    engines.rule("tanh")(rule)
+
+    def loss(p: PyTree) -> jax.Array:
+        return jnp.sum(jnp.exp(jnp.tanh(jnp.sin(p["a"] * p["c"][:1]) + 1.0)))
 
     with jax.enable_x64(True):
-        assert_is_the_reference(loss_around(CASES["rule"].apply), point())
+        assert ("tanh", "elementwise") in rules_in(loss, point())
+        assert_is_the_reference(loss, point())
+    assert calls
 
 
 @pytest.mark.parametrize(

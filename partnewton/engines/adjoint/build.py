@@ -216,19 +216,16 @@ def _rule(
     active: Collection[Variable],
 ) -> OpRule:
     """The rule of an operation that consists of some equations."""
-    places = [
-        [n for n, v in enumerate(e.invars) if is_variable(v) and v in active]
-        for e in equations
-    ]
+    places = [dataflow.active_places(e, active) for e in equations]
     if len(equations) == 1:
-        (equation,), (active_places,) = equations, places
-        registered = registered_rule(equation, active_places)
+        (equation,), (active_operands,) = equations, places
+        registered = registered_rule(equation, active_operands)
         if registered is not None:
             return registered
-        if is_product(equation, active_places):
+        if is_product(equation, active_operands):
             return BILINEAR
-        if properties.is_linear(equation, active_places):
-            is_affine = properties.is_affine(equation, active_places)
+        if properties.is_linear(equation, active_operands):
+            is_affine = properties.is_affine(equation, active_operands)
             return PIECEWISE_LINEAR if is_affine else LINEAR
     if all(
         properties.is_linear(e, some) or properties.is_piecewise_linear(e)

@@ -16,6 +16,7 @@ from partnewton.engines import compat
 from partnewton.engines.compat import Equation, Variable
 
 __all__ = [
+    "active_places",
     "awaited",
     "final_part",
     "has_other_effects",
@@ -58,6 +59,12 @@ def values_of(atoms: Sequence[Any], values: dict[Variable, Any]) -> list[Any]:
 def operands(equation: Equation) -> list[Variable]:
     """The variables among the operands."""
     return [atom for atom in equation.invars if is_variable(atom)]
+
+
+def active_places(equation: Equation, active: Collection[Variable]) -> list[int]:
+    """The positions of the active operands."""
+    pairs = enumerate(equation.invars)
+    return [n for n, atom in pairs if is_variable(atom) and atom in active]
 
 
 def references(equation: Equation) -> list[Variable]:

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import dataflow, properties
+from partnewton.engines.adjoint.dataflow import active_places
+from partnewton.engines.adjoint.registry import registered_rule
 from partnewton.engines.adjoint.singularities import Singularities
 from partnewton.engines.compat import Equation, Variable
 
@@ -29,6 +31,7 @@ def grouped(
 
     A run consists of all elementwise equations that depend on the same single variable.
     It ends where an equation depends on a result of the run by another path, too.
+    Equations with a registered rule are not in runs.
     """
     run_of: dict[Variable, Variable] = {}  # runs are named by their first variable
     runs: dict[Variable, list[int]] = {}
@@ -58,6 +61,7 @@ def grouped(
             and len({v.aval.shape for v in (*read, *written)}) == 1
             and all(_is_floating(v.aval) for v in (*read, *written))
             and properties.is_elementwise(equation)
+            and not _has_registered_rule(equation, active)
         ):
             name = equation.outvars[0] if is_start else names.pop()
             run_of.update(dict.fromkeys(equation.outvars, name))
@@ -70,6 +74,10 @@ def grouped(
             groups.append([i])
         behind.update(dict.fromkeys(dataflow.provided(equation), after))
     return groups
+
+
+def _has_registered_rule(equation: Equation, active: Collection[Variable]) -> bool:
+    return registered_rule(equation, active_places(equation, active)) is not None
 
 
 def _all_before(

@@ -74,11 +74,13 @@ class OpRule(NamedTuple):
       name: the name of the rule.
       apply: the function.
       is_curved: whether it returns terms, for which it needs the cotangents.
+      is_registered: whether it was registered by :func:`partnewton.engines.rule`.
     """
 
     name: str
     apply: Apply
     is_curved: bool = True
+    is_registered: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -120,7 +120,9 @@ def rule(
 
     The engine calls ``function(op, primals, cotangents, jets, request)`` when it traces
     a summary; see :class:`~partnewton.engines.Apply`. If several rules apply
-    to an operation, the one that was registered last is used.
+    to an operation, the one that was registered last is used; a registered rule takes
+    precedence over those of the engine. If a rule raises an exception other than a
+    `NameError`, there is a warning, and jax differentiates the operation.
 
     Args:
       names: the names of the primitives.
@@ -144,7 +146,7 @@ def rule(
     _checked(names)
 
     def register(apply: Apply) -> Apply:
-        new = OpRule(apply.__name__, apply, is_curved)
+        new = OpRule(apply.__name__, apply, is_curved, is_registered=True)
         for name in names:
             TABLES.rules.setdefault(name, []).insert(0, (new, when))
         return apply

@@ -1,5 +1,7 @@
 """The third sweep: jets forwards through operations, and the terms of these."""
 
+import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,7 +85,29 @@ def passed(
     except NameError:  # an error of the rule itself
         raise
     except Exception as error:  # jax has no common class for missing derivatives
+        if op.rule.is_registered:
+            _warn_of_failure(op, error)
         raise OperationError(op) from error
     if request.tangents_are_fixed:
         found = jax.lax.stop_gradient(found)
     return found, terms
+
+
+def _warn_of_failure(op: Op, error: Exception) -> None:
+    """Warns of a registered rule that raised an exception, at its definition."""
+    function = inspect.unwrap(op.rule.apply)
+    code = function.__code__
+    name = op.equations[0].primitive.name
+    warnings.warn_explicit(
+        f"The rule {op.rule.name} of the primitive {name} raised "
+        f"{type(error).__name__}: {error}. The operation and all that depends on it "
+        "are differentiated by jax instead: the summary is correct, and slower.",
+        RuntimeWarning,
+        code.co_filename,
+        code.co_firstlineno,
+        module=function.__module__,
+        registry=_shown_warnings,
+    )
+
+
+_shown_warnings: dict = {}  # so that a warning is shown once, as by `warnings.warn`
