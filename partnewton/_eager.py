@@ -37,7 +37,7 @@ def compiled_when_eager(
     """
 
     @functools.lru_cache(maxsize=_PROGRAMS)
-    def compiled(loss: _Loss) -> Callable[..., Any]:
+    def compiled(loss: _KeyedLoss) -> Callable[..., Any]:
         def update(
             constants: list[Any],
             updates: optax.Updates,
@@ -91,7 +91,7 @@ def compiled_direction(
     return optax.GradientTransformation(direction.init, update_fn)
 
 
-class _Loss:
+class _KeyedLoss:
     """A loss as a function of its constants and the leaves of the parameters.
 
     Losses with the same key compute the same function, and compare equal.
@@ -102,7 +102,7 @@ class _Loss:
         self._key, self._hash = key, hash(key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Loss) and self._key == other._key
+        return isinstance(other, _KeyedLoss) and self._key == other._key
 
     def __hash__(self) -> int:
         return self._hash
@@ -113,7 +113,7 @@ def _loss_program(
     params: optax.Params,
     extra_args: dict[str, Any],
     has_aux: bool,
-) -> tuple[_Loss, list[Any]] | None:
+) -> tuple[_KeyedLoss, list[Any]] | None:
     """The loss and the arrays it closes over; None if programs cannot be compared."""
     loss_args = extract_fn_kwargs(value_fn, extra_args)
 
@@ -132,7 +132,7 @@ def _loss_program(
         return None
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     function = compat.function_of(jaxpr.eqns, inputs, jaxpr.outvars)
-    return _Loss(function, key), constants
+    return _KeyedLoss(function, key), constants
 
 
 def _are_concrete(tree: Any) -> bool:

@@ -215,7 +215,7 @@ def scale_by_lookback(
         )
         leaves, treedef = jax.tree.flatten(updates)
         for i in partition.active:
-            leaves[i] = _scaled(new.factor, leaves[i])
+            leaves[i] = _times(new.factor, leaves[i])
         return jax.tree.unflatten(treedef, leaves), new
 
     return optax.GradientTransformationExtraArgs(
@@ -223,7 +223,7 @@ def scale_by_lookback(
     )
 
 
-_ROUNDING = 4.0  # rounding error of a loss, in units of eps * |loss|
+_ROUNDING_UNITS = 4.0  # rounding error of a loss, in units of eps * |loss|
 
 
 def _slope(
@@ -236,17 +236,17 @@ def _slope(
     """The derivative of the loss along the displacement since the anchor."""
     width = 2 - 2 * position
     steps = jax.tree.map(
-        lambda now, then: _scaled(-width, now - then), partition.take(params), anchor
+        lambda now, then: _times(-width, now - then), partition.take(params), anchor
     )
     value = outlined(loss_at)  # compiled once for both points
     here, there = value(params), value(partition.moved(params, steps))
     difference = (here - there).astype(jnp.float32)
-    rounding = _ROUNDING * float(jnp.finfo(here.dtype).eps) * jnp.abs(here)
+    rounding = _ROUNDING_UNITS * float(jnp.finfo(here.dtype).eps) * jnp.abs(here)
     is_visible = ~(jnp.abs(difference) <= rounding)
     return jnp.where(is_visible, difference / width, 0).astype(jnp.float32)
 
 
-def _scaled(factor: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+def _times(factor: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """factor * x, in the dtype of x."""
     with permissive():
         return (factor * x).astype(x.dtype)

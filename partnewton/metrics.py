@@ -110,16 +110,16 @@ def _states_of(kind: type, state: optax.OptState) -> list[Any]:
     replaced by the arrays.
     """
     found = optax.tree.get_all_with_path(state, kind.__name__)
-    return [jax.tree.map(_unwrap, x, is_leaf=_is_variable) for _, x in found]
+    return [jax.tree.map(_unwrap, x, is_leaf=_is_nnx_variable) for _, x in found]
 
 
-def _is_variable(node: Any) -> bool:
+def _is_nnx_variable(node: Any) -> bool:
     """Whether this is an nnx variable, without an import of flax."""
     return hasattr(node, "get_value") and hasattr(node, "get_metadata")
 
 
 def _unwrap(leaf: Any) -> Any:
-    return leaf.get_value() if _is_variable(leaf) else leaf
+    return leaf.get_value() if _is_nnx_variable(leaf) else leaf
 
 
 def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:

@@ -406,7 +406,7 @@ def test_convolutions(name):
             for op in program_for(loss, params).ops
             if op.equations[0].primitive.name == "conv_general_dilated"
         )
-        faster = convolutions.of_rows(op.equations[0])
+        faster = convolutions.convolution_of_rows(op.equations[0])
         assert (faster is not None) == case.is_swapped
         found = assert_engines_agree(loss, params, direction)
         assert np.all(found.hessian != 0)
@@ -655,14 +655,14 @@ def test_a_summary_is_nan_where_the_loss_is_not_finite(cached, monkeypatch):
 def test_sums_by_products(axes, dtype):
     with jax.enable_x64(dtype == np.float64):
         x = jnp.array(np.round(8 * normal(3, 4, 5)), dtype)
-        found = quick_jit(lambda x: reductions.total(x, axes))(x)
+        found = quick_jit(lambda x: reductions.sum_over(x, axes))(x)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, np.sum(np.asarray(x, float), axes))
 
 
 def test_lowerings_can_be_disabled():
     def primitives() -> set[str]:
-        jaxpr = jax.make_jaxpr(lambda x: lowerings.total(x, (1,)))(jnp.ones((2, 3)))
+        jaxpr = jax.make_jaxpr(lambda x: lowerings.sum_over(x, (1,)))(jnp.ones((2, 3)))
         return {e.primitive.name for e in compat.open_jaxpr(jaxpr).eqns}
 
     assert ("dot_general" in primitives()) == (jax.default_backend() == "cpu")
@@ -677,7 +677,7 @@ def test_lowerings_can_be_disabled():
 def test_batched_products_of_rows(with_rows):
     a, b = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
     (equation,) = jax.make_jaxpr(lax.batch_matmul)(a, b).eqns
-    product = products.of_rows(equation)
+    product = products.product_of_rows(equation)
     axes = [0 if name in with_rows else None for name in "ab"]
     with jax.enable_x64(True):
         a, b = (

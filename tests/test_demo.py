@@ -129,7 +129,7 @@ def test_evaluations_are_ten_steps_apart_or_more(steps, evaluated):
 def test_a_step_takes_the_buffers_of_its_state(tmp_path, name):
     experiment = demo.prepare(config(tmp_path, model="mlp", partition="whole"))
     optimizer = training.optimizers(experiment)[name]
-    state = training.initial_state(experiment, optimizer)
+    state = training.initial_params_and_state(experiment, optimizer)
     step = training._step(experiment, optimizer.tx)
     arguments = 0, state, experiment.dataset[:2], experiment.batches
     text = jax.jit(step, donate_argnums=1).lower(*arguments).as_text()

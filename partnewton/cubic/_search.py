@@ -18,7 +18,7 @@ from partnewton.cubic._factors import (
 )
 from partnewton.cubic._reductions import reduce_together
 from partnewton.cubic._steps import ROUNDING_UNITS
-from partnewton.cubic._units import Problem
+from partnewton.cubic._units import NormalizedModel
 
 __all__ = ["Best", "converged", "search"]
 
@@ -43,19 +43,19 @@ class _Search(NamedTuple):
     iteration: jax.Array
 
 
-def search(problem: Problem) -> Best:
+def search(model: NormalizedModel) -> Best:
     """The best steps, after iterating over shifts until convergence."""
 
     def iterate(state: _Search) -> _Search:
-        system = _system(problem, state.y, state.v)
+        system = _system(model, state.y, state.v)
         L = factor(system.A)
         half = solve_triangular(L, system.rhs)
         full = solve_triangular(L, half, transpose=True)
         image = _image(system.ds, full)
         w = solve_triangular(L, (system.ds * image.of_one)[:, None])
-        return _advance(problem, state, system, L, half, full, image, w)
+        return _advance(state, _evaluate(model, state, system, L, half, full, image, w))
 
-    start = _start(problem)
+    start = _start(model)
     return lax.while_loop(_unfinished, iterate, start).best
 
 
@@ -67,10 +67,10 @@ def converged(gap: jax.Array) -> jax.Array:
 # The parts of an iteration.
 
 
-def _start(problem: Problem) -> _Search:
-    S, dtype = problem.g.size, problem.H.dtype
+def _start(model: NormalizedModel) -> _Search:
+    S, dtype = model.g.size, model.H.dtype
     lowest, highest = _shift_range(dtype)
-    damped = problem.d > 0
+    damped = model.d > 0
     any_damped = jnp.any(damped)
     # Irregular, so that it is not orthogonal to the null vector.
     v = jnp.where(damped, 1 + 0.4 * jnp.cos(1.7 * jnp.arange(S, dtype=dtype) ** 2), 0)
@@ -102,8 +102,8 @@ class _System(NamedTuple):
     rhs: jax.Array  # (S, 2), s g and s D v
 
 
-def _system(problem: Problem, y: jax.Array, v: jax.Array) -> _System:
-    g, H, d, _, live = problem
+def _system(model: NormalizedModel, y: jax.Array, v: jax.Array) -> _System:
+    g, H, d, _, live = model
     A, s = scaled_to_ones(H + jnp.diag(y * d * d), live)
     ds = d * s
     return _System(A, s, ds, jnp.stack([s * g, ds * v], axis=1))
@@ -120,42 +120,6 @@ def _image(ds: jax.Array, full: jax.Array) -> _Image:
     return _Image(image / jnp.where(largest > 0, largest, 1), largest)
 
 
-def _advance(
-    problem: Problem,
-    state: _Search,
-    system: _System,
-    L: jax.Array,
-    half: jax.Array,
-    full: jax.Array,
-    image: _Image,
-    w: jax.Array,
-) -> _Search:
-    y, eps = state.y, jnp.finfo(problem.H.dtype).eps
-    at = _evaluate(problem, state, system, L, half, full, image, w)
-    # M(y) is positive definite and ||D M(y)^-1 g|| <= x: the infimum is below y.
-    above = at.positive_definite & (at.ratio <= 1)
-    low = jnp.where(above, state.low, jnp.maximum(state.low, y))
-    high = jnp.where(above, jnp.minimum(state.high, y), state.high)
-    # z' M(y) z = R, ||D z|| = 1: M(y - R) is not positive definite.
-    pole = y - at.curvature - ROUNDING_UNITS * eps * y
-    pole = jnp.where(at.positive_definite, pole, 0)
-    low = jnp.minimum(jnp.maximum(low, pole), high)
-    secular = _secular_step(y, at)
-    inside = at.positive_definite & (low < secular) & (secular < high)
-    bisected = _bisect(low, high, state.iteration)
-    return _Search(
-        y=jnp.where(inside, secular, bisected),
-        low=low,
-        high=high,
-        v=at.v,
-        best=_better(state.best, at.best),
-        # The gap is of second order in the error of y, so one more iteration makes eta
-        # accurate to rounding.
-        settled=converged(_smaller_gap(state.best)),
-        iteration=state.iteration + 1,
-    )
-
-
 class _Evaluation(NamedTuple):
     """The properties of M(y) and the steps for this y."""
 
@@ -168,7 +132,7 @@ class _Evaluation(NamedTuple):
 
 
 def _evaluate(
-    problem: Problem,
+    model: NormalizedModel,
     state: _Search,
     system: _System,
     L: jax.Array,
@@ -177,7 +141,7 @@ def _evaluate(
     image: _Image,
     w: jax.Array,
 ) -> _Evaluation:
-    (y, v), beta = (state.y, state.v), problem.beta
+    (y, v), beta = (state.y, state.v), model.beta
     x = beta * y
     positive_definite = is_factor(L)
     eta, z = full[:, 0], full[:, 1]  # divided by s
@@ -230,6 +194,32 @@ def _evaluate(
     )
 
 
+def _advance(state: _Search, at: _Evaluation) -> _Search:
+    y, eps = state.y, jnp.finfo(state.y.dtype).eps
+    # M(y) is positive definite and ||D M(y)^-1 g|| <= x: the infimum is below y.
+    above = at.positive_definite & (at.ratio <= 1)
+    low = jnp.where(above, state.low, jnp.maximum(state.low, y))
+    high = jnp.where(above, jnp.minimum(state.high, y), state.high)
+    # z' M(y) z = R, ||D z|| = 1: M(y - R) is not positive definite.
+    pole = y - at.curvature - ROUNDING_UNITS * eps * y
+    pole = jnp.where(at.positive_definite, pole, 0)
+    low = jnp.minimum(jnp.maximum(low, pole), high)
+    secular = _secular_step(y, at)
+    inside = at.positive_definite & (low < secular) & (secular < high)
+    bisected = _bisect(low, high, state.iteration)
+    return _Search(
+        y=jnp.where(inside, secular, bisected),
+        low=low,
+        high=high,
+        v=at.v,
+        best=_better(state.best, at.best),
+        # The gap is of second order in the error of y, so one more iteration makes eta
+        # accurate to rounding.
+        settled=converged(_smaller_gap(state.best)),
+        iteration=state.iteration + 1,
+    )
+
+
 def _gap_or_inf(gap: jax.Array, known: jax.Array) -> jax.Array:
     return jnp.where(known & jnp.isfinite(gap), gap, jnp.inf)
 
@@ -267,7 +257,7 @@ def _bisect(low: jax.Array, high: jax.Array, iteration: jax.Array) -> jax.Array:
     middle = low + 0.5 * width
     near = jnp.where(iteration % 2 == 0, middle, jnp.minimum(close_to_low, middle))
     inner = jnp.where(high > 2 * low, geometric, near)
-    # In the scaled problem the solution is of order 1, so low grows by factors of 16.
+    # In the scaled model the solution is of order 1, so low grows by factors of 16.
     return jnp.where(high >= highest, jnp.minimum(16 * low, geometric), inner)
 
 

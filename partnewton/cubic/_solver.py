@@ -51,7 +51,7 @@ from partnewton.cubic._powers import ldexp, round_to
 from partnewton.cubic._reductions import reduce_together
 from partnewton.cubic._search import Best, converged, search
 from partnewton.cubic._steps import ROUNDING_UNITS, appraise
-from partnewton.cubic._units import Problem, to_own_units
+from partnewton.cubic._units import NormalizedModel, to_own_units
 
 __all__ = ["CubicSolution", "CubicStatus", "solve_cubic"]
 
@@ -223,8 +223,8 @@ def _minimise(
     """`solve_cubic` in the precision of the arguments, with a result in `dtype`."""
     model, valid, kernel, A = _prepared(g, H, d, damping)
     L = factor(A)
-    kernel_pd, problem, unit = _in_own_units(model, kernel, L)
-    best = search(problem)
+    kernel_pd, scaled_model, unit = _in_own_units(model, kernel, L)
+    best = search(scaled_model)
     solution = functools.partial(_solution_of, dtype=dtype)
     return solution(model, valid, kernel_pd, unit, best)
 
@@ -257,8 +257,8 @@ def _prepared(
 
 def _in_own_units(
     model: _Model, kernel: jax.Array, L: jax.Array
-) -> tuple[jax.Array, Problem, jax.Array]:
-    """Whether the kernel is positive definite, the scaled problem and its unit."""
+) -> tuple[jax.Array, NormalizedModel, jax.Array]:
+    """Whether the kernel is positive definite, the scaled model and its unit."""
     # Positive definite beyond the rounding errors of its factor L.
     rounding = ROUNDING_UNITS * len(L) * jnp.finfo(L.dtype).eps
     kernel_pd = jnp.all(jnp.diagonal(L) ** 2 > rounding)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from partnewton.cubic._powers import ZERO_EXPONENT, exponent_of, ldexp
 from partnewton.cubic._reductions import reduce_together
 
-__all__ = ["Problem", "to_own_units"]
+__all__ = ["NormalizedModel", "to_own_units"]
 
 
-class Problem(NamedTuple):
+class NormalizedModel(NamedTuple):
     """The scaled model: with x = beta y, M(y) = H + y D^2,
 
     m(eta) = - g . eta + 1/2 eta' H eta + 1 / (3 beta) ||D eta||^3.
@@ -30,15 +30,16 @@ class Problem(NamedTuple):
 
 def to_own_units(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array, live: jax.Array
-) -> tuple[Problem, jax.Array]:
+) -> tuple[NormalizedModel, jax.Array]:
     """Scale the model by powers of two such that D and the shift are of order 1.
 
     Subset s gets a unit 2^a_s, the shift y a unit 2^b, the gradient another unit 2^c:
-    H_st = 2^(a_s + a_t + b) * H_st of the problem, D_s = 2^a_s ..., g_s = 2^(a_s + c)
-    ..., hence eta_s = 2^-(a_s + b - c) ...; a + b - c is returned with the problem. All
-    of this is exact. If subsets or the objective are rescaled by powers of two, a, b
-    and c change, and the problem does not change a bit, except for powers of two in
-    subsets with D_s = 0, which `scaled_to_ones` removes.
+    H_st = 2^(a_s + a_t + b) H'_st, D_s = 2^a_s D'_s and g_s = 2^(a_s + c) g'_s, where
+    primes denote the normalized model. Hence eta_s = 2^-(a_s + b - c) eta'_s; the
+    exponent a + b - c is returned with the model. All of this is exact. If subsets or
+    the objective are rescaled by powers of two, a, b and c change, and the normalized
+    model does not, except for powers of two in subsets with D_s = 0, which
+    `scaled_to_ones` removes.
     """
     limit = jnp.finfo(H.dtype).maxexp // 3  # so that beta^2 is far from overflow
     g = jnp.where(live, g, 0)
@@ -87,11 +88,11 @@ def to_own_units(
     mantissa = ldexp(damping, -damping_exponent)
     beta = ldexp(2 / mantissa, jnp.clip(beta_exponent - c, -limit, limit))
 
-    problem = Problem(
+    model = NormalizedModel(
         g=ldexp(g, -a - c),
         H=ldexp(H, -a[:, None] - a[None, :] - b),
         d=ldexp(d, -a),
         beta=beta,
         live=live,
     )
-    return problem, a + b - c
+    return model, a + b - c

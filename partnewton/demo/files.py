@@ -16,7 +16,7 @@ from partnewton.demo.training import PARTITION_NEWTON, Curves
 
 __all__ = ["write"]
 
-ROUNDING = 1e-7  # smaller losses are rounding errors in float32
+LOSS_FLOOR = 1e-7  # smaller losses are rounding errors in float32
 
 
 def write(results: Results) -> list[Path]:
@@ -52,9 +52,9 @@ def _loss_picture(results: Results) -> Figure:
     plot.losses(by_gradients, by_work)
     by_work.set(title="Train loss versus work", xlabel="gradient-equivalents")
     for ax in (by_step, by_work):
-        if ax.get_ylim()[0] < ROUNDING:
-            ax.set_ylim(bottom=ROUNDING)
-            ax.set_ylabel(f"train loss (rounding error below {ROUNDING:g})")
+        if ax.get_ylim()[0] < LOSS_FLOOR:
+            ax.set_ylim(bottom=LOSS_FLOOR)
+            ax.set_ylabel(f"train loss (rounding error below {LOSS_FLOOR:g})")
     plot.losses(
         {k: (c.steps, c.test_accuracy) for k, c in curves.items()},
         accuracy,
@@ -87,7 +87,7 @@ def _partition_picture(results: Results) -> Figure:
 
 def _refreshes_above_rounding(ours: Curves) -> int:
     """The number of refreshes before the loss was a rounding error."""
-    above = [x > ROUNDING for x in ours.logged["loss"]]
+    above = [x > LOSS_FLOOR for x in ours.logged["loss"]]
     return above.index(False) if False in above else len(above)
 
 

@@ -18,7 +18,7 @@ from partnewton.demo.training import (
     Images,
     Optimizer,
     Training,
-    initial_state,
+    initial_params_and_state,
     optimizers,
     train,
 )
@@ -162,7 +162,7 @@ def _seconds_of_steps(
 ) -> tuple[float, float]:
     """The times of the first step, with a refresh, and of the second, without."""
     batches, seconds = jnp.asarray(experiment.batches), []
-    state = jax.block_until_ready(initial_state(experiment, optimizer))
+    state = jax.block_until_ready(initial_params_and_state(experiment, optimizer))
     for i in (0, 1):  # out of range, with only one batch, it is clipped
         begin = time.perf_counter()
         state = ours.step(i, state, images, batches)

@@ -146,7 +146,7 @@ def train(
     """Trains from the initial weights."""
     curves = Curves(optimizer.settings)
     steps, batches = experiment.config.steps, jnp.asarray(experiment.batches)
-    state = initial_state(experiment, optimizer)
+    state = initial_params_and_state(experiment, optimizer)
     refreshes = set(experiment.refreshes)
     looked_after, params = 0, None
 
@@ -182,7 +182,7 @@ def train(
     return Training(curves, looked_after, params, step)
 
 
-def initial_state(experiment: Experiment, optimizer: Optimizer) -> PyTree:
+def initial_params_and_state(experiment: Experiment, optimizer: Optimizer) -> PyTree:
     """Copies of the initial parameters, and the initial state of the optimizer."""
     params = jax.tree.map(jnp.copy, experiment.params)
     return params, optimizer.tx.init(params)

@@ -63,13 +63,15 @@ def linearize(function: Function, x: Arrays) -> Linearized:
 
     def linearized() -> Linearized:
         gradient, push, found = jax.linearize(value_and_gradient, x, has_aux=True)
-        return Linearized(*found, gradient, _traced(lambda *v: push(list(v)), *x))
+        return Linearized(
+            *found, gradient, _traced_forwards(lambda *v: push(list(v)), *x)
+        )
 
     def forwards() -> Linearized:
         def push(*v: jax.Array) -> list[jax.Array]:
             return jax.jvp(lambda x: value_and_gradient(x)[0], (x,), (list(v),))[1]
 
-        product = _traced(push, *x)
+        product = _traced_forwards(push, *x)
         gradient, found = value_and_gradient(x)
         return Linearized(*found, gradient, product)
 
@@ -121,7 +123,7 @@ def third(
 
     def twice(outer: Callable, inmost: Callable) -> Callable[[], jax.Array]:
         def run() -> jax.Array:
-            (found,) = _traced(outer(inmost(slope)), zero)(zero)
+            (found,) = _traced_forwards(outer(inmost(slope)), zero)(zero)
             return found
 
         return run
@@ -130,7 +132,9 @@ def third(
     return _first_that_works([twice(*way) for way in ways], function, x)
 
 
-def _traced(function: Callable, *args: jax.Array) -> Callable[..., list[jax.Array]]:
+def _traced_forwards(
+    function: Callable, *args: jax.Array
+) -> Callable[..., list[jax.Array]]:
     """The function, if jax can differentiate it in forward mode."""
     traced, jaxpr = compat.traced(function, *args)
     if compat.mentions(jaxpr, "custom_lin"):  # jax raises its error only on lowering

@@ -55,11 +55,11 @@ def program_of(
     """
     flat = flattened(jaxpr, branches)
     needed = [n == 0 for n in range(len(flat.outputs))]
-    program = _program(flat, flat.inputs, needed, opaque=opaque)
+    program = _program_of_graph(flat, flat.inputs, needed, opaque=opaque)
     return program, list(flat.constants.values())
 
 
-def _program(
+def _program_of_graph(
     flat: Graph,
     inputs: Collection[Variable],
     needed: Sequence[bool],
@@ -91,7 +91,7 @@ def _program(
     groups = grouped(flat.equations, before, active, relevant, singularities)
     groups = ordered(groups, flat.equations)
     *parts, last, rest = _gathered(flat, [*groups, final, behind])
-    ops = tuple(_op(part, flat, active, relevant, singularities) for part in parts)
+    ops = tuple(_op_of(part, flat, active, relevant, singularities) for part in parts)
     all_inputs = (*flat.constants, *flat.inputs)
     fixed = all_inputs[: len(flat.constants) + num_fixed] if is_body else ()
     program = Program(all_inputs, tuple(flat.outputs), ops, fixed)
@@ -132,7 +132,9 @@ def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
         equations = tuple(flat.equations[i] for i in group)
         results = [v for e in equations for v in e.outvars]
         written = tuple(v for v in results if readers.get(v, set()) - {n})
-        found.append(_Group(equations, tuple(_read(equations)), written, tuple(group)))
+        found.append(
+            _Group(equations, tuple(_outer_variables(equations)), written, tuple(group))
+        )
     return found
 
 
@@ -146,7 +148,7 @@ def _opaque_places(flat: Graph, active: Collection[Variable]) -> list[int]:
     ]
 
 
-def _op(
+def _op_of(
     group: _Group,
     flat: Graph,
     active: Collection[Variable],
@@ -163,7 +165,7 @@ def _op(
         op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
         return dataclasses.replace(op, places=places)
     moving = [read[i] for i in active_inputs]
-    rule = _rule(equations, moving, active)
+    rule = _rule_of(equations, moving, active)
     return Op(
         rule,
         equations,
@@ -201,7 +203,7 @@ def _reading_groups(
     return readers
 
 
-def _read(equations: Sequence[Equation]) -> list[Variable]:
+def _outer_variables(equations: Sequence[Equation]) -> list[Variable]:
     """The variables that equations read from outside, each once."""
     written = {v for equation in equations for v in equation.outvars}
     read = dict.fromkeys(
@@ -210,7 +212,7 @@ def _read(equations: Sequence[Equation]) -> list[Variable]:
     return [v for v in read if v not in written]
 
 
-def _rule(
+def _rule_of(
     equations: Sequence[Equation],
     active_inputs: Sequence[Variable],
     active: Collection[Variable],
@@ -255,7 +257,7 @@ def _scan_op(
     ]
     moving = [v for v, flag in zip(flat.inputs, flags, strict=True) if flag]
     loop = Loop(
-        body=_program(flat, moving, needed, num_constants),
+        body=_program_of_graph(flat, moving, needed, num_constants),
         closed=tuple(flat.constants.values()),
         length=equation.params["length"],
         reverse=equation.params["reverse"],

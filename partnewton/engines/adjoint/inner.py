@@ -65,7 +65,7 @@ def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
     """
     dtype = wide_dtype(a, b)
     product = guarded_product(a.astype(dtype), b.astype(dtype), is_guarded).real
-    return lowerings.total(product, tuple(range(1, product.ndim)))
+    return lowerings.sum_over(product, tuple(range(1, product.ndim)))
 
 
 def guarded_product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:

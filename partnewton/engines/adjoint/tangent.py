@@ -100,20 +100,20 @@ def densify(
       ValueError: a row would be lost.
     """
     if tangent is None:
-        return _zeros(like[None], span.count)
+        return _zero_rows(like[None], span.count)
     if tangent.span == span:
         return tangent.values
     if not tangent.span.is_static:
-        empty = _zeros(tangent.values[:1], span.count)
-        return _put(empty, tangent, span)
+        empty = _zero_rows(tangent.values[:1], span.count)
+        return _with_rows_added(empty, tangent, span)
     before, after = tangent.start - span.start, span.stop - tangent.span.stop
     if min(before, after) < 0:
         raise ValueError(f"the rows of {tangent.span} do not fit into {span}")
     parts = [tangent.values]
     if before:
-        parts.insert(0, _zeros(tangent.values[:1], before))
+        parts.insert(0, _zero_rows(tangent.values[:1], before))
     if after:
-        parts.append(_zeros(tangent.values[:1], after))
+        parts.append(_zero_rows(tangent.values[:1], after))
     return jnp.concatenate(parts)
 
 
@@ -155,7 +155,7 @@ def _assembled(tangents: list[Tangent]) -> Tangent:
     total = densify(largest, span)
     for x in tangents:
         if x is not largest:
-            total = _put(total, x, span)
+            total = _with_rows_added(total, x, span)
     return Tangent(total, span.start)
 
 
@@ -163,11 +163,11 @@ def _sum_on(span: Span, tangents: list[Tangent]) -> jax.Array:
     """The sum of the rows of some subsets; each tangent has all of them or none."""
     rows = [restrict(x, span) for x in tangents if overlap(x.span, span)]
     if not rows:
-        return _zeros(tangents[0].values[:1], span.count)
+        return _zero_rows(tangents[0].values[:1], span.count)
     return sum(rows[1:], start=rows[0])
 
 
-def _put(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
+def _with_rows_added(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
     """Adds rows to those of the same subsets."""
     if tangent.span.is_static:
         start = tangent.start - span.start
@@ -177,5 +177,5 @@ def _put(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(total, some + tangent.values, start, 0)
 
 
-def _zeros(row: jax.Array, count: int) -> jax.Array:
+def _zero_rows(row: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(jnp.zeros_like(row), (count, *row.shape[1:]))

@@ -11,17 +11,17 @@ from partnewton.engines.adjoint.lowerings.memory import (
     outlined,
 )
 from partnewton.engines.adjoint.lowerings.products import in_order
-from partnewton.engines.adjoint.lowerings.reductions import total
-from partnewton.engines.adjoint.lowerings.rowwise import of_rows, transposable
+from partnewton.engines.adjoint.lowerings.reductions import sum_over
+from partnewton.engines.adjoint.lowerings.rowwise import function_of_rows, transposable
 from partnewton.engines.adjoint.lowerings.switch import disabled
 
 __all__ = [
     "concatenate",
     "disabled",
+    "function_of_rows",
     "in_blocks",
     "in_order",
-    "of_rows",
     "outlined",
-    "total",
+    "sum_over",
     "transposable",
 ]

@@ -16,12 +16,12 @@ import numpy as np
 from partnewton.engines.adjoint.lowerings import switch
 from partnewton.engines.compat import Equation
 
-__all__ = ["of_rows", "to_be_transposed"]
+__all__ = ["convolution_of_rows", "to_be_transposed"]
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def of_rows(equation: Equation) -> Convolution | None:
+def convolution_of_rows(equation: Equation) -> Convolution | None:
     """The convolution of an equation with explicit padding; None if not needed."""
     if not _is_convolution(equation) or not _is_swapped(equation):
         return None

@@ -17,9 +17,9 @@ from partnewton.engines import compat
 from partnewton.engines.adjoint.lowerings import switch
 from partnewton.engines.compat import Equation
 
-__all__ = ["in_order", "is_batched", "of_rows", "repeating"]
+__all__ = ["in_order", "is_batched", "product_of_rows", "repeating"]
 
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+BinaryFunction = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def is_batched(equation: Equation) -> bool:
@@ -71,7 +71,7 @@ def in_order(equation: Equation) -> Any | None:
     return compat.traced(product, left, right)[1]
 
 
-def of_rows(equation: Equation) -> Product | None:
+def product_of_rows(equation: Equation) -> BinaryFunction | None:
     """The product of an equation for all rows at once; None if it is not batched.
 
     Either operand may have one more axis in front, that of the rows.
@@ -89,7 +89,7 @@ def _options(equation: Equation) -> dict[str, Any]:
     return {name: equation.params[name] for name in names}
 
 
-def repeating(function: Product, ndims: Sequence[int]) -> Product:
+def repeating(function: BinaryFunction, ndims: Sequence[int]) -> BinaryFunction:
     """A bilinear function of rows that broadcasts the operand without rows.
 
     Args:

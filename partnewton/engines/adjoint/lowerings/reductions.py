@@ -14,19 +14,19 @@ import jax.numpy as jnp
 from partnewton.engines.adjoint.lowerings import switch
 from partnewton.engines.compat import Equation
 
-__all__ = ["of_rows", "total"]
+__all__ = ["sum_of_rows", "sum_over"]
 
 
-def of_rows(equation: Equation) -> Callable[[jax.Array], jax.Array] | None:
+def sum_of_rows(equation: Equation) -> Callable[[jax.Array], jax.Array] | None:
     """The sum of an equation, for many rows; None unless it is over the last axes."""
     if equation.primitive.name != "reduce_sum":
         return None
     axes = equation.params["axes"]
     ndim = equation.invars[0].aval.ndim
-    return (lambda x: total(x, axes)) if _are_last(axes, ndim) else None
+    return (lambda x: sum_over(x, axes)) if _are_last(axes, ndim) else None
 
 
-def total(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def sum_over(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The sum over some axes."""
 
     def plain(x: jax.Array) -> jax.Array:

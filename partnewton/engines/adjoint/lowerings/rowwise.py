@@ -13,10 +13,10 @@ from partnewton.engines.adjoint.lowerings import (
 )
 from partnewton.engines.adjoint.op import Op
 
-__all__ = ["of_rows", "transposable"]
+__all__ = ["function_of_rows", "transposable"]
 
 
-def of_rows(op: Op) -> tuple[Callable[..., list[jax.Array]], bool]:
+def function_of_rows(op: Op) -> tuple[Callable[..., list[jax.Array]], bool]:
     """The function of an operation for rows, and whether it is given all rows at once.
 
     If not, it is a function of one row of each operand.
@@ -24,8 +24,8 @@ def of_rows(op: Op) -> tuple[Callable[..., list[jax.Array]], bool]:
     if len(op.equations) == 1 and switch.are_enabled():
         (equation,) = op.equations
         if products.is_batched(equation):
-            return _by(op, products.of_rows(equation)), True
-        for way_of in (convolutions.of_rows, reductions.of_rows):
+            return _by(op, products.product_of_rows(equation)), True
+        for way_of in (convolutions.convolution_of_rows, reductions.sum_of_rows):
             way = way_of(equation)
             if way is not None:
                 return _by(op, way), False

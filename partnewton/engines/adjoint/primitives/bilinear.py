@@ -48,13 +48,13 @@ def bilinear(
     """
     product = _Product(op, primals, *cotangents)
     (a, aa), (b, bb) = jets
-    first, second = product.push(a, b), product.push(aa, bb)
-    terms = product.hessian(a, b)
+    first, second = product.jvp(a, b), product.jvp(aa, bb)
+    terms = product.hessian_terms(a, b)
     if request.third_order:
         cross = product.crossed(a, b)
         if cross is not None:
             second = add(second, Tangent(2 * cross.values, cross.start))
-        terms += product.third(aa, b) + product.third(a, bb)
+        terms += product.third_terms(aa, b) + product.third_terms(a, bb)
     return jets_of(op, [first], [second]), terms
 
 
@@ -62,14 +62,14 @@ class _Product:
     """A product at a point."""
 
     def __init__(self, op: Op, primals: Sequence[jax.Array], cotangent: jax.Array):
-        by_rows, self.takes_rows = lowerings.of_rows(op)
+        by_rows, self.takes_rows = lowerings.function_of_rows(op)
         self.function = op.restricted(primals, function=by_rows)
         self.transposable = op.restricted(primals, function=lowerings.transposable(op))
         self.at = op.active(primals)
         self.cotangent = cotangent
         self.is_guarded = op.is_guarded
 
-    def push(self, a: Tangent | None, b: Tangent | None) -> Tangent | None:
+    def jvp(self, a: Tangent | None, b: Tangent | None) -> Tangent | None:
         """B(adot, b) + B(a, bdot)."""
 
         def of_members(members: tuple[int, ...]) -> Callable:
@@ -85,7 +85,7 @@ class _Product:
         found = push(of_members, [a, b], takes_rows=self.takes_rows)
         return found[0] if found else None
 
-    def hessian(self, a: Tangent | None, b: Tangent | None) -> Terms:
+    def hessian_terms(self, a: Tangent | None, b: Tangent | None) -> Terms:
         """2 lambda . B(adot_s, bdot_t), of which the symmetric part is used.
 
         The vector-Jacobian products are those of the operand with fewer rows, which
@@ -126,7 +126,7 @@ class _Product:
         (values,) = apply(self.function, *columns, takes_rows=self.takes_rows)
         return Tangent(values, common.start)
 
-    def third(self, x: Tangent | None, y: Tangent | None) -> Terms:
+    def third_terms(self, x: Tangent | None, y: Tangent | None) -> Terms:
         """3 lambda . B(x_s, y_s)."""
         cross = self.crossed(x, y)
         if cross is None:

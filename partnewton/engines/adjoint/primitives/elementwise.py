@@ -141,22 +141,22 @@ def elementwise(
     partials = _partials(op.restricted(primals), op.active(primals), order)
     weights = _weighted_by(cotangents, partials, op.is_guarded or op.has_mask)
     first, second = ([x[n] for x in jets] for n in (0, 1))
-    products = functools.partial(_products, is_guarded=op.is_guarded)
+    contractions = functools.partial(_contractions, is_guarded=op.is_guarded)
 
     zdot, zddot = [], []
     for f, cotangent in zip(partials, cotangents, strict=True):
         dtype = cotangent.dtype
-        zdot.append(_joined(products(f, first), dtype=dtype))
-        bent = products(f, first, first) if request.third_order else {}
-        zddot.append(_joined(bent, products(f, second), dtype=dtype))
+        zdot.append(_joined(contractions(f, first), dtype=dtype))
+        bent = contractions(f, first, first) if request.third_order else {}
+        zddot.append(_joined(bent, contractions(f, second), dtype=dtype))
 
-    terms = _hessian(op, weights, first)
+    terms = _hessian_terms(op, weights, first)
     if request.third_order:
-        third = products(weights, first, first, first)
-        for span, x in products(weights, first, second).items():
+        third = contractions(weights, first, first, first)
+        for span, x in contractions(weights, first, second).items():
             third[span] = third[span] + 3 * x if span in third else 3 * x
         for span, x in third.items():
-            total = lowerings.total(x, tuple(range(1, x.ndim)))
+            total = lowerings.sum_over(x, tuple(range(1, x.ndim)))
             terms += Terms.of_third(span, total)
     return jets_of(op, zdot, zddot), terms
 
@@ -172,7 +172,7 @@ def _partials(
         for places, (f, jaxpr) in front.items():
             for i in range(places[-1] if places else 0, len(at)):
                 if jaxpr is None or depends_on(jaxpr, i):
-                    derivative = compat.traced(_derivative(f, i), *at)
+                    derivative = compat.traced(_partial_derivative(f, i), *at)
                     derivatives[*places, i] = derivative
         front = derivatives
         for places, (f, _) in front.items():
@@ -183,7 +183,7 @@ def _partials(
     return found
 
 
-def _derivative(function: Callable, place: int) -> Callable:
+def _partial_derivative(function: Callable, place: int) -> Callable:
     def derivative(*x: jax.Array) -> list[jax.Array]:
         def of_one(y: jax.Array) -> list[jax.Array]:
             return function(*x[:place], y, *x[place + 1 :])
@@ -206,7 +206,7 @@ def _weighted_by(
     return weights
 
 
-def _products(
+def _contractions(
     partials: Partials, *columns: Sequence[Tangent | None], is_guarded: bool
 ) -> dict[Span, jax.Array]:
     """The sum of f_ij.. v_i w_j .. for columns v, w, .., by the span of its rows."""
@@ -246,7 +246,7 @@ def _joined(*sums: dict[Span, jax.Array], dtype: np.dtype) -> Tangent | None:
     return None if total is None else Tangent(total.values.astype(dtype), total.start)
 
 
-def _hessian(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Terms:
+def _hessian_terms(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Terms:
     terms = Terms()
     for places, weight in weights.items():
         if len(places) > 2 or any(first[i] is None for i in places):
@@ -255,12 +255,12 @@ def _hessian(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Term
         if op.is_guarded:
             weight = where_moved(weight, x, y)
         factor = 1.0 if places[0] == places[1] else 2.0
-        terms += _gram(x, y, weight, factor)
+        terms += _gram_terms(x, y, weight, factor)
     return terms
 
 
-def _gram(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
-    """The weighted inner products of the rows of x and y, of broadcast shapes.
+def _gram_terms(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
+    """The weighted inner contractions of the rows of x and y, of broadcast shapes.
 
     If one of them has axes of length 1, as the mean in ``x - mean``, the weighted rows
     of the other one are summed over these axes before.
@@ -285,7 +285,7 @@ def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
         return jnp.sum(x)
     pairs = enumerate(zip(shape, x.shape, strict=True))
     axes = tuple(n for n, (length, longer) in pairs if length != longer)
-    return lowerings.total(x, axes).reshape(shape) if axes else x
+    return lowerings.sum_over(x, axes).reshape(shape) if axes else x
 
 
 ELEMENTWISE = OpRule("elementwise", elementwise)

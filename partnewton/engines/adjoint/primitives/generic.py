@@ -42,7 +42,7 @@ def generic(
     for span, members in group_by_support(first):
         columns = [restrict(first[n], span) for n in members]
         products = apply(hvp(members), *columns)
-        terms += _hessian(products, first, span)
+        terms += _hessian_terms(products, first, span)
         if request.third_order:
             terms += _cross_third(products, second, span)
             at = [active[n] for n in members]
@@ -76,7 +76,7 @@ def _linearized(
     return of_members
 
 
-def _hessian(products: Sequence[jax.Array], first: Sequence, span: Span) -> Terms:
+def _hessian_terms(products: Sequence[jax.Array], first: Sequence, span: Span) -> Terms:
     """<xdot_s, D2F xdot_t> for t in a span."""
     terms = Terms()
     for x, product in zip(first, products, strict=True):

@@ -101,7 +101,7 @@ def linear(
 ) -> tuple[list[Jet], Terms]:
     """z = A x: zdot = A xdot, zddot = A xddot."""
     del cotangents, request
-    by_rows, takes_rows = lowerings.of_rows(op)
+    by_rows, takes_rows = lowerings.function_of_rows(op)
     function = op.restricted(primals, function=by_rows)
     active = op.active(primals)
 
@@ -130,11 +130,13 @@ def piecewise_linear(
 ) -> tuple[list[Jet], Terms]:
     """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
     del cotangents, request
-    first, second = (_pushed(op, primals, column) for column in zip(*jets, strict=True))
+    first, second = (
+        _jvp_of_rows(op, primals, column) for column in zip(*jets, strict=True)
+    )
     return jets_of(op, first, second), Terms()
 
 
-def _pushed(
+def _jvp_of_rows(
     op: Op, primals: Sequence[jax.Array], tangents: Sequence[Tangent | None]
 ) -> list[Tangent] | None:
     """Df applied to all rows."""
