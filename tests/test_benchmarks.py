@@ -269,13 +269,13 @@ def test_a_training_step_is_measured():
 
 def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
     seen = []
-    step_of = cost_training._step_of
+    step_of = cost_training.training_step
 
     def spy(*args):
         seen.append(jax.config.jax_enable_compilation_cache)
         return step_of(*args)
 
-    monkeypatch.setattr(cost_training, "_step_of", spy)
+    monkeypatch.setattr(cost_training, "training_step", spy)
     before = jax.config.jax_enable_compilation_cache
     cost_training.Training("diabetes", "sgd")
     assert seen == [False]

@@ -27,7 +27,7 @@ from partnewton.engines.adjoint import lowerings
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
-# Those that run by default. Each operation by itself is in test_adjoint.py.
+# Those that run by default. Each operation by itself is in test_adjoint_operations.py.
 SOME = (
     "mlp",
     "convolutional_network",

@@ -1,4 +1,4 @@
-"""Checks of the fast engine on four devices; `test_adjoint.py` runs them in a process.
+"""Checks of the fast engine on four devices.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 \\
         python -m support.adjoint_on_devices CHECK
