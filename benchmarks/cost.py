@@ -15,7 +15,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import reporting
 from benchmarks.cost_cases import LINKS, NETWORKS, OPTIMIZERS
@@ -60,13 +59,6 @@ def parser() -> reporting.Parser:
         help=f"{', '.join(QUICK_NETWORKS)} with {', '.join(QUICK_OPTIMIZERS)} unless "
         "others are named, and one turn",
     )
-    add(
-        "--scale",
-        type=reporting.integer,
-        default=1,
-        metavar="N",
-        help="divide widths by this, for a trial (default: %(default)s)",
-    )
     add("--compile-only", action="store_true", help="compile, and take no step")
     add(
         "--turns",
@@ -83,20 +75,7 @@ def parser() -> reporting.Parser:
         help="of a turn, which has a whole refresh interval at least and "
         f"{MOST_STEPS} steps or one interval at most (default: %(default)g)",
     )
-    add(
-        "--max-seconds",
-        type=reporting.positive,
-        default=100.0,
-        metavar="X",
-        help="stop repeating after so long in all (default: %(default)g)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="FOLDER",
-        help="where cost.json and cost.md are written (default: benchmarks/results)",
-    )
+    reporting.add_common_options(result, "cost")
     return result
 
 

@@ -1,7 +1,6 @@
 """A training step compiled and timed, each optimizer in a process of its own."""
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import optax
 
 from benchmarks import cost_cases, reporting
 from benchmarks.cost_report import LONG_RUN, Row
+from benchmarks.training_step import training_step
 
 __all__ = ["Training", "measure"]
 
@@ -60,7 +60,7 @@ class Training:
         self._start = _copy((model.params, state))
         jax.clear_caches()
         # A call of it finds what `compile` has made.
-        self._step = jax.jit(_step_of(model.loss, tx), donate_argnums=(0, 1))
+        self._step = jax.jit(training_step(model.loss, tx), donate_argnums=(0, 1))
         begin = time.process_time()
         lowered = self._step.lower(*self._start, self._batch)
         trace_seconds = time.process_time() - begin
@@ -105,23 +105,6 @@ class Training:
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(time.process_time() - cpu_begin)
         return seconds, cpu_seconds
-
-
-def _step_of(
-    loss: Callable[[PyTree, PyTree], jax.Array],
-    tx: optax.GradientTransformationExtraArgs,
-) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, jax.Array]]:
-    def step(
-        params: PyTree, state: PyTree, batch: PyTree
-    ) -> tuple[PyTree, PyTree, jax.Array]:
-        value_fn = functools.partial(loss, batch=batch)
-        value, grad = jax.value_and_grad(value_fn)(params)
-        updates, state = tx.update(
-            grad, state, params, value=value, grad=grad, value_fn=value_fn
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return step
 
 
 def _copy(tree: PyTree) -> PyTree:

@@ -21,6 +21,7 @@ import partnewton as pn
 
 __all__ = [
     "Parser",
+    "add_common_options",
     "executor",
     "facts",
     "in_a_process",
@@ -40,6 +41,38 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the options that the benchmarks have in common.
+
+    Args:
+      parser: the parser.
+      name: the name of the files that are written, without extensions.
+    """
+    parser.add_argument(
+        "--scale",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="divide the widths of the networks by this number, for a quick test "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=positive,
+        default=100.0,
+        metavar="X",
+        help="stop repeating calls after this total time, and skip what is estimated "
+        "to take longer (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="FOLDER",
+        help=f"folder for {name}.json and {name}.md (default: benchmarks/results)",
+    )
 
 
 def started(

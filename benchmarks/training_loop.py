@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 from benchmarks.problems_base import Problem
+from benchmarks.training_step import training_step
 
-__all__ = ["TrainingCurves", "batches", "seconds_per_step", "train", "training_step"]
+__all__ = ["TrainingCurves", "batches", "seconds_per_step", "train"]
 
 EVALUATIONS = 25
 MAX_EVALUATED = 1500
@@ -138,28 +139,6 @@ def _stepper(
         return (params, state), None
 
     return scan_step
-
-
-def training_step(
-    loss: Callable[[Any, Any], jax.Array],
-    tx: optax.GradientTransformationExtraArgs,
-) -> Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]:
-    """From parameters, state and batch to the next parameters and state, and the loss.
-
-    Args:
-      loss: a function of parameters and batch.
-      tx: the optimizer; it receives `value_fn`, `value` and `grad`.
-    """
-
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        value_fn = functools.partial(loss, batch=batch)
-        value, grad = jax.value_and_grad(value_fn)(params)
-        updates, state = tx.update(
-            grad, state, params, value=value, grad=grad, value_fn=value_fn
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return step
 
 
 def _evenly_spaced(

@@ -11,12 +11,12 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import models
 from benchmarks.reporting import (
     Parser,
+    add_common_options,
     in_a_process,
     integer,
     machine,
@@ -95,13 +95,6 @@ def parser() -> Parser:
         help="number of timed calls, after a first one (default: %(default)s)",
     )
     add(
-        "--scale",
-        type=integer,
-        default=1,
-        metavar="N",
-        help="divide the widths of the networks by this number, for a quick test",
-    )
-    add(
         "--max-gib",
         type=positive,
         default=12.0,
@@ -109,21 +102,7 @@ def parser() -> Parser:
         help="compile, but do not run, functions that need more memory "
         "(default: %(default)g)",
     )
-    add(
-        "--max-seconds",
-        type=positive,
-        default=100.0,
-        metavar="X",
-        help="skip functions whose calls are estimated to take longer, and stop "
-        "repeating calls after this total time (default: %(default)g)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path(__file__).parents[1] / "results",
-        metavar="FOLDER",
-        help="folder for summary.json and summary.md (default: benchmarks/results)",
-    )
+    add_common_options(result, "summary")
     return result
 
 
