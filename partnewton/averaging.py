@@ -209,10 +209,10 @@ def relative(average: Average) -> Average:
     multiplied by the norm of the newest gradient. This final factor has no effect on
     learning rates, which do not depend on the scale of the loss.
 
-    The norm of the gradient is preferred to the loss, which may have an arbitrary
-    constant added and may be negative, and to the norm of the Hessian, which vanishes
-    at a saturated softmax while the gradient does not: steps would
-    become arbitrarily long there. Normalise the direction (see `normalize` of
+    The loss is not used as the divisor, because a constant can be added to it and it
+    can be negative. Nor is the norm of the Hessian, which vanishes at a saturated
+    softmax while the gradient does not: steps would become arbitrarily long there.
+    Normalise the direction (see `normalize` of
     :func:`partnewton.scale_by_partition_newton`), because otherwise the norm depends on
     the length of the direction as well.
 
@@ -249,8 +249,8 @@ def relative(average: Average) -> Average:
 def nonnegative(average: Average) -> Average:
     """An average whose negative results are set to zero.
 
-    For learning rates. Negative rates enter the average as they are; only the result is
-    clipped.
+    Intended for learning rates. Negative rates enter the average unchanged; only the
+    result is clipped.
 
     Args:
       average: an average of arrays.

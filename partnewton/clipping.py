@@ -35,13 +35,14 @@ def clip_by_parameter_rms(
         u_s <- u_s * min(1, max_ratio * r_s / rms(u_s)),
 
     where r_s is the maximum over all updates so far of two values: rms(theta_s), and
-    the RMS of all subsets with a nonzero update, taken together. The second one is for
-    biases that are initialised to zero; the maximum over time is for scalars that
-    change their sign. If all parameters are zero, r_s = max_s rms(u_s) / max_ratio.
+    the RMS of all subsets with a nonzero update, taken together. Without the second
+    value, biases that are initialised to zero could not move; without the maximum over
+    time, neither could scalars that are close to zero when they change their sign. If
+    all parameters are zero, r_s = max_s rms(u_s) / max_ratio.
 
-    A model of second or third order is accurate only near the current parameters. How
-    near depends on properties that it does not contain, such as the kinks of a relu or
-    of a hinge loss, and the loss on the next batches.
+    A model of second or third order is accurate only near the current parameters. The
+    size of this neighbourhood depends on properties that the model does not contain,
+    such as the kinks of a relu or of a hinge loss, and the loss on the next batches.
     After :func:`partnewton.partition_newton`, clipping stops weights from growing
     without bound when steps that decrease the loss of one batch increase the weights,
     as in relu networks trained on noisy labels. Elsewhere it slows down the first

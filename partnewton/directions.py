@@ -135,7 +135,7 @@ def equilibrated(
     decay: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """Apply a transformation after scaling matrices to similar rows and columns.
+    """Apply a transformation to matrices with equilibrated rows and columns.
 
     If one input of a layer is a hundred times as large as another, so is its row of the
     gradient, and its best weights are a hundred times smaller. Orthogonalised momentum
@@ -146,8 +146,8 @@ def equilibrated(
 
         U = R^-p direction(R^-p G C^-p) C^-p,
 
-    the same kind of steepest descent, with respect to the weights R^p W C^p. With
-    p = 1/2 the direction in the scaled weights does not depend on the scale of the
+    which is the step that the wrapped transformation makes for the weights R^p W C^p.
+    With p = 1/2 the direction in the scaled weights does not depend on the scale of the
     inputs, but inputs that are rarely nonzero get large weights; 1/4 is a compromise.
     Leaves that are not matrices are not scaled.
 

@@ -2,9 +2,9 @@
 
 Even if each step is optimal for its model, a sequence of steps can be too long, because
 noise or a narrow valley makes them oscillate, or too short, because they all point in
-the same direction. The derivatives at a single step show neither. The change of the
-loss along the displacement of the last ten steps, and later of many more, shows both,
-and costs two evaluations of the loss and no gradient.
+the same direction. Derivatives at a single point detect neither. The change of the loss
+along the displacement of the last ten steps, and later of many more, detects both, and
+costs two evaluations of the loss and no gradient.
 """
 
 from collections.abc import Callable
@@ -76,14 +76,15 @@ def scale_by_lookback(
     The difference is exact if phi is quadratic. It counts as zero if it is within the
     rounding error of the loss.
 
-    The newest batch was not used to compute these steps, so noise does not look like
-    progress, as it does along a direction that was computed from the same batch. If
-    steps of constant length no longer make progress, the loss at both ends of the
-    displacement is the same, the slope is zero in the middle and positive beyond it,
-    and the factor decays. If all steps descend, the factor grows until the displacement
-    is 1 / p times as long as the best one in its direction. Only the sign is used: the
-    units of the loss and of the parameters do not matter, and a single bad batch has
-    little influence.
+    The newest batch was not used to compute these steps, so its noise is independent of
+    the displacement. Along a direction computed from the same batch, fitting the noise
+    of that batch would be measured as progress. If steps of constant length no longer
+    make progress, the loss at both ends of the displacement is the same, the slope is
+    zero in the middle and positive beyond it, and the factor decays. If all steps
+    descend, the factor grows until the displacement is 1 / p times as long as the one
+    that minimises the loss in its direction. Only the sign is used: the units of the
+    loss and of the parameters do not matter, and a single bad batch has little
+    influence.
 
     The window consists of the last n updates and grows during training,
 

@@ -35,22 +35,23 @@ def partition_newton(
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer without tuning: one step length per subset, from second derivatives.
+    """An optimizer that needs no tuning: step lengths from second derivatives.
 
-    Each subset of the direction is normalised to the root mean square (RMS) 1. Every 20
-    updates at first, and less often later, the exact derivatives of the loss along the
-    direction are computed, as a :class:`partnewton.Summary`, and enter a running
-    average. From the average, :func:`partnewton.rules.robust` computes one step length
-    per subset, the mean of the best lengths and the best common length. The lengths are
-    kept until the next refresh. :func:`partnewton.learning_rates` returns them: the RMS
-    change of the entries of each subset per step, before the factors.
+    Each subset of the direction is normalised to the root mean square (RMS) 1. At a
+    refresh, every 20 updates at first and less often later, the exact derivatives of
+    the loss along the direction are computed, as a :class:`partnewton.Summary`, and
+    enter a running average. From the average, :func:`partnewton.rules.robust` computes
+    one step length per subset: the mean of the length that minimises the model over all
+    subsets jointly, and of the best common length. The lengths are kept until the next
+    refresh. :func:`partnewton.learning_rates` returns them: the RMS change of the
+    entries of each subset per step, before the factors.
 
-    A factor multiplies all lengths, see :func:`partnewton.scale_by_lookback`. It grows
-    while the loss of the newest batch still decreases along the displacement of the
-    last ten steps, later of more steps. It decays if noise or a narrow valley makes the
-    steps oscillate. If `learning_rate` is a number up to 1, the product of the two is
-    at most 1, so that no step is longer than the lengths; with a schedule, the factor
-    is at most 5.
+    A step-size multiplier, the factor, multiplies all lengths, see
+    :func:`partnewton.scale_by_lookback`. It grows while the loss of the newest batch
+    still decreases along the displacement of the last ten steps, later of more steps.
+    It decays if noise or a narrow valley makes the steps oscillate. If `learning_rate`
+    is a number up to 1, the product of the two is at most 1, so that no step exceeds
+    the computed lengths; with a schedule, the factor is at most 5.
 
     Args:
       learning_rate: the initial factor for all lengths, a number or a schedule; 1
@@ -171,7 +172,7 @@ def paper_newton(
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The published method: momentum, the cubic model of one batch, a factor.
+    """The published method: momentum, a cubic model of each batch, a constant factor.
 
     Its variants are described in ``docs/published_method.md``. The factor and the
     damping of the rule need tuning.

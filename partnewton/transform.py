@@ -30,7 +30,7 @@ __all__ = ["ScaleByPartitionNewtonState", "scale_by_partition_newton"]
 class ScaleByPartitionNewtonState(NamedTuple):
     """State of :func:`scale_by_partition_newton`. S is the number of subsets.
 
-    `state.summary` gives the last four measurements as one
+    `state.summary` contains the loss and its last derivatives as one
     :class:`~partnewton.Summary`.
 
     Attributes:
@@ -95,9 +95,9 @@ def scale_by_partition_newton(
     from the exact derivatives of the loss along u, see :func:`partnewton.summarize`.
 
     The update function needs `params` and the extra argument `value_fn`, the loss as a
-    function of the parameters. Its other arguments are given by keyword, as to the line
-    searches of optax: extra arguments named in its signature are passed on, and all
-    others are ignored.
+    function of the parameters. Other arguments of `value_fn`, such as the batch, are
+    passed to `update` by keyword, as for the line searches of optax: extra arguments
+    named in the signature of `value_fn` are passed on, and all others are ignored.
 
     Inside :func:`optax.masked` and :func:`optax.partition`, `value_fn` receives
     parameters in which leaves are replaced by :class:`optax.MaskedNode`, and fails
@@ -119,10 +119,10 @@ def scale_by_partition_newton(
         comparable between tensors of different sizes and with Adam's learning rate. By
         default the direction is not scaled.
       update_interval: the number of updates between two refreshes of the rates; None
-        for a quarter of the updates so far, at least 20 and at most 5 S. A summary
-        costs up to about S/2 gradients, so that in the long run refreshes cost at most
-        a tenth of the gradients in between. While all rates are zero, they are
-        refreshed at each update, because the parameters do not change until then; a
+        for a quarter of the number of updates so far, but at least 20 and at most 5 S.
+        A summary costs up to about S/2 gradients, so that in the long run refreshes
+        cost at most a tenth of the gradients in between. While all rates are zero, they
+        are refreshed at each update, because the parameters do not change until then; a
         direction of zeros never causes a refresh.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary is used.
@@ -132,10 +132,11 @@ def scale_by_partition_newton(
         the factor 1 decreases the loss by at least a tenth of the first-order
         prediction (if that is an increase: until the loss increases by at most 1.5
         times the prediction). Only refreshes evaluate the loss, once and once more for
-        each halving, on the data of `value_fn`. By default rates are not halved. It
-        protects against wrong models, such as the vanishing curvature of a saturated
-        softmax. If the gradient is not the derivative of the loss, as with
-        stop-gradient targets, and shorter steps do not help, rates are not halved.
+        each halving, on the data of `value_fn`. By default rates are not halved. This
+        protects against models that are far from the loss, for example at a saturated
+        softmax, where the curvature vanishes. If the gradient is not the derivative of
+        the loss, as with stop-gradient targets, and shorter steps do not help, rates
+        are not halved.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
       has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 

@@ -114,7 +114,7 @@ def passes(depth: int, engine: str) -> float:
     return work / products_in(jax.make_jaxpr(jax.grad(loss))(params)) / depth
 
 
-def test_the_third_order_takes_one_pass_a_subset():
+def test_the_third_order_tensor_takes_one_pass_per_subset():
     adjoint = [passes(depth, "adjoint") for depth in (4, 16)]
     reference = [passes(depth, "jvp_of_grad") for depth in (4, 16)]
     assert adjoint[1] < 1.5 * adjoint[0]

@@ -181,7 +181,7 @@ def test_the_relative_average_weighs_each_summary_by_its_inverse_gradient():
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6, 1e15])
-def test_an_exploding_batch_counts_no_more_than_another(factor):
+def test_a_batch_with_a_huge_loss_has_no_larger_weight(factor):
     seen = summaries(6)
     exploded = [*seen[:3], scaled(seen[3], factor), *seen[4:]]
     average = averaging.relative(averaging.exponential(0.9))
@@ -207,7 +207,7 @@ def test_a_summary_without_gradient_enters_a_relative_average_as_it_is():
     assert_close(mean, summary)
 
 
-def test_nonnegative_clips_what_comes_out_and_not_what_is_kept():
+def test_nonnegative_clips_the_result_and_not_the_state():
     average = averaging.nonnegative(averaging.exponential(0.5))
     state = average.init((jnp.zeros(2),))
     (first,), state = average.update((jnp.array([-3.0, 3.0]),), state)
@@ -240,7 +240,7 @@ def test_a_third_order_that_is_not_finite_leaves_averages_finite(average, value)
     assert found[-1].third[1] > 0.5
 
 
-def test_an_exponential_average_does_not_see_a_third_order_that_is_not_finite():
+def test_an_exponential_average_ignores_a_third_order_that_is_not_finite():
     seen = summaries(3)
     last = seen[2]._replace(third=jnp.full(3, jnp.inf))
     found = averages(averaging.exponential(0.5), [*seen[:2], last])

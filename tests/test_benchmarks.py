@@ -172,7 +172,7 @@ def test_the_table_is_written(record, folder):
 
 
 @pytest.mark.slow
-def test_costs_are_told_in_gradients(record):
+def test_costs_are_multiples_of_a_gradient(record):
     forward, gradient = (row["median"] for row in record["rows"][:2])
     for row in record["rows"][2:]:
         np.testing.assert_allclose(row["gradients"], row["median"] / gradient)
@@ -331,7 +331,7 @@ def row_of(optimizer, **fields):
     return cost_report.Row("cnn", optimizer, **(sizes | times | fields))
 
 
-def test_costs_are_told_in_those_of_muon():
+def test_costs_are_multiples_of_those_of_muon():
     """Medians over the turns, then means over the steps."""
     turns = [[9.0, 1.0, 1.0, 1.0], [5.0, 9.0, 1.0, 1.0], [5.0, 1.0, 1.0, 7.0]]
     rows = [
@@ -357,7 +357,7 @@ def test_costs_are_told_in_those_of_muon():
     assert alone.split(" | ")[3:8] == 5 * ["-"]
 
 
-def test_costs_are_written_as_they_come(tmp_path, monkeypatch):
+def test_costs_are_written_after_each_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
     names = ["--networks", "spirals", "--optimizers", "sgd", "lookback"]
     rest = ["--turns", "1", "--seconds", "0.01", "--output", str(tmp_path)]

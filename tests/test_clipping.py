@@ -174,7 +174,7 @@ def cross_entropy(params, x, y):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clips", [True, False])
-def test_without_it_the_first_steps_of_relus_blow_up_the_weights(clips):
+def test_without_clipping_the_first_steps_of_relu_networks_increase_the_weights(clips):
     """They lower the loss, and what they leave behind is slow to train from there."""
     tx = pn.partition_newton()
     tx = optax.chain(tx, pn.clip_by_parameter_rms()) if clips else tx

@@ -435,7 +435,7 @@ def test_float64_problems_are_solved_under_transformations_too():
         )
 
 
-def test_new_numbers_do_not_compile_anew():
+def test_new_values_do_not_recompile():
     g, H, d = jnp.ones(3), jnp.eye(3), jnp.ones(3)
     solve_cubic(g, H, d, 1.0)
     compiled = _solver._solve._cache_size()

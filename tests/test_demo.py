@@ -60,7 +60,7 @@ def record(short_run):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_written(short_run, name):
+def test_figures_are_written(short_run, name):
     content = (short_run / name).read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert content.endswith(b"IEND\xaeB`\x82")
@@ -126,7 +126,7 @@ def test_evaluations_are_ten_steps_apart_or_more(steps, evaluated):
 
 
 @pytest.mark.parametrize("name", ["partition_newton", "adam", "sgd"])
-def test_a_step_takes_the_buffers_of_its_state(tmp_path, name):
+def test_a_step_donates_the_buffers_of_its_state(tmp_path, name):
     experiment = demo.prepare(config(tmp_path, model="mlp", partition="whole"))
     optimizer = training.optimizers(experiment)[name]
     state = training.initial_params_and_state(experiment, optimizer)
@@ -324,7 +324,7 @@ def test_an_output_below_a_file_gives_one_line(tmp_path, capsys):
     assert f"--output {tmp_path / 'file' / 'folder'}: " in error
 
 
-def test_pictures_that_cannot_be_written_give_one_line(tmp_path, capsys, monkeypatch):
+def test_figures_that_cannot_be_written_give_one_line(tmp_path, capsys, monkeypatch):
     def write(results):
         raise OSError(28, "No space left on device", "losses.png")
 
@@ -358,7 +358,7 @@ def test_missing_scikit_learn_gives_one_line(tmp_path, capsys, monkeypatch):
     assert 'pip install "partnewton[demo]"' in error
 
 
-def test_the_keyboard_interrupts_quietly(tmp_path, capsys, monkeypatch):
+def test_a_keyboard_interrupt_gives_no_traceback(tmp_path, capsys, monkeypatch):
     def interrupted(experiment):
         raise KeyboardInterrupt
 

@@ -71,7 +71,7 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(page, monkeypatch, tmp_path
     assert not jax.config.jax_enable_x64
 
 
-def test_the_two_commands_stand_at_the_top():
+def test_the_two_commands_are_at_the_top():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     top = readme.split("\n## ")[0]
     for command in (
@@ -82,14 +82,14 @@ def test_the_two_commands_stand_at_the_top():
 
 
 @pytest.mark.parametrize("page", documents.pages(), ids=relative)
-def test_links_to_files_lead_somewhere(page):
+def test_links_to_files_resolve(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not re.match(r"https?:", target):
             assert (page.parent / target).exists(), target
 
 
-def test_pictures_are_small():
+def test_images_are_small():
     for picture in DOCS.rglob("*.png"):
         assert picture.stat().st_size < 150_000, picture
 

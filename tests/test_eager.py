@@ -148,7 +148,7 @@ def of_a_jitted_function(scale):
         of_a_jitted_function,
     ],
 )
-def test_a_closure_over_another_array_does_not_compile_anew(make):
+def test_a_closure_over_another_array_does_not_recompile(make):
     first, second = twice(make)
     assert not np.allclose(first, second)
 
@@ -158,7 +158,7 @@ def test_the_third_order_through_rules_is_compiled_once():
     assert not np.allclose(first, second)
 
 
-def test_arguments_by_keyword_do_not_compile_anew():
+def test_arguments_by_keyword_do_not_recompile():
     def loss(x, batch):
         return jnp.sum(batch["scale"] * jnp.sin(x * batch["power"]))
 

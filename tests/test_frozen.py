@@ -59,7 +59,7 @@ def test_frozen_leaves_do_not_change_a_summary(engine):
 
 
 @pytest.mark.parametrize("engine", some(ENGINES, default=["adjoint"]))
-def test_derivative_tensors_do_not_see_them_either(engine):
+def test_frozen_leaves_do_not_change_derivative_tensors(engine):
     params = parameters()
     direction = jax.grad(loss, allow_int=True)(params) | {"w": jnp.ones(2)}
     tensors = quick_jit(
@@ -135,7 +135,7 @@ def test_leaves_without_entries_add_no_subset(engine, shape):
     ],
     ids=["scale", "backtracking", "clip", "preset", "paper"],
 )
-def test_transformations_do_not_look_at_frozen_leaves(tx):
+def test_transformations_do_not_read_frozen_leaves(tx):
     tx = optax.with_extra_args_support(tx)
     params = parameters()
     grads = jax.grad(loss, allow_int=True)(params)

@@ -214,7 +214,7 @@ def test_with_the_rate_zero_the_multiplier_stays_one():
     ],
     ids=["leaves", "entries"],
 )
-def test_how_frozen_entries_moved_is_not_counted(labels):
+def test_changes_of_frozen_entries_are_ignored(labels):
     """Another optimizer moves them uphill, far more than we move downhill."""
     steps, targets = np.tile([-0.01, -5.0, 5.0], (2, 1)), np.zeros((2, 3))
     if isinstance(labels["a"], int):

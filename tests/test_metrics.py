@@ -102,7 +102,7 @@ def by_kind(container, state):
 @pytest.mark.parametrize(
     "container", some(["chain", "host", "ensemble"], default=["chain"])
 )
-def test_metrics_see_every_number_wherever_it_is_kept(trained, container):
+def test_metrics_contain_every_scalar_wherever_it_is_stored(trained, container):
     _, state = trained
     expected = jax.device_get(pn.metrics(state))
     found = jax.device_get(pn.metrics(by_kind(container, state)))
@@ -117,7 +117,7 @@ class Model(nnx.Module):
         self.layer = nnx.Dict(jax.tree.map(nnx.Param, params["layer"]))
 
 
-def test_metrics_see_every_number_of_the_optimizer_of_nnx():
+def test_metrics_contain_every_scalar_of_an_nnx_optimizer():
     rule = pn.rules.newton()  # which compiles quickly
     tx = optax.chain(pn.scale_by_partition_newton(rule), pn.scale_by_lookback())
     model = Model(PARAMS)
@@ -141,7 +141,7 @@ def test_metrics_see_every_number_of_the_optimizer_of_nnx():
     assert rates.keys() == {"layer/bias", "layer/kernel"}
 
 
-def test_pictures_can_be_drawn_of_the_state_of_nnx():
+def test_figures_can_be_drawn_from_an_nnx_state():
     matplotlib.use("Agg")
     tx = pn.scale_by_partition_newton()
     optimizer = nnx.Optimizer(Model(PARAMS), tx, wrt=nnx.Param)

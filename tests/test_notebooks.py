@@ -75,7 +75,7 @@ def test_there_is_prose_between_short_cells(path):
 
 
 @each_notebook
-def test_links_between_notebooks_lead_somewhere(path):
+def test_links_between_notebooks_resolve(path):
     for cell in read(path).cells:
         if cell.cell_type == "markdown":
             for link in re.findall(r"\]\(([^)]*\.ipynb)\)", cell.source):
@@ -87,7 +87,7 @@ def test_notebooks_are_small():
 
 
 @each_notebook
-def test_notebooks_know_no_machine(path):
+def test_notebooks_contain_no_names_of_a_machine(path):
     text = path.read_text()
     assert "/home/" not in text
     assert "/work/" not in text

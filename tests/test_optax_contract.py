@@ -145,7 +145,7 @@ def test_jit_and_eager_agree(name):
 
 
 @every_optimizer
-def test_the_second_call_does_not_compile_anew(name):
+def test_the_second_call_does_not_recompile(name):
     tx, (loss, params, _) = OPTIMIZERS[name], mixed()
     traced = []
 
@@ -415,7 +415,7 @@ def test_reduce_on_plateau_may_follow(name):
 @pytest.mark.parametrize(
     "name", some(["default", "newton", "kept_rates"], default=["newton"])
 )
-def test_a_line_search_may_follow_and_never_goes_uphill(name, line_search):
+def test_a_line_search_may_follow_and_never_increases_the_loss(name, line_search):
     """Its arguments and ours are the same ones, those of `value_fn` included."""
     tx = optax.chain(OPTIMIZERS[name], line_search)
 

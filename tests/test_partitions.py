@@ -414,7 +414,7 @@ def test_blocks_differ_in_length_by_one_at_most(count):
         assert lengths.max() - lengths.min() <= 1
 
 
-def test_alternate_takes_turns():
+def test_alternate_assigns_tensors_cyclically():
     params = [jnp.ones(2)] * 5
     assert partition_of(params, partitions.alternate(2)).labels == (0, 1, 0, 1, 0)
     assert pn.subset_names(params, partitions.alternate(2)) == ("turn 0", "turn 1")

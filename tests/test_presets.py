@@ -313,7 +313,7 @@ def run_on(value_fn, params, tx, steps):
 
 
 @pytest.mark.parametrize("direction", some(DIRECTIONS, default=["muon"]))
-def test_the_rate_of_a_bias_before_a_batch_norm_does_not_blow_up(direction):
+def test_the_rate_of_a_bias_before_a_batch_norm_is_bounded(direction):
     """Its gradient is rounding and so is its curvature: their quotient is anything."""
     tx = preset(direction)
     rates, params, losses = run_on(normalised_loss, NORMALISED, tx, 200)
@@ -323,7 +323,7 @@ def test_the_rate_of_a_bias_before_a_batch_norm_does_not_blow_up(direction):
 
 
 @pytest.mark.slow
-def test_without_the_safeguard_that_rate_does_blow_up():
+def test_without_a_noise_floor_that_rate_is_huge():
     """From some biases at least: whether rounding leaves any gradient is chance."""
     tx = pn.partition_newton(rule=rules.robust())
     run = jax.jit(lambda params: run_on(normalised_loss, params, tx, 200)[0]["bias"])

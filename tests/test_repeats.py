@@ -185,7 +185,7 @@ def test_blocks_of_subsets_against_the_reference(loss):
 
 
 @each_loss(default=[plain])
-def test_all_of_the_third_order_against_the_reference(loss):
+def test_the_third_order_tensor_against_the_reference(loss):
     with jax.enable_x64(True):
         ps, direction = params(4), jax.tree.map(jnp.sin, params(4))
         found, expected = (

@@ -83,7 +83,7 @@ def test_newton_is_accurate_in_float32_when_subsets_differ_by_a_millionfold(seed
     assert np.max(np.abs(error)) < 1e-4 * np.max(np.abs(expected))
 
 
-def test_newton_goes_to_the_saddle_point_of_an_indefinite_model():
+def test_newton_steps_to_the_saddle_point_of_an_indefinite_model():
     summary = Summary(jnp.ones(()), jnp.ones(2), jnp.diag(jnp.array([2.0, -4.0])), None)
     proposal = rules.newton(nonnegative=False)(summary)
     np.testing.assert_allclose(proposal.learning_rates, [0.5, -0.25])
@@ -146,7 +146,7 @@ def test_diagonal_is_equivariant_over_the_range_of_float32(case):
         np.testing.assert_allclose(rates * scale, expected, rtol=1e-5)
 
 
-def test_diagonal_sees_no_interaction():
+def test_diagonal_ignores_interactions():
     summary = drawn(1)
     alone = summary._replace(hessian=jnp.diag(jnp.diagonal(summary.hessian)))
     np.testing.assert_array_equal(
@@ -201,7 +201,7 @@ def test_cubic_is_stationary_for_the_cubic_model(seed, damping, dtype):
     np.testing.assert_allclose(proposal.predicted_decrease, decrease, rtol=rtol)
 
 
-def test_cubic_hands_on_what_solve_cubic_finds():
+def test_cubic_returns_the_solution_of_solve_cubic():
     summary = drawn(3)
     proposal = rules.cubic(2.0, nonnegative=False)(summary)
     scale = jnp.cbrt(jnp.abs(summary.third))
@@ -406,7 +406,7 @@ def test_robust_bounds_the_step_where_the_third_order_is_zero():
     np.testing.assert_allclose(ours, 1000 * (np.sqrt(3) - 1), rtol=1e-6)
 
 
-def test_robust_takes_a_negative_curvature_for_a_positive_one():
+def test_robust_replaces_negative_curvature_by_its_absolute_value():
     for t in (0.0, 0.3):
         np.testing.assert_allclose(
             rules.robust()(one(1.3, -2.0, t)).learning_rates,
@@ -416,7 +416,7 @@ def test_robust_takes_a_negative_curvature_for_a_positive_one():
 
 
 @pytest.mark.parametrize("shift", [-5.0, -1.0, 1e3])
-def test_robust_does_not_see_a_constant_added_to_the_loss(shift):
+def test_robust_does_not_depend_on_a_constant_added_to_the_loss(shift):
     summary = indefinite(1)
     shifted = summary._replace(value=summary.value + shift)
     for x, y in zip(rules.robust()(summary), rules.robust()(shifted), strict=True):

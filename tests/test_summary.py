@@ -599,7 +599,7 @@ def test_without_third_order_there_is_no_third(x64, engine):
 
 @adjoint_by_default
 @pytest.mark.parametrize("transform", some([lambda f: f, jax.jit], default=[jax.jit]))
-def test_aux_is_handed_back_unchanged(x64, transform, engine):
+def test_aux_is_returned_unchanged(x64, transform, engine):
     problem, _, _ = problem_and_oracle("mlp")
 
     def loss(p):

@@ -261,7 +261,7 @@ def test_frozen_parameters_keep_their_values_whatever_their_gradients():
     assert updates["step"].dtype == params["step"].dtype
 
 
-def test_a_rule_of_ones_own_takes_ten_lines():
+def test_a_user_defined_rule_takes_ten_lines():
     def cauchy(summary):
         eta = jnp.sum(summary.gradient) / jnp.sum(summary.hessian)
         rates = jnp.full_like(summary.gradient, eta)
@@ -923,7 +923,7 @@ def test_rates_are_halved_where_the_loss_is_not_finite():
 
 
 @pytest.mark.slow
-def test_backtracking_sees_a_loss_with_aux():
+def test_backtracking_evaluates_a_loss_with_aux():
     tx = scale_by_newton(backtracking=3, has_aux=True)
     params = jnp.array([3.0])
     grads = jax.grad(nearly_linear)(params)

@@ -65,8 +65,8 @@ class CubicStatus(enum.IntEnum):
         of M was added to ``M^-1 g``. If its sign is arbitrary, there are two
         minimisers, one of which is returned (always the same).
       KERNEL_FROZEN: the Hessian is not positive definite on the subsets with ``scale ==
-        0``, so that the model has no (unique) minimum. Their learning rates are zero,
-        the others minimise the model of the others.
+        0``, so that the model has no (unique) minimum. Their learning rates are zero;
+        the other ones minimise the model restricted to the other subsets.
       INVALID: all learning rates are zero, because an argument is not finite, `scale`
         or `damping` is negative, or no step is certain to decrease the model in
         floating-point arithmetic.

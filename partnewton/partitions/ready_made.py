@@ -68,9 +68,9 @@ def whole(params: PyTree) -> PyTree:
 def weights_biases(params: PyTree) -> PyTree:
     """Two subsets: all weights, all biases.
 
-    The last key of a leaf's path decides, if it is "kernel", "weight", "embedding",
-    "w", "w1", ..., or "bias", "b", "b1", .... Otherwise leaves of rank 2 or more are
-    weights.
+    A leaf is a weight if the last key of its path is "kernel", "weight", "embedding",
+    "w", "w1", ..., and a bias if it is "bias", "b", "b1", .... Leaves with other names
+    are weights if their rank is 2 or more.
 
     Args:
       params: a pytree of arrays, or of objects with a shape.
@@ -139,7 +139,7 @@ def per_element(params: PyTree) -> PyTree:
 def by_path(
     rules: Iterable[tuple[str, str | int]],
 ) -> Callable[[PyTree], PyTree]:
-    """Labels from regular expressions for key paths; the first match counts.
+    """Labels from regular expressions for key paths; the first match applies.
 
     Args:
       rules: pairs (regular expression, label). The expression is applied by
@@ -187,12 +187,12 @@ def by_path(
 def blocks(
     n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
 ) -> Callable[[PyTree], PyTree]:
-    """`n` subsets of consecutive tensors, with equally many tensors up to one.
+    """`n` subsets of consecutive tensors, of equal size up to one tensor.
 
     Args:
       n: the number of subsets.
-      of: a function to labels, such as `per_tensor` or `per_layer`, whose subsets are
-        grouped.
+      of: a function from params to labels, such as `per_tensor` or `per_layer`, whose
+        subsets are grouped.
 
     Returns:
       A function from params to labels, to be passed as `param_labels`.
@@ -215,8 +215,8 @@ def alternate(
 
     Args:
       n: the number of subsets.
-      of: a function to labels, such as `per_tensor` or `per_layer`, whose subsets are
-        grouped.
+      of: a function from params to labels, such as `per_tensor` or `per_layer`, whose
+        subsets are grouped.
 
     Returns:
       A function from params to labels, to be passed as `param_labels`.

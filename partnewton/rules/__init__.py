@@ -1,8 +1,8 @@
 """Rules: from a summary to learning rates and to the decrease they predict.
 
 A rule is a function from a :class:`~partnewton.Summary` to a :class:`Proposal`. Rules
-never see parameters. A proposal that is not finite is rejected by the transformation
-that asked for it, so a rule need not check for that.
+do not receive the parameters. A proposal that is not finite is rejected by
+:func:`~partnewton.scale_by_partition_newton`, so a rule need not check for that.
 
 A function of your own can be a rule. Wrap it in a :class:`Rule` if it does not read
 `summary.third`, so that the third order is not computed:

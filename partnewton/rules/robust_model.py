@@ -25,7 +25,7 @@ def robust(
     max_ratio: jax.typing.ArrayLike = 5.0,
     nonnegative: bool = True,
 ) -> Rule:
-    """A convex cubic model with a lower bound on D, optionally shrunk to one rate.
+    """A convex cubic model with a lower bound on D; shrinkage towards a common rate.
 
     It minimises over eta
 
@@ -51,17 +51,17 @@ def robust(
     subset is then lost.
 
     A model measured on one or ten batches is often wrong about single subsets, and a
-    negative rate, set to zero, can leave a tensor untrained for hundreds of steps.
-    `shrinkage` is the remedy: let t be the best common rate, which minimises the same
-    model over eta = t (1, ..., 1). Then
+    negative rate, set to zero, can leave a tensor untrained for hundreds of steps. So
+    rates can be shrunk towards a common one: let t be the best common rate, which
+    minimises the same model over eta = t (1, ..., 1). Then
 
         eta_s <- min((1 - shrinkage) eta_s + shrinkage t, max_ratio t).
 
     A common rate is meaningful only if the direction is normalised, see `normalize` of
-    :func:`partnewton.scale_by_partition_newton`. The model is convex, so without the
-    upper bound its value is at most the same average of the two minima. Where it has no
-    curvature along (1, ..., 1), t = 1, to be shortened by `backtracking` of
-    :func:`partnewton.scale_by_partition_newton`.
+    :func:`partnewton.scale_by_partition_newton`. The model is convex, so its value at
+    the shrunk rates (without the upper bound) is at most the average of the two minima
+    with the same weights. Where it has no curvature along (1, ..., 1), t = 1, to be
+    shortened by `backtracking` of :func:`partnewton.scale_by_partition_newton`.
 
     Args:
       damping: the coefficient of the third-order term, nonnegative.

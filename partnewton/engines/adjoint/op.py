@@ -26,8 +26,7 @@ class Request(NamedTuple):
       third_order: whether second derivatives of values and terms of the third order are
         requested.
       dtype: of the sums over all operations.
-      tangents_are_fixed: whether derivatives of the terms leave out those of the
-        tangents.
+      tangents_are_fixed: whether tangents are constants when terms are differentiated.
     """
 
     third_order: bool

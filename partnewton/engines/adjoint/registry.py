@@ -66,7 +66,7 @@ def register_linear(*names: str, operands: Collection[int] | None = None) -> Non
 
 
 def register_piecewise_linear(*names: str) -> None:
-    """Declares that primitives are linear in real operands, almost everywhere.
+    """Declares that primitives are piecewise linear functions of real operands.
 
     Args:
       names: the names of the primitives.
@@ -78,7 +78,7 @@ def register_piecewise_linear(*names: str) -> None:
 
 
 def register_piecewise_constant(*names: str) -> None:
-    """Declares that primitives are constant in real operands, almost everywhere.
+    """Declares that primitives are piecewise constant functions of real operands.
 
     Args:
       names: the names of the primitives.

@@ -97,7 +97,7 @@ def densify(
       [0.0, 5.0, 6.0, 0.0]
 
     Raises:
-      ValueError: a row would be lost.
+      ValueError: the tangent has a row outside of the span.
     """
     if tangent is None:
         return _zero_rows(like[None], span.count)
