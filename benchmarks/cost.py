@@ -1,14 +1,14 @@
 """What a training step costs: ``python -m benchmarks.cost``.
 
-The step is the ordinary one of a user, jitted and with parameters and state donated.
-Measured are the CPU seconds until it is compiled, its time on average and without a
-refresh, and the size of the optimizer's state, for `partition_newton`, each of its
-links alone, and the optimizers that a user would have taken otherwise. All is told in
-what `optax.contrib.muon` costs on the same network.
+Parameters and state are donated to the jitted step. Measured are the CPU seconds until
+it is compiled, its time on average and without a refresh, and the size of the state,
+for `partition_newton`, for each transformation of its chain alone, and for other
+optimizers of optax. All numbers are multiples of those of `optax.contrib.muon` on the
+same network.
 
-Each optimizer has a process of its own, so that none profits from what another has
-compiled, and the processes of a network take turns with their steps, so that what
-disturbs the machine disturbs all.
+Each optimizer has a process of its own, so that compiled programs are not shared, and
+the processes of a network are timed in turns, so that other load on the machine affects
+all of them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import reporting
-from benchmarks.cost_cases import LINKS, NETWORKS, OPTIMIZERS
+from benchmarks.cost_cases import NETWORKS, OPTIMIZERS, TRANSFORMATIONS
 from benchmarks.cost_report import Row, report
 from benchmarks.cost_training import MOST_STEPS, measure
 
@@ -50,8 +50,8 @@ def parser() -> reporting.Parser:
         nargs="+",
         type=_optimizer_name,
         metavar="NAME",
-        help=f"among {', '.join(OPTIMIZERS)} (default: all); links, which are "
-        f"{', '.join(LINKS)}, can be joined by +",
+        help=f"among {', '.join(OPTIMIZERS)} (default: all); those of the chain, "
+        f"{', '.join(TRANSFORMATIONS)}, can be joined by +",
     )
     add(
         "--quick",
@@ -59,21 +59,21 @@ def parser() -> reporting.Parser:
         help=f"{', '.join(QUICK_NETWORKS)} with {', '.join(QUICK_OPTIMIZERS)} unless "
         "others are named, and one turn",
     )
-    add("--compile-only", action="store_true", help="compile, and take no step")
+    add("--compile-only", action="store_true", help="compile without timing steps")
     add(
         "--turns",
         type=reporting.integer,
         default=3,
         metavar="N",
-        help="how often steps are repeated for a median (default: %(default)s)",
+        help="number of repetitions of the steps, for medians (default: %(default)s)",
     )
     add(
         "--seconds",
         type=reporting.positive,
         default=3.0,
         metavar="X",
-        help="of a turn, which has a whole refresh interval at least and "
-        f"{MOST_STEPS} steps or one interval at most (default: %(default)g)",
+        help="duration of a turn, with at least one refresh interval and at most "
+        f"{MOST_STEPS} steps or one interval (default: %(default)g)",
     )
     reporting.add_common_options(result, "cost")
     return result
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
       SystemExit: with code 2 after one line on standard error where something is wrong
-        with the arguments; with 0 after ``--help``.
+        with the arguments; with code 0 after ``--help``.
     """
     options, command = reporting.started(parser(), "benchmarks.cost", argv)
     where = {"command": f"`{command}`"}
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _optimizer_name(text: str) -> str:
-    """A type of argument: a key of `OPTIMIZERS`, or links joined by "+"."""
-    if text not in OPTIMIZERS and not set(text.split("+")) <= set(LINKS):
+    """A type of argument: a key of `OPTIMIZERS`, or transformations joined by "+"."""
+    if text not in OPTIMIZERS and not set(text.split("+")) <= set(TRANSFORMATIONS):
         raise argparse.ArgumentTypeError(
             f"must be among {', '.join(OPTIMIZERS)}, got {text!r}"
         )

@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.cost` compares: optimizers, links, and networks."""
+"""What :mod:`benchmarks.cost` compares: optimizers, transformations, and networks."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from benchmarks import models, problems
 from partnewton import averaging, directions, presets, rules
 from partnewton._refresh import default_refreshes
 
-__all__ = ["LINKS", "NETWORKS", "OPTIMIZERS", "Optimizer", "optimizer"]
+__all__ = ["NETWORKS", "OPTIMIZERS", "TRANSFORMATIONS", "Optimizer", "optimizer"]
 
 RATE = 1e-3
 
@@ -35,8 +35,8 @@ def _average() -> averaging.Average:
     return averaging.relative(averaging.exponential(0.9, absolute_third=True))
 
 
-# The links of `partition_newton()` in their order, as they stand in `presets`.
-LINKS: dict[str, Optimizer] = {
+# The transformations of `partition_newton()` in their order, as in `presets`.
+TRANSFORMATIONS: dict[str, Optimizer] = {
     "direction": Optimizer(
         lambda: directions.skip_nonfinite(
             directions.equilibrated(presets.orthogonal_momentum()),
@@ -62,25 +62,26 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "muon": Optimizer(lambda: contrib.muon(RATE)),
     "lbfgs": Optimizer(optax.lbfgs),
     "partition_newton": Optimizer(pn.partition_newton, default_refreshes),
-    **LINKS,
+    **TRANSFORMATIONS,
 }
-"""What is measured by default; links are followed by a learning rate of `RATE`."""
+"""Measured by default; a learning rate of `RATE` follows the transformations."""
 
 
 def optimizer(name: str) -> Optimizer:
-    """The optimizer called `name`; links joined by "+" make a chain of them."""
+    """The optimizer called `name`; names joined by "+" are those of a chain."""
     names = name.split("+")
-    if len(names) == 1 and name not in LINKS:
+    if len(names) == 1 and name not in TRANSFORMATIONS:
         return OPTIMIZERS[name]
-    links = [LINKS[part] for part in names]
+    parts = [TRANSFORMATIONS[part] for part in names]
 
     def make() -> optax.GradientTransformation:
         return optax.chain(
-            *(link.make() for link in links), optax.scale_by_learning_rate(RATE)
+            *(x.make() for x in parts),
+            optax.scale_by_learning_rate(RATE),
         )
 
     def refreshes(steps: int, S: int) -> list[int]:
-        return sorted({n for link in links for n in link.refreshes(steps, S)})
+        return sorted({n for x in parts for n in x.refreshes(steps, S)})
 
     return Optimizer(make, refreshes)
 

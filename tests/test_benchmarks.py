@@ -301,7 +301,7 @@ def test_the_average_step_is_that_of_a_thousand():
 
 def test_the_transformations_together_are_the_preset():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    chain = cost_cases.optimizer("+".join(cost_cases.LINKS)).make()
+    chain = cost_cases.optimizer("+".join(cost_cases.TRANSFORMATIONS)).make()
     found, expected = chain.init(params), pn.partition_newton().init(params)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
@@ -318,7 +318,7 @@ def test_each_network_of_the_cost_takes_a_step_in_small(network):
 
 def test_the_state_of_the_preset_is_that_of_its_parts():
     """One copy of the parameters and a few S x S numbers beside the direction's."""
-    names = ["partition_newton", *cost_cases.LINKS]
+    names = ["partition_newton", *cost_cases.TRANSFORMATIONS]
     whole, direction, rates, lookback = state.bytes_per_parameter("digits_cnn", names)
     assert whole == pytest.approx(direction + rates + lookback)
     assert lookback == pytest.approx(4.0, abs=0.01)

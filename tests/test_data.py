@@ -177,15 +177,15 @@ BROKEN_IDX = {
     ),
     "a label out of range": (
         replaced(LABELS, np.array([0, 1, 2, 10, 3, 4, 5], np.uint8)),
-        "the label 10 at place 3 is out of range, expected 0 to 9",
+        "the label 10 at position 3 is out of range, expected 0 to 9",
     ),
     "an empty set": (
         replaced(IMAGES, np.zeros((0, 5, 4), np.uint8)),
-        "an empty set, its header says 0 x 5 x 4",
+        "an empty data set, its header contains 0 x 5 x 4",
     ),
     "images without pixels": (
         replaced(IMAGES, np.zeros((7, 0, 4), np.uint8)),
-        "an empty set, its header says 7 x 0 x 4",
+        "an empty data set, its header contains 7 x 0 x 4",
     ),
     "test images of another size": (
         replaced("t10k-images-idx3-ubyte", np.zeros((3, 6, 4), np.uint8)),
@@ -195,11 +195,11 @@ BROKEN_IDX = {
         broken_idx(IMAGES, lambda x: x[:4] + b"\xff" * 12 + x[16:]),
         "truncated, 140 bytes follow the header",
     ),
-    "no gzip file": (zipped_badly(lambda x: b"plain text"), "not a sound gzip file"),
-    "a truncated gzip file": (zipped_badly(lambda x: x[:-9]), "not a sound gzip file"),
+    "no gzip file": (zipped_badly(lambda x: b"plain text"), "not a valid gzip file"),
+    "a truncated gzip file": (zipped_badly(lambda x: x[:-9]), "not a valid gzip file"),
     "a damaged gzip file": (
         zipped_badly(lambda x: x[:12] + bytes(255 - b for b in x[12:30]) + x[30:]),
-        "not a sound gzip file",
+        "not a valid gzip file",
     ),
 }
 
@@ -236,9 +236,13 @@ def test_cifar_is_read_channel_by_channel(tmp_path, inside):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data_batch_3.bin", b"\1" * 3074, "truncated, 3074 bytes are no multiple of"),
-        ("test_batch.bin", b"", "an empty set"),
-        ("test_batch.bin", b"\x0b" + b"\0" * 3072, "label 11 at place 0 is out of ran"),
+        (
+            "data_batch_3.bin",
+            b"\1" * 3074,
+            "truncated, 3074 bytes are not a multiple of",
+        ),
+        ("test_batch.bin", b"", "an empty data set"),
+        ("test_batch.bin", b"\x0b" + b"\0" * 3072, "label 11 at position 0 is out"),
     ],
 )
 def test_a_broken_cifar_file_is_named_with_what_is_wrong(
@@ -301,5 +305,5 @@ def test_a_pickle_is_never_loaded(tmp_path):
         data.from_folder(tmp_path)
     write_cifar(tmp_path)
     (tmp_path / "data_batch_1.bin").write_bytes(pickle.dumps(Explosive()))
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         data.from_folder(tmp_path)

@@ -392,12 +392,12 @@ def test_a_registered_rule_takes_precedence_over_a_run_of_elementwise_equations(
     ],
 )
 def test_primitives_are_registered_by_name(register):
-    with pytest.raises(TypeError, match="by their names, strings, got smoothed"):
+    with pytest.raises(TypeError, match="by its name, a string, got smoothed"):
         register(Primitive("smoothed"))
 
 
 def test_a_rule_without_a_primitive_is_an_error():
-    with pytest.raises(TypeError, match="by their names"):
+    with pytest.raises(TypeError, match="by its name"):
 
         @engines.rule
         def rule(op, primals, cotangents, jets, request):

@@ -49,9 +49,7 @@ GUESSES: dict[tuple[str, str], Callable[[int], float]] = {
 }
 # On a CPU, Hessian-vector products of convolutions take 11 to 14 times as long.
 SLOW_CONVOLUTIONS = 10
-QUICK = (
-    0.2  # seconds; a shorter call is timed right after another one, with warm caches
-)
+QUICK = 0.2  # seconds; a shorter call is timed after another one, with warm caches
 
 
 @dataclasses.dataclass

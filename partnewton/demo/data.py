@@ -170,7 +170,9 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
         )
     size = math.prod(shape)
     if size == 0:
-        raise ValueError(f"{path}: an empty set, its header says {_shape_text(shape)}.")
+        raise ValueError(
+            f"{path}: an empty data set, its header contains {_shape_text(shape)}."
+        )
     if len(content) != header + size:
         problem = "truncated" if len(content) < header + size else "too long"
         raise ValueError(
@@ -198,11 +200,11 @@ def _cifar_dataset(folder: Path, name: str) -> Dataset:
 def _cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     content = _content(path)
     if not content:
-        raise ValueError(f"{path}: an empty set, the file has no bytes.")
+        raise ValueError(f"{path}: an empty data set, the file has no bytes.")
     if len(content) % CIFAR_RECORD:
         raise ValueError(
-            f"{path}: truncated, {len(content)} bytes are no multiple of the "
-            f"{CIFAR_RECORD} that an image and its label take."
+            f"{path}: truncated, {len(content)} bytes are not a multiple of the "
+            f"{CIFAR_RECORD} bytes of an image and its label."
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -230,7 +232,7 @@ def _content(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a sound gzip file ({error}).") from error
+        raise ValueError(f"{path}: not a valid gzip file ({error}).") from error
 
 
 def _as_floats(images: np.ndarray) -> np.ndarray:
@@ -241,7 +243,7 @@ def _as_floats(images: np.ndarray) -> np.ndarray:
 def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     if labels.max() >= CLASSES:
         raise ValueError(
-            f"{path}: the label {labels.max()} at place {labels.argmax()} is out of "
+            f"{path}: the label {labels.max()} at position {labels.argmax()} is out of "
             f"range, expected 0 to {CLASSES - 1}."
         )
     return labels.astype(np.int32)

@@ -75,7 +75,7 @@ def _partition_picture(results: Results) -> Figure:
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
     matrix.set_title(
-        f"Partition Hessian after {results.looked_after} steps, unit diagonal"
+        f"Partition Hessian after {results.snapshot_step} steps, unit diagonal"
     )
     ours = results.curves[PARTITION_NEWTON]
     shown = slice(_refreshes_above_rounding(ours))
@@ -107,7 +107,7 @@ def _as_json(results: Results) -> dict[str, Any]:
             name: np.asarray(x).tolist()
             for name, x in results.summary._asdict().items()
         },
-        "summary_after_steps": results.looked_after,
+        "summary_after_steps": results.snapshot_step,
         "correlation": plot.correlation(results.summary.hessian).tolist(),
         "gradient_seconds": results.cost.gradient,
         "summary_seconds": results.cost.summary,

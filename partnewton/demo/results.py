@@ -52,8 +52,8 @@ class Results(NamedTuple):
       experiment: the problem.
       curves: the curves of each optimizer.
       summary: the mean summary over some batches, along their mean gradient, at the
-        weights of `partition_newton` after `looked_after` steps.
-      looked_after: the number of these steps.
+        weights of `partition_newton` after `snapshot_step` steps.
+      snapshot_step: the number of steps before that snapshot.
       names: the names of the subsets.
       cost: the times of a gradient, of a summary and of a refresh.
       wall_seconds: the total time.
@@ -62,7 +62,7 @@ class Results(NamedTuple):
     experiment: Experiment
     curves: dict[str, Curves]
     summary: pn.Summary
-    looked_after: int
+    snapshot_step: int
     names: tuple[str, ...]
     cost: Cost
     wall_seconds: float
@@ -110,7 +110,7 @@ def run(experiment: Experiment) -> Results:
     names = pn.subset_names(experiment.params, experiment.param_labels)
     wall_seconds = time.perf_counter() - start
     return Results(
-        experiment, curves, summary, ours.looked_after, names, cost, wall_seconds
+        experiment, curves, summary, ours.snapshot_step, names, cost, wall_seconds
     )
 
 

@@ -27,7 +27,7 @@ __all__ = [
 
 EVALUATIONS = 25  # maximal number per optimizer
 EVALUATE_EVERY = 10  # minimal number of steps between two evaluations
-LOOK_AFTER = 0.1  # fraction of the steps; later a few images dominate the loss
+SNAPSHOT_AFTER = 0.1  # fraction of the steps; later a few images dominate the loss
 
 # The default, not tuned for these networks.
 FACTOR = inspect.signature(pn.partition_newton).parameters["learning_rate"].default
@@ -123,14 +123,14 @@ class Training(NamedTuple):
 
     Attributes:
       curves: its curves.
-      looked_after: the number of steps after which `params` were copied.
+      snapshot_step: the number of steps before `params` were copied.
       params: the weights after these steps.
       step: the compiled step, ``step(i, state, images, batches)``; the buffers of
         `state`, which consists of the parameters and the optimizer state, are donated.
     """
 
     curves: Curves
-    looked_after: int
+    snapshot_step: int
     params: PyTree
     step: Callable[..., PyTree]
 
@@ -148,7 +148,7 @@ def train(
     steps, batches = experiment.config.steps, jnp.asarray(experiment.batches)
     state = initial_params_and_state(experiment, optimizer)
     refreshes = set(experiment.refreshes)
-    looked_after, params = 0, None
+    snapshot_step, params = 0, None
 
     with tqdm(total=steps, desc=f"{name:16}", unit="step", mininterval=0.5) as bar:
         estimate = optimizer.compile_ratio * gradient_compile_seconds
@@ -175,11 +175,11 @@ def train(
             jax.block_until_ready(state)
             seconds += time.perf_counter() - begin
             curves.append(last, evaluate(state[0]), seconds)
-            if params is None and last >= LOOK_AFTER * steps:
-                looked_after, params = last, jax.tree.map(jnp.copy, state[0])
+            if params is None and last >= SNAPSHOT_AFTER * steps:
+                snapshot_step, params = last, jax.tree.map(jnp.copy, state[0])
             bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.3g}")
             bar.update(last - first)
-    return Training(curves, looked_after, params, step)
+    return Training(curves, snapshot_step, params, step)
 
 
 def initial_params_and_state(experiment: Experiment, optimizer: Optimizer) -> PyTree:

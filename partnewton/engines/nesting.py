@@ -169,12 +169,12 @@ def _first_that_works(ways: Sequence[Callable], function: Function, x: Arrays) -
     kernels = compat.kernels_in(jax.make_jaxpr(function)(x))
     where = f" It contains the Pallas kernel {', '.join(kernels)}." if kernels else ""
     raise DifferentiationError(
-        "value_fn cannot be differentiated as often as a summary asks for, neither "
+        "value_fn cannot be differentiated as often as a summary requires, neither "
         f"forwards over its gradient nor backwards.{where} Give the operation that jax "
         "names below a rule that can itself be differentiated (jax.custom_jvp, or a "
         "custom_vjp whose backward pass consists of differentiable operations), or use "
-        "a plain implementation of it in value_fn. With third_order=False the loss "
-        "must be differentiable twice only."
+        "an implementation by operations of jax. With third_order=False the loss need "
+        "only be differentiable twice."
         f" jax says: {type(errors[0]).__name__}: {errors[0]}",
         kernels,
     ) from errors[0]

@@ -166,6 +166,6 @@ def _checked(names: Sequence[str]) -> Sequence[str]:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
-                f"Primitives are registered by their names, strings, got {name!r}."
+                f"A primitive is registered by its name, a string, got {name!r}."
             )
     return names

@@ -108,7 +108,7 @@ def densify(
         return _with_rows_added(empty, tangent, span)
     before, after = tangent.start - span.start, span.stop - tangent.span.stop
     if min(before, after) < 0:
-        raise ValueError(f"the rows of {tangent.span} do not fit into {span}")
+        raise ValueError(f"the rows of {tangent.span} are not all inside of {span}.")
     parts = [tangent.values]
     if before:
         parts.insert(0, _zero_rows(tangent.values[:1], before))
