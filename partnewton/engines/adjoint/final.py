@@ -13,16 +13,15 @@ By its custom rules, g need not be the gradient of any function.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from partnewton.engines import nesting
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, Request
-from partnewton.engines.adjoint.rows import apply
+from partnewton.engines.adjoint.rows import apply, with_zeros
 from partnewton.engines.adjoint.spans import hull
 from partnewton.engines.adjoint.sweep import Jets
 from partnewton.engines.adjoint.tangent import Tangent, add, densify
@@ -68,20 +67,16 @@ def sweep_final(
     span = hull([x.span for x in first])
     columns = [densify(x, span) for x in first]
 
-    def filled(some: Sequence[jax.Array]) -> list[jax.Array]:
-        everything = list(map(jnp.zeros_like, final.point))
-        for n, x in zip(places, some, strict=True):
-            everything[n] = x
-        return everything
+    filled = with_zeros(lambda *x: list(x), final.point)(tuple(places))
 
     def hvp(*xdot: jax.Array) -> list[jax.Array]:
-        product = final.linear.product(*filled(xdot))
+        product = final.linear.product(*filled(*xdot))
         return [product[n] for n in places]
 
     def third(*moved: jax.Array) -> list[jax.Array]:
-        xdot, xddot = filled(moved[: len(places)]), None
+        xdot, xddot = filled(*moved[: len(places)]), None
         if len(moved) > len(places):
-            xddot = filled(moved[len(places) :])
+            xddot = filled(*moved[len(places) :])
         along = nesting.third(final.function, final.point, xdot, xddot, request.dtype)
         return [along]
 

@@ -1,13 +1,15 @@
 """Functions applied to the rows of tangents."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from partnewton.engines.adjoint.spans import Span, hull, overlap, segments
 from partnewton.engines.adjoint.tangent import Tangent, add
 
-__all__ = ["apply", "group_by_support", "push"]
+__all__ = ["apply", "group_by_support", "push", "with_zeros"]
 
 
 def group_by_support(
@@ -61,6 +63,32 @@ def push(
     if not parts:
         return None
     return [add(*column) for column in zip(*parts, strict=True)]
+
+
+def with_zeros(
+    function: Callable, operands: Sequence[jax.Array]
+) -> Callable[[tuple[int, ...]], Callable]:
+    """A linear function as the first argument of :func:`push`.
+
+    Args:
+      function: the function of all operands.
+      operands: arrays of the shapes of the operands.
+
+    Returns:
+      From the positions of some operands to the function of these, in which the others
+      are zero.
+    """
+
+    def of_members(members: tuple[int, ...]) -> Callable:
+        def of_some(*some: jax.Array) -> Any:
+            everything = list(map(jnp.zeros_like, operands))
+            for n, x in zip(members, some, strict=True):
+                everything[n] = x
+            return function(*everything)
+
+        return of_some
+
+    return of_members
 
 
 def apply(

@@ -15,7 +15,7 @@ from partnewton.engines.adjoint.tangent import Jet
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Variable
 
-__all__ = ["Jets", "OperationError", "passed", "sweep"]
+__all__ = ["Jets", "OperationError", "sweep"]
 
 Jets = dict[Variable, Jet]  # of the variables with a nonzero tangent
 
@@ -61,13 +61,13 @@ def sweep(
             primals = [*primals, residuals.loops[n]]
         some = [jets.get(v, Jet()) for v in op.read]
         by_itself = one_by_one and op.is_curved
-        found, more = passed(op, primals, cotangents.get(n), some, request, by_itself)
+        found, more = _passed(op, primals, cotangents.get(n), some, request, by_itself)
         terms += more
         jets.update((v, x) for v, x in zip(op.written, found, strict=True) if x.first)
     return terms
 
 
-def passed(
+def _passed(
     op: Op,
     primals: Sequence[Any],
     cotangents: Any,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
-from partnewton.engines.adjoint.rows import apply, group_by_support, push
+from partnewton.engines.adjoint.rows import apply, group_by_support, push, with_zeros
 from partnewton.engines.adjoint.spans import Span, overlap
 from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
@@ -63,17 +63,7 @@ def _linearized(
 ) -> Callable[[tuple[int, ...]], Callable]:
     """The derivative with respect to some operands, from a single linearization."""
     _, jvp = jax.linearize(function, *active)
-
-    def of_members(members: tuple[int, ...]) -> Callable:
-        def of(*some: jax.Array) -> Sequence[jax.Array]:
-            everything = list(map(jnp.zeros_like, active))
-            for n, x in zip(members, some, strict=True):
-                everything[n] = x
-            return jvp(*everything)
-
-        return of
-
-    return of_members
+    return with_zeros(jvp, active)
 
 
 def _hessian_terms(products: Sequence[jax.Array], first: Sequence, span: Span) -> Terms:

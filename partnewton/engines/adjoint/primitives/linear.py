@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.op import Op, OpRule, Request
@@ -13,58 +12,22 @@ from partnewton.engines.adjoint.registry import (
     register_piecewise_constant,
     register_piecewise_linear,
 )
-from partnewton.engines.adjoint.rows import push
+from partnewton.engines.adjoint.rows import push, with_zeros
 from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
 from partnewton.engines.adjoint.terms import Terms
 
 __all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of"]
 
+# fmt: off
 register_linear(
-    "add",
-    "add_any",
-    "all_gather",
-    "all_gather_invariant",
-    "all_to_all",
-    "broadcast_in_dim",
-    "complex",
-    "concatenate",
-    "conj",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "cumsum",
-    "device_put",
-    "fft",
-    "imag",
-    "mesh_cast",
-    "name",
-    "neg",
-    "optimization_barrier",
-    "pad",
-    "pbroadcast",
-    "pcast",
-    "ppermute",
-    "psum",
-    "psum_invariant",
-    "psum_scatter",
-    "pvary",
-    "real",
-    "reduce_precision",
-    "reduce_scatter",
-    "reduce_sum",
-    "reduce_window_sum",
-    "reshape",
-    "reshard",
-    "rev",
-    "select_n",
-    "sharding_constraint",
-    "slice",
-    "split",
-    "squeeze",
-    "stack",
-    "sub",
-    "tile",
-    "transpose",
+    "add", "add_any", "all_gather", "all_gather_invariant", "all_to_all",
+    "broadcast_in_dim", "complex", "concatenate", "conj", "convert_element_type",
+    "copy", "copy_p", "cumsum", "device_put", "fft", "imag", "mesh_cast", "name", "neg",
+    "optimization_barrier", "pad", "pbroadcast", "pcast", "ppermute", "psum",
+    "psum_invariant", "psum_scatter", "pvary", "real", "reduce_precision",
+    "reduce_scatter", "reduce_sum", "reduce_window_sum", "reshape", "reshard", "rev",
+    "select_n", "sharding_constraint", "slice", "split", "squeeze", "stack", "sub",
+    "tile", "transpose",
 )
 register_linear("div", "dynamic_slice", "gather", operands=(0,))
 register_linear("dynamic_update_slice", operands=(0, 1))
@@ -72,23 +35,11 @@ register_linear("scatter-add", operands=(0, 2))
 register_linear("triangular_solve", operands=(1,))
 
 register_piecewise_linear(
-    "abs",
-    "clamp",
-    "cummax",
-    "cummin",
-    "max",
-    "min",
-    "reduce_max",
-    "reduce_min",
-    "reduce_window_max",
-    "reduce_window_min",
-    "rem",
-    "scatter",
-    "select_and_gather_add",
-    "select_and_scatter_add",
-    "sort",
-    "top_k",
+    "abs", "clamp", "cummax", "cummin", "max", "min", "reduce_max", "reduce_min",
+    "reduce_window_max", "reduce_window_min", "rem", "scatter", "select_and_gather_add",
+    "select_and_scatter_add", "sort", "top_k",
 )
+# fmt: on
 register_piecewise_constant("ceil", "floor", "round", "sign")
 
 
@@ -103,17 +54,7 @@ def linear(
     del cotangents, request
     by_rows, takes_rows = lowerings.function_of_rows(op)
     function = op.restricted(primals, function=by_rows)
-    active = op.active(primals)
-
-    def of_members(members: tuple[int, ...]) -> Callable:
-        def of(*tangents: jax.Array) -> list[jax.Array]:
-            everything = [jnp.zeros_like(x) for x in active]
-            for n, x in zip(members, tangents, strict=True):
-                everything[n] = x
-            return function(*everything)
-
-        return of
-
+    of_members = with_zeros(function, op.active(primals))
     first, second = (
         push(of_members, column, takes_rows=takes_rows)
         for column in zip(*jets, strict=True)
@@ -130,23 +71,14 @@ def piecewise_linear(
 ) -> tuple[list[Jet], Terms]:
     """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
     del cotangents, request
-    first, second = (
-        _jvp_of_rows(op, primals, column) for column in zip(*jets, strict=True)
-    )
-    return jets_of(op, first, second), Terms()
-
-
-def _jvp_of_rows(
-    op: Op, primals: Sequence[jax.Array], tangents: Sequence[Tangent | None]
-) -> list[Tangent] | None:
-    """Df applied to all rows."""
     active = op.active(primals)
 
     def of_members(members: tuple[int, ...]) -> Callable:
         function = op.restricted(primals, members)
         return jax.linearize(function, *(active[n] for n in members))[1]
 
-    return push(of_members, tangents)
+    first, second = (push(of_members, column) for column in zip(*jets, strict=True))
+    return jets_of(op, first, second), Terms()
 
 
 def jets_of(
