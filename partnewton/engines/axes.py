@@ -12,16 +12,16 @@ __all__ = ["refuse_named_axes"]
 def refuse_named_axes(jaxpr: Any) -> None:
     """Raises an error for a collective over a named axis of a `vmap` around the loss.
 
-    What jax calls the derivative of ``pmean(loss, axis)`` there is that of the sum over
-    all lanes, each with parameters of its own, of which a lane can measure no curvature
-    but its own. The axes of a `shard_map` are another matter, and so are axes of a
-    `vmap` inside of the loss.
+    There, the derivative of ``pmean(loss, axis)`` in jax is that of the sum over all
+    lanes (indices of the mapped axis). Since each lane has separate parameters, it
+    cannot compute the curvature of the mean. Axes of a `shard_map`, and of a `vmap`
+    inside of the loss, are allowed.
 
     Args:
       jaxpr: of the loss.
 
     Raises:
-      ValueError: there is one.
+      ValueError: the jaxpr contains such a collective.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = [axis for axis in compat.named_axes(jaxpr) if axis not in manual]

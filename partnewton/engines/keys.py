@@ -32,7 +32,7 @@ def key_of_program(jaxpr: Any) -> Hashable:
     The constants of inner jaxprs are part of the key: NumPy arrays by value, and jax
     arrays, which can be large but are immutable, by identity. Functions, and inner
     jaxprs without a key, are also compared by identity, since a jitted function is
-    traced once. Custom differentiation rules, which are traced anew with each program,
+    traced once. Custom differentiation rules, which are traced again with each program,
     are represented by the jaxprs of the derivatives that they define.
 
     Args:

@@ -188,7 +188,7 @@ class Loop:
 
     @property
     def inputs(self) -> tuple[Variable, ...]:
-        """The variables of the body that the inputs of the scan stand for."""
+        """The variables of the body that correspond to the inputs of the scan."""
         return self.body.inputs[len(self.closed) :]
 
     def split(self, inputs: Sequence[Any]) -> tuple[list, list, list]:

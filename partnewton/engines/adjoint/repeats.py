@@ -33,7 +33,7 @@ class Part:
       ops: the operations.
       read: the active variables that they read from outside.
       written: those that they write and that are read outside.
-      kept: which of these are read behind the next part, too.
+      kept: the positions of those that are also read after the next part.
     """
 
     numbers: tuple[int, ...]
