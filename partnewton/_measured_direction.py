@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from partnewton import partitions
-from partnewton.engines.compat import outlined
+from partnewton.engines.compat import as_call
 
 __all__ = ["MeasuredDirection"]
 
@@ -37,7 +37,7 @@ class MeasuredDirection:
         self._params_leaves, self._params_treedef = jax.tree.flatten(params)
         active = [jnp.asarray(self._leaves[i]) for i in self.partition.active]
         # Not inlined: XLA would fuse the sums into each kernel that reads one of them.
-        squares = outlined(self.partition.of_active().inner)(active, active)
+        squares = as_call(self.partition.of_active().inner)(active, active)
         self._norms = jnp.sqrt(squares)
         self.is_measurable = jnp.isfinite(jnp.sum(squares)) & jnp.any(squares > 0)
         self._normalizes = normalize is not None

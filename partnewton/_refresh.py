@@ -12,7 +12,7 @@ import numpy as np
 from partnewton import averaging, engines, rules
 from partnewton._backtracking import descending_fraction
 from partnewton._measured_direction import MeasuredDirection
-from partnewton.engines.compat import outlined
+from partnewton.engines.compat import as_call
 from partnewton.engines.nesting import DifferentiationError
 from partnewton.summary import Summary, summarize
 
@@ -119,7 +119,7 @@ class Refresh:
 
         # Not inlined, like the loss in `lookback.py`: equal computations are compiled
         # once.
-        value = outlined(value)
+        value = as_call(value)
 
         def loss_at(t: jax.Array) -> jax.Array:
             return value(direction.parameters_after(-t * eta))

@@ -20,7 +20,7 @@ def all_finite(tree: PyTree) -> jax.Array:
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     # Not inlined: XLA would fuse the check into each kernel that reads the result.
-    return compat.outlined(check)(numbers)
+    return compat.as_call(check)(numbers)
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ from partnewton import partitions
 from partnewton._checks import check_transformation
 from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
-from partnewton.engines.compat import outlined
+from partnewton.engines.compat import as_call
 
 __all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
 
@@ -100,7 +100,7 @@ def skip_nonfinite(
 def _has_finite_squares(tree: optax.Updates) -> jax.Array:
     """Whether the sum of all squares in a tree is finite, in float32 at least."""
     # Not inlined: XLA would fuse the sums into each kernel that reads the result.
-    check = outlined(_sum_of_squares_is_finite)
+    check = as_call(_sum_of_squares_is_finite)
     return check([jnp.asarray(x) for x in jax.tree.leaves(tree)])
 
 

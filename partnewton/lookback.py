@@ -21,7 +21,7 @@ from partnewton._error_hints import with_error_hints
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._strictness import permissive
 from partnewton._tree import select
-from partnewton.engines.compat import outlined
+from partnewton.engines.compat import as_call
 
 __all__ = ["ScaleByLookbackState", "scale_by_lookback"]
 
@@ -239,7 +239,7 @@ def _slope(
     steps = jax.tree.map(
         lambda now, then: _times(-width, now - then), partition.take(params), anchor
     )
-    value = outlined(loss_at)  # compiled once for both points
+    value = as_call(loss_at)  # compiled once for both points
     here, there = value(params), value(partition.moved(params, steps))
     difference = (here - there).astype(jnp.float32)
     rounding = _ROUNDING_UNITS * float(jnp.finfo(here.dtype).eps) * jnp.abs(here)

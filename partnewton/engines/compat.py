@@ -20,9 +20,10 @@ __all__ = [
     "Jaxpr",
     "Variable",
     "arity",
+    "as_call",
+    "called_jaxpr",
     "constants_of",
     "function_of",
-    "inlined",
     "is_explicit",
     "is_reference",
     "jaxpr_of",
@@ -33,7 +34,6 @@ __all__ = [
     "num_equations",
     "on_a_mesh",
     "open_jaxpr",
-    "outlined",
     "traced",
     "varying_axes",
     "zeros",
@@ -87,7 +87,7 @@ def jaxpr_of(
     )
 
 
-def inlined(equation: Equation) -> Any | None:
+def called_jaxpr(equation: Equation) -> Any | None:
     """The jaxpr of an equation that is a call, or None."""
     if equation.primitive in (primitives.jit_p, primitives.remat_p):
         return equation.params["jaxpr"]
@@ -155,7 +155,7 @@ def named_axes(jaxpr: Any) -> tuple[str, ...]:
     return tuple(sorted(map(str, axes)))
 
 
-def outlined(function: Callable) -> Callable:
+def as_call(function: Callable) -> Callable:
     """The function as a call that XLA does not inline on CPU.
 
     XLA usually inlines calls. Its CPU backend then fuses, for example, a transposition

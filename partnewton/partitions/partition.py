@@ -103,7 +103,7 @@ class Partition:
 
         # Not inlined: kernels that read a scalar, instead of an element of a vector,
         # are equal for leaves of equal shapes, and XLA compiles equal kernels once.
-        return compat.outlined(broadcast)(values)
+        return compat.as_call(broadcast)(values)
 
     def take(self, tree: Any) -> Any:
         """The tree with None in place of frozen leaves and zeros at frozen entries."""

@@ -109,19 +109,19 @@ class _Group(NamedTuple):
 
     Attributes:
       equations: the equations.
-      read: what they read and do not write themselves, each once.
-      written: what they write and others read.
+      inputs: what they read and do not write themselves, each once.
+      outputs: what they write and others read.
       places: where they are in the flat jaxpr.
     """
 
     equations: tuple[Equation, ...]
-    read: tuple[Variable, ...]
-    written: tuple[Variable, ...]
+    inputs: tuple[Variable, ...]
+    outputs: tuple[Variable, ...]
     places: tuple[int, ...]
 
     def constant_op(self) -> Op:
         """An operation without active outputs."""
-        return Op(None, self.equations, self.read, self.written, places=self.places)
+        return Op(None, self.equations, self.inputs, self.outputs, places=self.places)
 
 
 def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
@@ -156,21 +156,21 @@ def _op_of(
     singularities: Singularities,
 ) -> Op:
     """A group of equations as an operation, with its rule."""
-    equations, read, written, places = group
-    active_inputs = tuple(i for i, v in enumerate(read) if v in active)
-    active_outputs = tuple(i for i, v in enumerate(written) if v in relevant)
+    equations, inputs, outputs, places = group
+    active_inputs = tuple(i for i, v in enumerate(inputs) if v in active)
+    active_outputs = tuple(i for i, v in enumerate(outputs) if v in relevant)
     if not active_inputs or not active_outputs:
         return group.constant_op()
     if is_scan(equations[0]):
         op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
         return dataclasses.replace(op, places=places)
-    moving = [read[i] for i in active_inputs]
+    moving = [inputs[i] for i in active_inputs]
     rule = _rule_of(equations, moving, active)
     return Op(
         rule,
         equations,
-        read,
-        written,
+        inputs,
+        outputs,
         active_inputs,
         active_outputs,
         is_guarded=singularities.is_guarded(rule is ELEMENTWISE, equations, moving),
@@ -181,8 +181,8 @@ def _op_of(
 
 def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) -> Op:
     """The operation of the final step, whose first output is the loss."""
-    outputs = (value, *(v for v in group.written if v is not value))
-    inputs = enumerate(group.read)
+    outputs = (value, *(v for v in group.outputs if v is not value))
+    inputs = enumerate(group.inputs)
     active_inputs = tuple(i for i, v in inputs if v in relevant and is_inexact(v))
     return dataclasses.replace(
         group.constant_op(), outputs=outputs, active_inputs=active_inputs

@@ -24,12 +24,12 @@ __all__ = [
     "is_inexact",
     "is_opaque",
     "is_variable",
+    "modified",
     "needed",
     "operands",
     "provided",
     "references",
     "values_of",
-    "written",
 ]
 
 # Calls with a custom rule for reverse mode, which need not be the derivative.
@@ -78,8 +78,8 @@ def has_other_effects(equation: Equation) -> bool:
     return bool(equation.effects) and not references(equation)
 
 
-def written(equation: Equation) -> list[Variable]:
-    """The results, and the mutable arrays among the operands."""
+def modified(equation: Equation) -> list[Variable]:
+    """The variables that it writes: results, and mutable arrays among the operands."""
     return list(dict.fromkeys((*equation.outvars, *references(equation))))
 
 
@@ -90,7 +90,7 @@ def awaited(equation: Equation) -> list[Any]:
 
 def provided(equation: Equation) -> list[Any]:
     """What others may depend on: the variables that it writes, and its effects."""
-    return [*written(equation), *(["effects"] if equation.effects else [])]
+    return [*modified(equation), *(["effects"] if equation.effects else [])]
 
 
 def needed(
@@ -101,7 +101,7 @@ def needed(
     """The variables on which some others depend, through variables in `among`."""
     found = {v for v in wanted if is_variable(v)}
     for equation in reversed(equations):
-        if any(v in found for v in written(equation)):
+        if any(v in found for v in modified(equation)):
             read = operands(equation)
             found.update(v for v in read if among is None or v in among)
     return found
@@ -162,7 +162,7 @@ def final_part(
         return list(range(len(equations))), [], []
     wanted = needed(equations, [value])
     while True:
-        inside = [i for i in late if any(v in wanted for v in written(equations[i]))]
+        inside = [i for i in late if any(v in wanted for v in modified(equations[i]))]
         tied = {r for i in inside for r in references(equations[i])}
         if tied <= wanted:
             break
@@ -185,7 +185,7 @@ def _closed(equations: Sequence[Equation], opaque: Collection[int]) -> list[int]
             follows = has_effects and has_other_effects(equation)
             if i in late or follows or not moved.isdisjoint(touched):
                 late.add(i)
-                moved.update(written(equation))
+                moved.update(modified(equation))
                 has_effects |= has_other_effects(equation)
         if len(late) == size:
             return sorted(late)

@@ -49,7 +49,7 @@ class Final:
     linear: nesting.Linearized
 
     @property
-    def bytes_of_a_row(self) -> int:
+    def product_bytes(self) -> int:
         """The bytes that a product with one vector writes, at least 1."""
         written = [v for e in self.op.equations for v in e.outvars]
         return max(1, sum(v.aval.size * v.aval.dtype.itemsize for v in written))
@@ -80,7 +80,7 @@ def sweep_final(
         along = nesting.third(final.function, final.point, xdot, xddot, request.dtype)
         return [along]
 
-    batch_size = max(1, _MOST_PRODUCT_BYTES // final.bytes_of_a_row)
+    batch_size = max(1, _MOST_PRODUCT_BYTES // final.product_bytes)
     products = apply(hvp, *columns, batch_size=batch_size)
     terms, slopes = Terms(), []
     for n, x, product in zip(places, first, products, strict=True):

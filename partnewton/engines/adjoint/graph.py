@@ -69,7 +69,7 @@ def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
 
         for equation in jaxpr.eqns:
             inputs = [renamed(atom) for atom in equation.invars]
-            called = compat.inlined(equation) or lowerings.in_order(equation)
+            called = compat.called_jaxpr(equation) or lowerings.in_order(equation)
             if equation.primitive is primitives.cond_p:
                 taken = branches.get(len(flat.equations))
                 if taken is not None:

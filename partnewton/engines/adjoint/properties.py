@@ -93,7 +93,7 @@ def is_elementwise(equation: Equation) -> bool:
     if equation.primitive is primitives.custom_jvp_call_p:
         inside = equation.params["call_jaxpr"]
     else:
-        inside = compat.inlined(equation)
+        inside = compat.called_jaxpr(equation)
     if inside is None:
         return equation.primitive.name in TABLES.elementwise
     return all(map(is_elementwise, compat.open_jaxpr(inside).eqns))
@@ -149,7 +149,7 @@ def _elementary(equation: Equation) -> list[Equation]:
 
 
 def _elementary_or_inlined(equation: Equation) -> list[Equation]:
-    inside = compat.inlined(equation)
+    inside = compat.called_jaxpr(equation)
     if inside is None:
         return _elementary(equation)
     inner = compat.open_jaxpr(inside).eqns

@@ -32,7 +32,7 @@ def concatenate(parts: Sequence[jax.Array]) -> jax.Array:
 
 def outlined(function: Callable) -> Callable:
     """The function as a call that XLA does not inline."""
-    return compat.outlined(function) if switch.are_enabled() else function
+    return compat.as_call(function) if switch.are_enabled() else function
 
 
 def in_blocks(
