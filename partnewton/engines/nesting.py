@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from partnewton.engines import compat
 
-__all__ = ["DifferentiationError", "Linearized", "inner", "linearize", "third"]
+__all__ = ["DifferentiationError", "LinearizedGradient", "inner", "linearize", "third"]
 
 Arrays = Sequence[jax.Array]
 Function = Callable[[list[jax.Array]], tuple[jax.Array, Any]]  # to (value, aux)
@@ -33,7 +33,7 @@ class DifferentiationError(TypeError):
         self.kernels = tuple(kernels)
 
 
-class Linearized(NamedTuple):
+class LinearizedGradient(NamedTuple):
     """A scalar function at a point, to second order.
 
     Attributes:
@@ -49,7 +49,7 @@ class Linearized(NamedTuple):
     product: Callable[..., list[jax.Array]]
 
 
-def linearize(function: Function, x: Arrays) -> Linearized:
+def linearize(function: Function, x: Arrays) -> LinearizedGradient:
     """The gradient of a function, linearised.
 
     Raises:
@@ -61,23 +61,23 @@ def linearize(function: Function, x: Arrays) -> Linearized:
         found, gradient = jax.value_and_grad(function, has_aux=True)(x)
         return gradient, found
 
-    def linearized() -> Linearized:
-        gradient, push, found = jax.linearize(value_and_gradient, x, has_aux=True)
-        return Linearized(
-            *found, gradient, _traced_forwards(lambda *v: push(list(v)), *x)
+    def linearized() -> LinearizedGradient:
+        gradient, jvp, found = jax.linearize(value_and_gradient, x, has_aux=True)
+        return LinearizedGradient(
+            *found, gradient, _traced_forwards(lambda *v: jvp(list(v)), *x)
         )
 
-    def forwards() -> Linearized:
-        def push(*v: jax.Array) -> list[jax.Array]:
+    def forwards() -> LinearizedGradient:
+        def jvp(*v: jax.Array) -> list[jax.Array]:
             return jax.jvp(lambda x: value_and_gradient(x)[0], (x,), (list(v),))[1]
 
-        product = _traced_forwards(push, *x)
+        product = _traced_forwards(jvp, *x)
         gradient, found = value_and_gradient(x)
-        return Linearized(*found, gradient, product)
+        return LinearizedGradient(*found, gradient, product)
 
-    def backwards() -> Linearized:
+    def backwards() -> LinearizedGradient:
         gradient, pull, found = jax.vjp(value_and_gradient, x, has_aux=True)
-        return Linearized(*found, gradient, lambda *v: pull(list(v))[0])
+        return LinearizedGradient(*found, gradient, lambda *v: pull(list(v))[0])
 
     return _first_that_works([linearized, forwards, backwards], function, x)
 

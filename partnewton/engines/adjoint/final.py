@@ -46,7 +46,7 @@ class Final:
     op: Op
     function: Callable[[list[jax.Array]], tuple[jax.Array, Any]]
     point: list[jax.Array]
-    linear: nesting.Linearized
+    linear: nesting.LinearizedGradient
 
     @property
     def product_bytes(self) -> int:
