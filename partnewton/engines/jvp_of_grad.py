@@ -96,7 +96,7 @@ class JvpOfGrad:
         """Value and aux, and the tensors, with axes of length K S."""
         refuse_named_axes(jax.make_jaxpr(lambda x: loss(x)[0])(list(leaves)))
         try:
-            linear = nesting.linearize(loss, leaves)
+            linear = nesting.linearize_gradient(loss, leaves)
         except nesting.DifferentiationError as error:
             if error.kernels:
                 # jax differentiates them in part, and fails when it lowers them.

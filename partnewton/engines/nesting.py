@@ -15,7 +15,13 @@ import jax.numpy as jnp
 
 from partnewton.engines import compat
 
-__all__ = ["DifferentiationError", "LinearizedGradient", "inner", "linearize", "third"]
+__all__ = [
+    "DifferentiationError",
+    "LinearizedGradient",
+    "inner",
+    "linearize_gradient",
+    "third",
+]
 
 Arrays = Sequence[jax.Array]
 Function = Callable[[list[jax.Array]], tuple[jax.Array, Any]]  # to (value, aux)
@@ -49,7 +55,7 @@ class LinearizedGradient(NamedTuple):
     product: Callable[..., list[jax.Array]]
 
 
-def linearize(function: Function, x: Arrays) -> LinearizedGradient:
+def linearize_gradient(function: Function, x: Arrays) -> LinearizedGradient:
     """The gradient of a function, linearised.
 
     Raises:

@@ -173,7 +173,7 @@ class Problem:
             value, *others = op.function(*everything)
             return value, others
 
-        linear = nesting.linearize(function, point)
+        linear = nesting.linearize_gradient(function, point)
         (cotangents,) = pull(linear.gradient)
         values.update(zip(op.outputs, (linear.value, *linear.aux), strict=True))
         final = Final(op, function, point, linear)
