@@ -45,7 +45,7 @@ def test_correlation_keeps_the_sign_of_negative_curvature():
     np.testing.assert_allclose(plot.correlation([[-4, 3], [3, 9]]), expected)
 
 
-def test_correlation_is_invariant_under_rescaling_of_subsets():
+def test_correlation_does_not_see_the_scales_of_subsets():
     scales = np.array([1e-18, 1e-6, 1.0, 1e9])
     one = plot.correlation(random_hessian(4))
     other = plot.correlation(random_hessian(4, scales=scales))
@@ -68,7 +68,7 @@ def test_correlation_is_blank_where_the_hessian_is_not_finite():
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
-def test_correlation_of_a_matrix_that_is_not_square_raises(shape):
+def test_correlation_wants_a_square_matrix(shape):
     with pytest.raises(ValueError, match=r"hessian must have shape \(S, S\)"):
         plot.correlation(np.ones(shape))
 
@@ -86,14 +86,14 @@ def test_heat_map_shows_the_correlation_on_a_symmetric_scale():
     assert [label.get_text() for label in ax.get_xticklabels()] == names_of(4)
 
 
-def test_heat_map_notes_entries_beyond_its_scale():
+def test_heat_map_says_what_lies_beyond_its_scale():
     ax = plot.hessian(summary_of([[1, 3], [3, 4]]), ["a", "b"])
     assert "2 of 4 entries lie beyond ±1, up to 1.5" in ax.get_xlabel()
     assert "grey" not in ax.get_xlabel()
     assert ax.get_images()[0].colorbar.extend == "max"
 
 
-def test_heat_map_of_a_semidefinite_hessian_has_no_note():
+def test_heat_map_of_a_sound_hessian_needs_no_remark():
     ax = plot.hessian(summary_of(random_hessian(5)), names_of(5))
     assert ax.get_xlabel() == ""
     assert ax.get_images()[0].colorbar.extend == "neither"
@@ -113,7 +113,7 @@ def test_heat_map_of_nothing_but_zeros_is_blank():
 
 
 @pytest.mark.parametrize("S", [1, 4, 10, 60, 200])
-def test_names_are_in_the_figure_and_do_not_overlap(S):
+def test_names_are_in_the_picture_and_do_not_overlap(S):
     ax = plot.hessian(summary_of(random_hessian(S)), names_of(S))
     ax.figure.draw_without_rendering()
     for labels, axis in ((ax.get_yticklabels(), 1), (ax.get_xticklabels(), 0)):
@@ -160,7 +160,7 @@ def test_heat_map_has_lines_between_layer_groups():
     assert not plot.hessian(summary_of(np.eye(2)), names_of(2)).get_lines()
 
 
-def test_heat_map_with_another_number_of_names_raises():
+def test_heat_map_wants_a_name_for_each_subset():
     with pytest.raises(ValueError, match="names: 3 names for 2 subsets"):
         plot.hessian(summary_of(np.eye(2)), names_of(3))
 
@@ -244,7 +244,7 @@ def test_decreases_are_points_with_the_line_that_they_should_be_on():
     assert ax.get_xscale() == ax.get_yscale() == "log"
 
 
-def test_steps_that_increase_the_loss_are_drawn_and_the_diagonal_stays_straight():
+def test_steps_that_went_uphill_are_drawn_and_the_diagonal_stays_straight():
     ax = plot.predicted_vs_actual((range(3), [0.1, 0.2, 0.4], [-0.3, 0.1, 0.2]))
     ax.figure.draw_without_rendering()
     assert ax.get_xscale() == ax.get_yscale() == "symlog"
@@ -264,7 +264,7 @@ def test_decreases_must_be_as_many_as_the_predictions():
         plot.predicted_vs_actual((range(3), [1, 2, 3], [1, 2]))
 
 
-def test_learning_rates_with_missing_values_raise():
+def test_learning_rates_want_a_value_for_each_step():
     with pytest.raises(ValueError, match="history: 'kernel' has 2 values for 3 steps"):
         plot.learning_rates((range(3), {"kernel": [0.1, 0.2]}))
 
@@ -293,7 +293,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_figures_are_drawn_on_the_given_axes(picture):
+def test_pictures_are_drawn_on_the_axes_they_are_given(picture):
     left, right = Figure(layout="constrained").subplots(1, 2)
     assert PICTURES[picture](right) is right
     assert not left.has_data()

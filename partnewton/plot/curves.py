@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from partnewton.plot._figures import (
+from partnewton.plot._axes import (
     MAX_COLOURS,
     add_grid,
     add_legend,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from partnewton.plot._figures import axes_or_new
+from partnewton.plot._axes import axes_or_new
 from partnewton.plot.groups import layer_groups
 
 if TYPE_CHECKING:
