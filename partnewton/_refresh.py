@@ -26,7 +26,7 @@ class Refreshed(NamedTuple):
 
     Attributes:
       summary: of the loss along the direction.
-      proposal: what the rule made of the averaged summary.
+      proposal: the result of the rule for the averaged summary.
       learning_rates: the proposed rates, smoothed and backtracked, (S,).
       average: the state of the running average of summaries.
       smoothing: the state of the running average of rates.

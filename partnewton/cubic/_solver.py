@@ -189,8 +189,8 @@ def _solution_jvp(
     solution = _solution(*primals)
     eta, radius, _, status = solution
     d = jnp.where(damping > 0, d, 0)
-    inert = (g == 0) & (d == 0) & jnp.all(H + H.T == 0, axis=0)
-    live = (d > 0) | (~inert & (status != CubicStatus.KERNEL_FROZEN))
+    inactive = (g == 0) & (d == 0) & jnp.all(H + H.T == 0, axis=0)
+    live = (d > 0) | (~inactive & (status != CubicStatus.KERNEL_FROZEN))
     live &= status != CubicStatus.INVALID
     arrays = solution_tangent((g, H, d, damping), tangents, eta, radius, live)
     status_tangent = np.zeros(status.shape, jax.dtypes.float0)
@@ -241,7 +241,7 @@ class _Model(NamedTuple):
 def _prepared(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array
 ) -> tuple[_Model, jax.Array, jax.Array, jax.Array]:
-    """The model, whether it is valid, its kernel, and the kernel's scaled Hessian."""
+    """The model, its validity, the kernel of D, and the scaled Hessian on it."""
     sizes = jnp.abs(H), jnp.abs(g), jnp.where(d >= 0, d, jnp.inf)
     largest = reduce_together(maxima=sizes)
     valid = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*largest, damping)))
@@ -249,8 +249,8 @@ def _prepared(
     g, H, d, damping = (jnp.where(valid, a, 0) for a in (g, H, d, damping))
     H = 0.5 * H + 0.5 * H.T
     d = jnp.where(damping > 0, d, 0)
-    inert = (g == 0) & (d == 0) & jnp.all(H == 0, axis=0)  # these rates stay 0
-    kernel = (d == 0) & ~inert
+    inactive = (g == 0) & (d == 0) & jnp.all(H == 0, axis=0)  # these rates stay 0
+    kernel = (d == 0) & ~inactive
     A, _ = scaled_to_ones(H, kernel)
     return _Model(g, H, d, damping), valid, kernel, A
 
