@@ -98,7 +98,7 @@ ENGINES: dict[str, Engine] = {"adjoint": Adjoint(), "jvp_of_grad": JvpOfGrad()}
 
 
 def get(engine: str | Engine) -> Engine:
-    """Returns an engine, by its name or as it is.
+    """The engine with a name; an engine is returned unchanged.
 
     Args:
       engine: "adjoint", "jvp_of_grad", "auto" for the default, or an engine.
@@ -112,7 +112,7 @@ def get(engine: str | Engine) -> Engine:
 
     Raises:
       ValueError: there is no engine of this name.
-      TypeError: it is neither.
+      TypeError: the argument is neither a name nor an engine.
     """
     if isinstance(engine, str):
         name = "adjoint" if engine == "auto" else engine

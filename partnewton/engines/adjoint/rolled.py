@@ -183,7 +183,7 @@ class _ScanOfParts:
             for part in self.parts
         ]
         starts = np.array([self._starts(part, jets) for part in self.parts], np.int32)
-        fixed, xs = _stacked((primals, some, rows))
+        fixed, xs = _scan_inputs((primals, some, rows))
 
         def iterate(carry: tuple, scanned: tuple) -> tuple:
             carried, *totals = carry
@@ -268,7 +268,7 @@ class _ScanOfParts:
                 jets[self.parts[-1].written[m]] = Jet(*map(Tangent, after[n]))
 
 
-def _stacked(columns: Any) -> tuple[Callable[[list], Any], list[jax.Array]]:
+def _scan_inputs(columns: Any) -> tuple[Callable[[list], Any], list[jax.Array]]:
     """Stacked values of all parts, the input of a scan.
 
     Args:

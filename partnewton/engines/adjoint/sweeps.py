@@ -54,7 +54,7 @@ def sums_along(
     shapes = [(M,), (M, M), (M,)]
     found = [jnp.zeros(shape, dtype) for shape in shapes]
     known = [np.zeros(shape, bool) for shape in shapes]
-    for subsets in _blocks(problem.order, batch_size or _MOST_BYTES // row):
+    for subsets in _subsets_of_sweeps(problem.order, batch_size or _MOST_BYTES // row):
         moving = np.zeros(M, bool)
         moving[_numbers(parts, subsets)] = True
         now = [moving, np.outer(moving, moving), moving]
@@ -215,7 +215,7 @@ def _jets_of_leaves(
     return jets
 
 
-def _blocks(order: Sequence[int], batch_size: int) -> list[list[int]]:
+def _subsets_of_sweeps(order: Sequence[int], batch_size: int) -> list[list[int]]:
     """The subsets of each sweep, in the order in which the loss uses them."""
     S = len(order)
     if batch_size >= S:
