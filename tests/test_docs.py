@@ -30,7 +30,12 @@ def relative(page):
     return str(page.relative_to(ROOT))
 
 
-PROGRAMS = [p for p in documents.pages() if documents.program(p).strip()]
+# The sections of libraries.md are programs of their own: test_libraries.py.
+PROGRAMS = [
+    page
+    for page in documents.pages()
+    if documents.program(page).strip() and page.stem != "libraries"
+]
 QUICK = [page for page in PROGRAMS if page.stem != "recipes"]
 
 
