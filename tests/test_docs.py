@@ -30,11 +30,11 @@ def relative(page):
     return str(page.relative_to(ROOT))
 
 
-# The sections of libraries.md are programs of their own: test_libraries.py.
+# The sections of two pages are programs of their own: test_libraries.py.
 PROGRAMS = [
     page
     for page in documents.pages()
-    if documents.program(page).strip() and page.stem != "libraries"
+    if documents.program(page).strip() and page.stem not in ("libraries", "logging")
 ]
 QUICK = [page for page in PROGRAMS if page.stem != "recipes"]
 
