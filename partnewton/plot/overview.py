@@ -148,8 +148,8 @@ def dashboard(
       >>> grads, state = jax.grad(loss)(params), tx.init(params)
       >>> _, state = tx.update(grads, state, params, value_fn=loss)
       >>> figure = dashboard([state])
-      >>> [ax.get_title() for ax in figure.axes[:2]]
-      ['Loss at the refreshes', 'Learning rate of each subset']
+      >>> figure.axes[1].get_title()
+      'Learning rate of each subset'
     """
     found = _newton_states(states)
     steps = [_step(state) for state in found]
