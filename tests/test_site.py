@@ -114,8 +114,8 @@ def test_code_is_highlighted_when_the_site_is_built(site):
 
 # --- In a browser ---------------------------------------------------------------------
 
-# Added to each page: sends what was loaded, and what was not, to the server. A page with
-# a query waits for the results of the search, for at most 20 seconds.
+# Added to each page: sends what was loaded, and what was not, to the server. A page
+# with a query waits for the results of the search, for at most 20 seconds.
 PROBE = """
 <script>
   const errors = [];

@@ -106,6 +106,7 @@ def label_lines(ax: "Axes", fontsize: float = 8.0) -> None:
                 "color": line.get_color(),
                 "linewidth": 0.6,
                 "alpha": 0.6,
+                "relpos": (0, 0.5),
                 "shrinkA": 1,
                 "shrinkB": 1,
             },
