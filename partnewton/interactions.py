@@ -62,8 +62,8 @@ class SuggestedPartition:
         cluster share a learning rate; the mean over the summaries.
       merges: all S - 1 merges, from S subsets to one, in order.
       consistency: for each subset |mean| / standard deviation of its optimal learning
-        rate over the summaries, in units of the common rate; below 1, the rate is
-        mostly noise. None for less than three summaries.
+        rate over the summaries, in units of the common rate; below 1, the rate
+        is mostly noise, or the steps differ. None for less than three summaries.
       param_labels: the partition of the summaries.
     """
 
@@ -166,7 +166,9 @@ class SuggestedPartition:
             members = partitions.listing([self.names[s] for s in cluster])
             lines.append(f"  {name}: {members}" if cluster[1:] else f"  {name}")
         if self.noisy:
-            lines.append(f"rates that are mostly noise: {', '.join(self.noisy)}")
+            lines.append(
+                f"rates that vary more than their mean: {', '.join(self.noisy)}"
+            )
         return "\n".join(lines)
 
 
@@ -278,8 +280,8 @@ def _stacked(
     if not isinstance(summaries, Summary) and len(summaries) == 0:
         raise ValueError("summaries is empty.")
     many = [summaries] if isinstance(summaries, Summary) else list(summaries)
-    shapes = {np.shape(s.gradient)[-1:] + np.shape(s.hessian)[-2:] for s in many}
-    if shapes != {(size, size, size)}:
+    shapes = [(np.shape(s.gradient), np.shape(s.hessian)) for s in many]
+    if any(g[-1:] != (size,) or h != (*g, size) for g, h in shapes):
         raise ValueError(
             f"summaries: the partition of params has {size} subsets, but the shapes of "
             f"gradient and hessian are {np.shape(many[0].gradient)} and "

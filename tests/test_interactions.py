@@ -202,7 +202,7 @@ def test_a_rate_that_is_noise_is_named():
     ]
     suggested = pn.suggest_partition(many, params_of(3))
     assert suggested.noisy == ("tensor2",)
-    assert "noise: tensor2" in str(suggested)
+    assert "vary more than their mean: tensor2" in str(suggested)
     assert pn.suggest_partition(many[:2], params_of(3)).noisy == ()
 
 
@@ -248,6 +248,11 @@ def test_a_suggestion_for_other_parameters_is_an_error():
     ("change", "options", "message"),
     [
         ({"gradient": np.ones(2)}, {}, "^summaries: the partition of params has 3"),
+        (
+            {"hessian": np.ones((1, 3, 3))},
+            {},
+            "^summaries: the partition of params has",
+        ),
         ({"gradient": np.full(3, np.nan)}, {}, "not finite"),
         ({"gradient": np.zeros(3)}, {}, "no decrease is predicted"),
         ({}, {"count": 4}, "^count must be from 1 to 3, got 4"),

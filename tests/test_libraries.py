@@ -14,7 +14,11 @@ SECTIONS = {
     for page in ("libraries.md", "logging.md")
     for name, program in documents.sections(documents.ROOT / "docs" / page).items()
 }
-SLOW = ("Differential equations with diffrax", "Weights & Biases")
+SLOW = (
+    "A physics-informed network",
+    "Differential equations with diffrax",
+    "Weights & Biases",
+)
 # Not in the extra "test": a program of 20 MB that runs beside Python.
 NOT_REQUIRED = ("wandb",)
 
