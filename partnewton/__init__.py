@@ -3,8 +3,10 @@
 from partnewton import averaging, directions, engines, partitions, rules
 from partnewton.clipping import ClipByParameterRmsState, clip_by_parameter_rms
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
+from partnewton.inspection import Report, report
+from partnewton.interactions import SuggestedPartition, suggest_partition
 from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
-from partnewton.metrics import learning_rates, metrics
+from partnewton.metrics import learning_rates, metrics, newton_state
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
 from partnewton.summary import Summary, derivative_tensors, summarize
@@ -19,8 +21,10 @@ __all__ = [
     "ClipByParameterRmsState",
     "CubicSolution",
     "CubicStatus",
+    "Report",
     "ScaleByLookbackState",
     "ScaleByPartitionNewtonState",
+    "SuggestedPartition",
     "Summary",
     "averaging",
     "clip_by_parameter_rms",
@@ -29,13 +33,16 @@ __all__ = [
     "engines",
     "learning_rates",
     "metrics",
+    "newton_state",
     "paper_newton",
     "partition_newton",
     "partitions",
+    "report",
     "rules",
     "scale_by_lookback",
     "scale_by_partition_newton",
     "solve_cubic",
     "subset_names",
+    "suggest_partition",
     "summarize",
 ]

@@ -51,13 +51,13 @@ _MASKED = (
 _COPY = (
     "value_fn changes variables of an nnx model that was created outside of it (as "
     "BatchNorm and Dropout do). Let it change a copy: "
-    "nnx.merge(graphdef, params, rest, copy=True), see docs/recipes.md."
+    "nnx.merge(graphdef, params, rest, copy=True), as partnewton.flax.value_fn does."
 )
 _MODEL = (
-    "value_fn receives the parameters, an nnx.State, not the model. "
-    "After graphdef, _, rest = nnx.split(model, nnx.Param, ...) write "
-    "lambda params: loss(nnx.merge(graphdef, params, rest, copy=True)), see "
-    "docs/recipes.md."
+    "value_fn receives the parameters, an nnx.State, not the model. Use "
+    "partnewton.flax.value_fn(model, loss, ...), or after "
+    "graphdef, _, rest = nnx.split(model, nnx.Param, ...) write "
+    "lambda params: loss(nnx.merge(graphdef, params, rest, copy=True))."
 )
 _NONE = (
     "value_fn receives the parameters, in which {paths} is None. "

@@ -32,8 +32,8 @@ def check_arguments(
         raise ValueError(
             f"value_fn: {name} needs the loss as a function of the parameters; call "
             "tx.update(updates, state, params, value_fn=loss). Some wrappers drop "
-            "extra arguments, such as flax's TrainState.apply_gradients: use the "
-            "TrainState of docs/recipes.md, or write updates, opt_state = "
+            "extra arguments, such as flax's TrainState.apply_gradients: use "
+            "partnewton.flax.TrainState, or write updates, opt_state = "
             "state.tx.update(grads, state.opt_state, state.params, value_fn=loss)."
         )
     if not callable(value_fn):

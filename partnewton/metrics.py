@@ -9,7 +9,7 @@ import optax
 from partnewton.lookback import ScaleByLookbackState
 from partnewton.transform import ScaleByPartitionNewtonState
 
-__all__ = ["learning_rates", "metrics"]
+__all__ = ["learning_rates", "metrics", "newton_state"]
 
 
 def learning_rates(
@@ -37,11 +37,8 @@ def learning_rates(
       {'w': Array(0., dtype=float32)}
     """
     del params
-    newton_state = _only_state(state)
-    return {
-        name: newton_state.learning_rates[..., s]
-        for name, s in _names(newton_state).items()
-    }
+    found = newton_state(state)
+    return {name: found.learning_rates[..., s] for name, s in _names(found).items()}
 
 
 def metrics(
@@ -84,23 +81,52 @@ def metrics(
       >>> print(logged["loss"], logged["learning_rate/w"], logged["curvature/w"])
       9.0 0.5 72.0
     """
-    newton_state = _only_state(state)
+    found = newton_state(state)
     factors = [x.factor for x in _states_of(ScaleByLookbackState, state)]
-    leading = np.ndim(newton_state.learning_rates) - 1  # axes of an ensemble
+    leading = np.ndim(found.learning_rates) - 1  # axes of an ensemble
     numbers = {
         name: x
-        for name, x in newton_state._asdict().items()
+        for name, x in found._asdict().items()
         if isinstance(x, jax.Array | np.ndarray | np.generic) and np.ndim(x) == leading
     }
     factor = {"factor": factors[0]} if len(factors) == 1 else {}
-    rates, hessian = newton_state.learning_rates, newton_state.hessian
-    names = _names(newton_state)
+    rates, hessian = found.learning_rates, found.hessian
+    names = _names(found)
     return (
         numbers
         | factor
         | {f"learning_rate/{name}": rates[..., s] for name, s in names.items()}
         | {f"curvature/{name}": hessian[..., s, s] for name, s in names.items()}
     )
+
+
+def newton_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
+    """The state of :func:`~partnewton.scale_by_partition_newton` inside another one.
+
+    Args:
+      state: the state of an optimizer that contains one
+        :func:`~partnewton.scale_by_partition_newton`, in a chain or in a wrapper.
+
+    Returns:
+      A :class:`~partnewton.ScaleByPartitionNewtonState`; its last summary is
+      ``newton_state(state).summary``.
+
+    Raises:
+      ValueError: `state` contains no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, partnewton
+      >>> tx = partnewton.partition_newton()
+      >>> print(newton_state(tx.init({"w": jnp.zeros(2)})).learning_rates)
+      [0.]
+    """
+    found = _states_of(ScaleByPartitionNewtonState, state)
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain exactly one ScaleByPartitionNewtonState, found "
+            f"{len(found)}."
+        )
+    return found[0]
 
 
 def _states_of(kind: type, state: optax.OptState) -> list[Any]:
@@ -120,16 +146,6 @@ def _is_nnx_variable(node: Any) -> bool:
 
 def _unwrap(leaf: Any) -> Any:
     return leaf.get_value() if _is_nnx_variable(leaf) else leaf
-
-
-def _only_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
-    found = _states_of(ScaleByPartitionNewtonState, state)
-    if len(found) != 1:
-        raise ValueError(
-            "state must contain exactly one ScaleByPartitionNewtonState, found "
-            f"{len(found)}."
-        )
-    return found[0]
 
 
 def _names(state: ScaleByPartitionNewtonState) -> dict[str, int]:

@@ -17,7 +17,7 @@ from support.selection import some
 import partnewton
 from partnewton import demo
 from partnewton.__main__ import main
-from partnewton.demo import files, models, training
+from partnewton.demo import files, models, tables, text, training
 from partnewton.demo.evaluation import evaluation
 from partnewton.demo.experiment import BATCH, batch_indices
 
@@ -161,7 +161,7 @@ def test_what_is_printed(no_network, tmp_path, capsys):
     arguments = ["--partition", "blocks:2", "--steps", "12"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    for word in ("train loss", "test accuracy", "seconds", "gradient-equivalents"):
+    for word in ("train loss", "test accuracy", "seconds", "gradient-equivalent"):
         assert word in out
     for word in (
         "learning rate 0.001",
@@ -172,7 +172,11 @@ def test_what_is_printed(no_network, tmp_path, capsys):
     assert "block 0" in out
     assert re.search("first step +median", out)
     assert str(tmp_path / "losses.png") in out
-    assert "12/12" in err  # the progress bar
+    assert max(map(len, out.split("Wrote")[0].splitlines())) <= 100
+    assert "to Adam's loss" in out
+    lines = err.splitlines()  # no bar, as it is not a terminal
+    names = ("partition_newton", "adam", "sgd")
+    assert [line.split()[:3] for line in lines] == [[x, "12", "steps"] for x in names]
 
 
 def write_idx(folder):
@@ -192,6 +196,18 @@ def test_training_on_the_files_of_a_folder(no_network, tmp_path):
     folders = ["--data-dir", str(tmp_path), "--output", str(output)]
     assert main([*arguments, *folders]) == 0
     assert loads_strictly(output / "curves.json")["dataset"] == tmp_path.name
+
+
+@pytest.mark.slow
+def test_training_on_text(no_network, tmp_path, capsys):
+    arguments = ["--problem", "text", "--steps", "20", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "transformer: 19710 parameters" in capsys.readouterr().out
+    record = loads_strictly(tmp_path / "curves.json")
+    assert (record["problem"], record["model"]) == ("text", "transformer")
+    for curve in record["optimizers"].values():
+        assert curve["train_loss"][-1] < curve["train_loss"][0]
+    assert len(record["subsets"]) == 16
 
 
 # --- Its parts -------------------------------------------------------------------
@@ -220,6 +236,33 @@ def test_an_evaluation_is_the_loss_and_the_accuracy_of_all_images(tmp_path, mode
 def test_networks_take_images_of_any_size(model, shape):
     network = models.MODELS[model](shape, nnx.Rngs(0))
     assert network(np.zeros((2, *shape), np.float32)).shape == (2, 10)
+
+
+def test_the_seconds_to_a_loss_are_those_of_the_first_evaluation_below_it():
+    curves = training.Curves("", [0, 1, 2], [3.0, 1.0, 2.0], [], [0.0, 1.5, 2.5])
+    assert tables._seconds_to(curves, 2.0) == "1.50"
+    assert tables._seconds_to(curves, 0.5) == "never"
+
+
+def test_the_labels_of_text_are_the_next_characters_and_no_test_window_is_trained_on():
+    train, following, test, _, _ = text.standard_library(seed=3)
+    np.testing.assert_array_equal(train[:, 1:], following[:, :-1])
+    assert train.shape[1] == text.LENGTH
+    again = text.standard_library(seed=4)
+    np.testing.assert_array_equal(test, again.test_images)
+    assert sorted(map(bytes, train)) == sorted(map(bytes, again.train_images))
+    assert not np.array_equal(train, again.train_images)
+
+
+def test_the_transformer_does_not_see_later_characters():
+    network = text.Transformer(11, nnx.Rngs(0))
+    one = np.arange(text.LENGTH)[None] % 11
+    other = one.copy()
+    other[0, 20:] = 0
+    logits = [np.asarray(network(x)) for x in (one, other)]
+    assert logits[0].shape == (1, text.LENGTH, 11)
+    np.testing.assert_allclose(logits[0][0, :20], logits[1][0, :20], rtol=1e-5)
+    assert not np.allclose(logits[0][0, 20:], logits[1][0, 20:])
 
 
 def test_the_seed_decides_the_initial_weights(tmp_path):
@@ -283,6 +326,8 @@ def error_of(arguments, capsys):
         (["--partition", "blocks"], "got 'blocks'"),
         (["--partition", "FROZEN"], "got 'FROZEN'"),
         (["--data-dir", "no/such/folder"], "no/such/folder: there is no such folder"),
+        (["--problem", "sound"], "--problem: invalid choice: 'sound'"),
+        (["--problem", "text", "--data-dir", "x"], "--data-dir: the text is that of"),
         (["spare"], "unrecognized arguments: spare"),
     ],
 )

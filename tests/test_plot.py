@@ -1,13 +1,19 @@
 """Pictures: what the axes show, and that it can be read."""
 
+import itertools
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+import partnewton as pn
 from partnewton import plot
 from partnewton.plot import curves
 
@@ -89,8 +95,36 @@ def test_heat_map_shows_the_correlation_on_a_symmetric_scale():
 def test_heat_map_says_what_lies_beyond_its_scale():
     ax = plot.hessian(summary_of([[1, 3], [3, 4]]), ["a", "b"])
     assert "2 of 4 entries lie beyond ±1, up to 1.5" in ax.get_xlabel()
+    assert "negative curvature in the plane of" in ax.get_xlabel()
     assert "grey" not in ax.get_xlabel()
     assert ax.get_images()[0].colorbar.extend == "max"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_beyond_one_there_is_negative_curvature_in_the_plane_of_two_subsets(seed):
+    A = np.random.default_rng(seed).normal(size=(2, 2))
+    hessian = A + A.T
+    if abs(plot.correlation(hessian)[0, 1]) > 1:
+        assert np.linalg.eigvalsh(hessian)[0] < 0
+    elif np.all(np.diagonal(hessian) > 0):
+        assert np.linalg.eigvalsh(hessian)[0] > 0
+
+
+def test_the_colour_bar_says_what_the_colours_mean():
+    ax = plot.hessian(summary_of(random_hessian(5)), names_of(5))
+    (image,) = ax.get_images()
+    label = image.colorbar.ax.get_ylabel()
+    assert label == "help each other  ←  steps  →  compete"
+
+
+def test_the_signs_are_those_of_competing_and_helping_steps():
+    """The decrease by a step in one subset, after a step in the other one was made."""
+    for sign in (1.0, -1.0):
+        hessian = np.array([[2.0, sign], [sign, 2.0]])
+        step, slope = np.array([0.3, 0.0]), np.ones(2)
+        first = slope[1] * 0.3 - hessian[1, 1] * 0.3**2 / 2
+        second = (slope - hessian @ step)[1] * 0.3 - hessian[1, 1] * 0.3**2 / 2
+        assert (second < first) == (plot.correlation(hessian)[0, 1] > 0)
 
 
 def test_heat_map_of_a_sound_hessian_needs_no_remark():
@@ -173,8 +207,7 @@ def test_learning_rates_are_drawn_on_a_logarithmic_axis():
     rates = {"kernel": np.full(5, 0.1), "bias": np.array([1, 2, np.nan, 4, 5])}
     ax = plot.learning_rates((steps, rates))
     assert ax.get_yscale() == "log"
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert legend == ["kernel", "bias"]
+    assert {text.get_text() for text in ax.texts} == {"kernel", "bias"}
     kernel, _, bias, _ = (line.get_ydata() for line in ax.get_lines())
     np.testing.assert_array_equal(kernel, rates["kernel"])
     np.testing.assert_array_equal(bias, rates["bias"])
@@ -218,6 +251,29 @@ def test_many_learning_rates_in_layer_groups_share_colours_and_entries():
     assert len({line.get_color() for line in ax.get_lines()}) == len(legend)
     colours = [line.get_color() for line in ax.get_lines()[1::2]]
     assert colours[1] == colours[2] == colours[3] == colours[4] != colours[5]
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap_and_are_in_the_picture():
+    rates = {name: np.geomspace(1, 0.1, 5) for name in names_of(10)}
+    ax = plot.learning_rates((range(5), rates))
+    ax.figure.draw_without_rendering()
+    boxes = sorted(map(Text.get_window_extent, ax.texts), key=lambda box: box.y0)
+    assert len(boxes) == 10
+    for below, above in itertools.pairwise(boxes):
+        assert below.y1 <= above.y0 + 1
+    for box in boxes:
+        assert box.x0 >= ax.get_window_extent().x1
+        assert box.x1 <= ax.figure.bbox.x1 + 1
+        assert box.y0 >= 0
+        assert box.y1 <= ax.figure.bbox.y1 + 1
+
+
+def test_few_lines_differ_in_colour_and_neighbours_in_dashes():
+    rates = {name: np.full(3, 0.1) for name in names_of(8)}
+    bold = plot.learning_rates((range(3), rates)).get_lines()[1::2]
+    assert len({line.get_color() for line in bold}) == 8
+    dashes = [line._dash_pattern for line in bold]
+    assert all(one != two for one, two in itertools.pairwise(dashes))
 
 
 @pytest.mark.parametrize("count", [11, 60, 200])
@@ -280,6 +336,103 @@ def test_losses_draw_one_curve_each_and_leave_out_what_is_not_finite():
     assert ax.get_yscale() == "linear"
 
 
+# --- Trees, reports and training runs ---------------------------------------------
+
+
+def suggestion(size=7, **options):
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=(size, 2 * size))
+    hessian = factor @ factor.T
+    summary = pn.Summary(np.array(1.0), np.exp(rng.normal(size=size)), hessian, None)
+    params = {f"tensor{s}": np.zeros(2, np.float32) for s in range(size)}
+    return pn.suggest_partition(summary, params, **options)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_dendrogram_has_a_line_for_each_merge_at_its_loss(count):
+    suggested = suggestion(count=count)
+    ax = plot.dendrogram(suggested)
+    ax.figure.draw_without_rendering()
+    forks = [line.get_xdata() for line in ax.get_lines() if len(line.get_xdata()) == 4]
+    lost = [max(merge.lost, 1e-4) for merge in suggested.merges]
+    np.testing.assert_allclose([fork[1] for fork in forks], lost)
+    colours = [x.get_color() for x in ax.get_lines() if len(x.get_xdata()) == 4]
+    assert sum(colour != "0.6" for colour in colours) == 7 - count
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert sorted(labels) == sorted(suggested.names)
+
+
+def test_the_lines_of_a_dendrogram_do_not_cross():
+    suggested = suggestion(count=1)
+    labels = plot.dendrogram(suggested).get_yticklabels()
+    row = {label.get_text(): i for i, label in enumerate(labels)}
+    for count in range(1, 8):  # the rows of each cluster are consecutive
+        for cluster in suggested.cut(count=count).clusters:
+            rows = sorted(row[suggested.names[s]] for s in cluster)
+            assert rows == list(range(rows[0], rows[0] + len(rows)))
+
+
+def training(steps=25):
+    """States of an optimizer, one per refresh, and the decreases of the loss."""
+
+    def loss(params):
+        return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - 1.0) ** 2)
+
+    x = jax.random.normal(jax.random.key(0), (16, 3))
+    params = {"in": jnp.eye(3), "out": jnp.ones(3) / 9}
+    rule = pn.rules.cubic()
+    tx = optax.chain(pn.scale_by_partition_newton(rule), optax.scale(-1.0))
+    state, states, actual = tx.init(params), [], []
+    step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p, value_fn=loss))
+    for _ in range(steps):
+        updates, state = step(params, state)
+        before, params = loss(params), optax.apply_updates(params, updates)
+        states.append(state)
+        actual.append(float(before - loss(params)))
+    return states, actual
+
+
+def test_a_dashboard_shows_the_run_in_one_call():
+    states, actual = training()
+    figure = plot.dashboard(states, actual_decrease=actual)
+    figure.draw_without_rendering()
+    loss, rates, matrix, decreases = figure.axes[:4]
+    np.testing.assert_array_equal(loss.get_lines()[0].get_xdata(), range(25))
+    found = [float(pn.newton_state(s).loss) for s in states]
+    np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), found)
+    assert len(rates.get_lines()) >= 4
+    last = pn.newton_state(states[-1])
+    np.testing.assert_allclose(drawn(matrix), plot.correlation(last.hessian))
+    predicted = [float(pn.newton_state(s).predicted_decrease) for s in states]
+    (points,) = decreases.collections
+    np.testing.assert_allclose(points.get_offsets(), np.transpose([predicted, actual]))
+    with pytest.raises(ValueError, match="25 steps"):
+        plot.dashboard(states, actual_decrease=actual[1:])
+
+
+def test_a_dashboard_needs_only_the_small_state_and_no_decreases():
+    states, _ = training(3)
+    small = [jax.device_get(pn.newton_state(state)) for state in states]
+    plot.dashboard(small).draw_without_rendering()
+    with pytest.raises(ValueError, match="states is empty"):
+        plot.dashboard([])
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_interactions_over_time_are_panels_with_the_first_and_the_last_state(count):
+    states, _ = training()
+    figure = plot.interactions_over_time(states, count=count)
+    figure.draw_without_rendering()
+    panels = [ax for ax in figure.axes if ax.get_images() and ax.get_title()]
+    titles = [ax.get_title() for ax in panels]
+    assert len(titles) == count
+    assert titles[0] == "step 0"
+    assert count == 1 or titles[-1] == "step 24"
+    for ax, title in zip(panels, titles, strict=True):
+        state = pn.newton_state(states[int(title.split()[1])])
+        np.testing.assert_allclose(drawn(ax), plot.correlation(state.hessian))
+
+
 # --- Composition -----------------------------------------------------------------
 
 PICTURES = {
@@ -289,6 +442,7 @@ PICTURES = {
         (range(2), [0.2, 0.1], [0.1, 0.1]), ax
     ),
     "losses": lambda ax: plot.losses({"adam": ([0, 1], [2.0, 1.0])}, ax),
+    "dendrogram": lambda ax: plot.dendrogram(suggestion(3), ax),
 }
 
 

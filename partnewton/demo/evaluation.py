@@ -34,7 +34,8 @@ def evaluation(experiment: Experiment) -> Callable[[PyTree], tuple[float, float]
 
         def is_right(example: Any) -> jax.Array:
             image, label = example
-            return jnp.argmax(experiment.logits_fn(params, image[None])) == label
+            logits = experiment.logits_fn(params, image[None])[0]
+            return jnp.mean(jnp.argmax(logits, axis=-1) == label)
 
         return (
             jnp.mean(jax.lax.map(loss, train, batch_size=CHUNK)),

@@ -14,6 +14,7 @@ import partnewton as pn
 from partnewton._refresh import default_refreshes
 from partnewton.demo import data
 from partnewton.demo.models import MODELS, as_function
+from partnewton.demo.text import Transformer, standard_library
 
 __all__ = ["BATCH", "Config", "Experiment", "prepare"]
 
@@ -26,7 +27,7 @@ class Config(NamedTuple):
     """The options of the command line.
 
     Attributes:
-      model: "cnn" or "mlp".
+      model: "cnn" or "mlp", for images.
       steps: the number of steps of each optimizer.
       seed: of the split of the digits, the initial weights and the order of batches.
       partition: "per_tensor", "whole", "weights_biases", "per_layer", "blocks:N" or
@@ -34,6 +35,7 @@ class Config(NamedTuple):
       data_dir: a folder for :func:`partnewton.demo.data.from_folder`, or None for the
         digits of scikit-learn.
       output: the folder for the figures and the curves.
+      problem: "images", or "text" for the next character of Python source.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Config(NamedTuple):
     partition: str
     data_dir: Path | None
     output: Path
+    problem: str = "images"
 
 
 class Experiment(NamedTuple):
@@ -49,7 +52,7 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: the options.
-      dataset: the images, as numpy arrays.
+      dataset: the images, or windows of text, as numpy arrays.
       batches: for each step the indices of the images of its batch, (steps, batch).
       params: the initial weights.
       logits_fn: ``logits_fn(params, images)``, a pure function.
@@ -95,12 +98,7 @@ def prepare(config: Config) -> Experiment:
       >>> experiment.batches.shape
       (5, 64)
     """
-    if config.data_dir is None:
-        dataset = data.digits(config.seed)
-    else:
-        dataset = data.from_folder(config.data_dir)
-    image_shape = dataset.train_images.shape[1:]
-    model = MODELS[config.model](image_shape, nnx.Rngs(config.seed))
+    dataset, model = _dataset_and_model(config)
     params, logits_fn = as_function(model)
 
     def value_fn(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -117,6 +115,20 @@ def prepare(config: Config) -> Experiment:
     return Experiment(
         config, dataset, batches, params, logits_fn, value_fn, param_labels
     )
+
+
+def _dataset_and_model(config: Config) -> tuple[data.Dataset, nnx.Module]:
+    rngs = nnx.Rngs(config.seed)
+    if config.problem == "text":
+        if config.data_dir is not None:
+            raise ValueError("--data-dir: the text is that of Python's own modules.")
+        dataset = standard_library(config.seed)
+        return dataset, Transformer(int(dataset.train_labels.max()) + 1, rngs)
+    if config.data_dir is None:
+        dataset = data.digits(config.seed)
+    else:
+        dataset = data.from_folder(config.data_dir)
+    return dataset, MODELS[config.model](dataset.train_images.shape[1:], rngs)
 
 
 def _labels_of(name: str) -> Callable[[PyTree], PyTree]:

@@ -17,6 +17,7 @@ from partnewton.demo.training import PARTITION_NEWTON, Curves
 __all__ = ["write"]
 
 LOSS_FLOOR = 1e-7  # smaller losses are rounding errors in float32
+PROGRESS = 1e-4  # below this fraction of the first loss, lengths are not drawn
 
 
 def write(results: Results) -> list[Path]:
@@ -78,10 +79,13 @@ def _partition_picture(results: Results) -> Figure:
         f"Partition Hessian after {results.snapshot_step} steps, unit diagonal"
     )
     ours = results.curves[PARTITION_NEWTON]
-    shown = slice(_refreshes_above_rounding(ours))
+    shown = slice(_refreshes_with_progress(ours))
     step_sizes = {name: values[shown] for name, values in ours.step_sizes.items()}
     plot.learning_rates((ours.logged["step"][shown], step_sizes), rates)
-    rates.set_title("RMS change of the entries of each subset per step")
+    title = "RMS change of the entries of each subset per step"
+    if shown.stop < len(ours.logged["step"]):
+        title += f",\nuntil the loss is 1/{1 / PROGRESS:.0f} of the first one"
+    rates.set_title(title)
     return figure
 
 
@@ -91,10 +95,18 @@ def _refreshes_above_rounding(ours: Curves) -> int:
     return above.index(False) if False in above else len(above)
 
 
+def _refreshes_with_progress(ours: Curves) -> int:
+    """The number of refreshes before there was hardly anything left to learn."""
+    losses = ours.logged["loss"]
+    above = [x > PROGRESS * losses[0] for x in losses]
+    return above.index(False) + 1 if False in above else len(above)
+
+
 def _as_json(results: Results) -> dict[str, Any]:
     config = results.experiment.config
     return {
-        "model": config.model,
+        "problem": config.problem,
+        "model": "transformer" if config.problem == "text" else config.model,
         "steps": config.steps,
         "seed": config.seed,
         "partition": config.partition,

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -150,7 +151,9 @@ def train(
     refreshes = set(experiment.refreshes)
     snapshot_step, params = 0, None
 
-    with tqdm(total=steps, desc=f"{name:16}", unit="step", mininterval=0.5) as bar:
+    # No bar if the output is not a terminal, but one line at the end.
+    options = {"unit": "step", "mininterval": 0.5, "disable": None}
+    with tqdm(total=steps, desc=f"{name:16}", **options) as bar:
         estimate = optimizer.compile_ratio * gradient_compile_seconds
         bar.set_postfix_str(f"compiling, about {max(estimate, 1):.0f} s")
         begin = time.perf_counter()
@@ -179,6 +182,12 @@ def train(
                 snapshot_step, params = last, jax.tree.map(jnp.copy, state[0])
             bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.3g}")
             bar.update(last - first)
+    if bar.disable:
+        line = (
+            f"{name:16}  {steps} steps in {curves.seconds[-1]:.2f} s, compiled in "
+            f"{curves.compile_seconds:.2f} s, train loss {curves.train_loss[-1]:.3g}"
+        )
+        print(line, file=sys.stderr, flush=True)
     return Training(curves, snapshot_step, params, step)
 
 

@@ -10,6 +10,7 @@ from partnewton.plot._axes import (
     add_grid,
     add_legend,
     axes_or_new,
+    label_lines,
     line_styles,
     set_log_scale,
 )
@@ -28,8 +29,9 @@ def learning_rates(
     """Draw the learning rate of each subset over time, on a logarithmic axis.
 
     Thin lines are the rates, bold lines their running medians. If some rates are zero
-    or negative, the axis is linear around zero. If there are many subsets, those of one
-    of the :func:`layer_groups` have the same colour.
+    or negative, the axis is linear around zero. Up to ten lines have their names at
+    their ends. If there are more, there is a legend, and the lines of one of the
+    :func:`layer_groups` have the same colour.
 
     Args:
       history: ``(steps, {name: values})``, all of the same length.
@@ -60,7 +62,8 @@ def learning_rates(
                 f"history: {name!r} has {values.size} values for {steps.size} steps."
             )
         values = np.where(np.isfinite(values), values, np.nan)
-        ax.plot(steps, values, linewidth=0.6, alpha=0.25, **style)
+        thin = style | {"linestyle": "solid"}
+        ax.plot(steps, values, linewidth=0.6, alpha=0.25, **thin)
         smooth = _running_median(values, window)
         ax.plot(steps, smooth, linewidth=1.9, label=label, **style)
         finite = np.append(finite, values[~np.isnan(values)])
@@ -70,7 +73,10 @@ def learning_rates(
     ax.set_title("Learning rate of each subset")
     ax.set_xlabel("step")
     add_grid(ax)
-    add_legend(ax, len(rates))
+    if len(rates) <= MAX_COLOURS:
+        label_lines(ax)
+    else:
+        add_legend(ax, len(rates))
     return ax
 
 
@@ -163,7 +169,8 @@ def losses(
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     add_grid(ax)
-    add_legend(ax, len(curves))
+    if len(curves) > 1:
+        add_legend(ax, len(curves))
     return ax
 
 

@@ -54,10 +54,12 @@ def correlation(hessian: np.typing.ArrayLike) -> np.ndarray:
 def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Axes":
     """Draw the :func:`correlation` of a partition Hessian as a heat map.
 
-    A red entry is positive: a step in one of the two subsets reduces the decrease that
-    a step in the other one achieves. A blue entry is negative: it increases that
-    decrease. The rows and columns of subsets without curvature are grey. Black lines
-    separate the :func:`layer_groups`.
+    A red entry is positive: the steps of the two subsets compete, since a step in one
+    of them reduces the decrease that a step in the other one achieves. A blue entry is
+    negative: the steps help each other. An entry beyond 1 or -1 shows that the loss has
+    negative curvature along some combination of these two steps. The rows and columns
+    of subsets without curvature are grey. Black lines separate the
+    :func:`layer_groups`.
 
     Args:
       summary: a :class:`~partnewton.Summary`, or any object with a `hessian` (S, S).
@@ -78,12 +80,25 @@ def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Ax
       >>> ax = hessian(summary, ["kernel", "bias"])
       >>> ax.figure.savefig("hessian.png")  # doctest: +SKIP
     """
-    values = correlation(summary.hessian)
-    S = len(values)
-    if len(names) != S:
-        raise ValueError(f"names: {len(names)} names for {S} subsets.")
+    S = len(np.asarray(summary.hessian))
     side = min(max(4.5, 2.5 + 0.2 * S), 16.0)
     ax = axes_or_new(ax, (side + 1.0, side), layout="compressed")
+    values, image, _ = draw_hessian(summary.hessian, names, ax)
+    if S <= _MAX_ANNOTATED:
+        _annotate(ax, values)
+    ax.set_title("Partition Hessian, scaled to a unit diagonal")
+    ax.set_xlabel(_remarks(values), fontsize="small", color="0.35")
+    add_colour_bar(image, ax, _extend(values))
+    return ax
+
+
+def draw_hessian(
+    hessian: np.typing.ArrayLike, names: Sequence[str], ax: "Axes"
+) -> tuple[np.ndarray, Any, "Axes"]:
+    """The heat map alone: the values that are drawn, the image and the axes."""
+    values = correlation(hessian)
+    if len(names) != len(values):
+        raise ValueError(f"names: {len(names)} names for {len(values)} subsets.")
 
     import matplotlib
 
@@ -96,16 +111,16 @@ def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Ax
     )
     _set_ticks(ax, names)
     _separate_groups(ax, layer_groups(names))
-    if S <= _MAX_ANNOTATED:
-        _annotate(ax, values)
-    ax.set_title("Partition Hessian, scaled to a unit diagonal")
-    ax.set_xlabel(_remarks(values), fontsize="small", color="0.35")
-    bar = ax.figure.colorbar(
-        image, ax=ax, extend=_extend(values), fraction=0.046, pad=0.03
-    )
+    return values, image, ax
+
+
+def add_colour_bar(image: Any, axes: Any, extend: str = "neither") -> None:
+    """The colour bar of one heat map, or of several, with the meaning of its ends."""
+    one = axes[0] if isinstance(axes, list) else axes
+    bar = one.figure.colorbar(image, ax=axes, extend=extend, fraction=0.046, pad=0.03)
     bar.set_ticks([-1, -0.5, 0, 0.5, 1])
+    bar.set_label("help each other  ←  steps  →  compete", fontsize="small")
     bar.outline.set_visible(False)
-    return ax
 
 
 def _set_ticks(ax: "Axes", names: Sequence[str]) -> None:
@@ -145,7 +160,8 @@ def _remarks(values: np.ndarray) -> str:
         largest = np.max(np.abs(values[is_beyond]))
         remarks.append(
             f"{is_beyond.sum()} of {values.size} entries lie beyond ±1, up to "
-            f"{largest:.3g}: drawn as ±1"
+            f"{largest:.3g}, drawn as ±1:\nthe loss has negative curvature in the "
+            "plane of these two subsets"
         )
     if np.isnan(values).any():
         remarks.append("grey: no curvature, so the correlation is undefined")

@@ -22,6 +22,19 @@ def program(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sections(page: Path) -> dict[str, str]:
+    """The program of each section of a page, after that of the text before them all."""
+    whole = program(page).splitlines()
+    lines = page.read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("## ")]
+    found = {}
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        if any(line.strip() for line in whole[start:end]):
+            kept = [*whole[: starts[0]], *[""] * (start - starts[0]), *whole[start:end]]
+            found[lines[start].removeprefix("## ")] = "\n".join(kept) + "\n"
+    return found
+
+
 def run(page: Path) -> dict:
     """Runs the program of a page; returns what it defined."""
     namespace = {"__name__": page.stem}
