@@ -39,9 +39,12 @@ OPTIMIZERS = {
         pn.scale_by_partition_newton(),
         optax.scale_by_learning_rate(0.3),
     ),
+    "subspace": pn.subspace_newton(),
 }
 # Newton's rule compiles fastest; all of them train by default, in the first test.
-every_optimizer = pytest.mark.parametrize("name", some(OPTIMIZERS, default=["newton"]))
+every_optimizer = pytest.mark.parametrize(
+    "name", some(OPTIMIZERS, default=["newton", "subspace"])
+)
 
 
 class Target(NamedTuple):

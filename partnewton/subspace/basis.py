@@ -18,11 +18,10 @@ def orthonormal(directions: Sequence[Leaves], partition: Partition) -> list[Leav
     """Vectors that are orthonormal, or zero, on each subset, with the same span.
 
     Classical Gram-Schmidt with one reorthogonalisation of the vectors themselves. A
-    Gram matrix of the vectors would lose half of the digits. If the second pass, too,
-    removes more than half of a vector, what is left is rounding error, and the vector
-    is zero on that subset ("twice is enough", Parlett, The Symmetric Eigenvalue
-    Problem, 1980). The result does not depend on the scale of a vector on a subset.
-    Vectors that are not finite count as zero.
+    Gram matrix of the vectors would lose half of the digits. A vector of which the
+    first pass leaves only rounding error, a fraction of 4 K eps, is zero on that
+    subset. The result does not depend on the scale of a vector on a subset. Vectors
+    that are not finite count as zero.
 
     Args:
       directions: K lists of arrays, the leaves of the K directions.
@@ -31,13 +30,14 @@ def orthonormal(directions: Sequence[Leaves], partition: Partition) -> list[Leav
     Returns:
       K lists of arrays in `partition.dtype`.
     """
+    rounding = 4 * len(directions) * jnp.finfo(partition.dtype).eps
     basis: list[Leaves] = []
     for direction in directions:
         v, _ = _normalized([x.astype(partition.dtype) for x in direction], partition)
         if basis:
+            v, left = _normalized(_without(v, basis, partition), partition)
             v, _ = _normalized(_without(v, basis, partition), partition)
-            v, norms = _normalized(_without(v, basis, partition), partition)
-            v = partition.scaled(v, (norms > 0.5).astype(partition.dtype))
+            v = partition.scaled(v, (left > rounding).astype(partition.dtype))
         basis.append(v)
     return basis
 
