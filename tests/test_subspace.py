@@ -12,6 +12,7 @@ from support.oracles import types_of
 import partnewton as pn
 from partnewton import partitions
 from partnewton.subspace.basis import orthonormal
+from partnewton.subspace.lbfgs import lbfgs_direction
 from partnewton.subspace.model import damped_step, quadratic_model
 
 
@@ -355,3 +356,19 @@ def test_missing_arguments_of_the_update():
         tx.update(x, tx.init(x), x)
     with pytest.raises(ValueError, match="updates"):
         tx.update(jnp.ones(3), tx.init(x), x, value_fn=jnp.sum)
+
+
+def test_the_direction_of_lbfgs_is_that_of_optax(x64):
+    """Where the curvature is positive, and whatever the steps are."""
+    A, b, loss = quadratic()
+    ours, theirs = lbfgs_direction(3), optax.scale_by_lbfgs(3, scale_init_precond=True)
+    x = {"x": jnp.ones(len(b))}
+    state, other = ours.init(x), theirs.init(x)
+    for i in range(6):
+        grads = jax.grad(lambda p: loss(p["x"]))(x)
+        direction, state = ours.update(grads, state, x)
+        expected, other = theirs.update(grads, other, x)
+        if i > 0:  # the first one is a multiple of the gradient
+            np.testing.assert_allclose(direction["x"], expected["x"], rtol=1e-8)
+        step = {"x": 0.01 * jnp.cos(i + jnp.arange(len(b)))}
+        x = jax.tree.map(lambda p, u, v: p - 0.02 * u + v, x, grads, step)

@@ -4,6 +4,7 @@ import jax
 import optax
 
 from partnewton import engines, partitions
+from partnewton.subspace.lbfgs import lbfgs_direction
 from partnewton.subspace.transform import scale_by_subspace_newton
 
 __all__ = ["subspace_newton"]
@@ -51,7 +52,7 @@ def subspace_newton(
       >>> print(bool(loss(x) < 1e-10))
       True
     """
-    directions = [optax.scale_by_lbfgs(memory_size)] if memory_size else []
+    directions = [lbfgs_direction(memory_size)] if memory_size else []
     return optax.chain(
         scale_by_subspace_newton(
             history,
