@@ -360,7 +360,7 @@ def test_missing_arguments_of_the_update():
 
 def test_the_direction_of_lbfgs_is_that_of_optax(x64):
     """Where the curvature is positive, and whatever the steps are."""
-    A, b, loss = quadratic()
+    _, b, loss = quadratic()
     ours, theirs = lbfgs_direction(3), optax.scale_by_lbfgs(3, scale_init_precond=True)
     x = {"x": jnp.ones(len(b))}
     state, other = ours.init(x), theirs.init(x)
