@@ -6,7 +6,6 @@ import jax
 
 import partnewton as pn
 
-
 NewtonState = pn.ScaleByPartitionNewtonState | pn.ScaleBySubspaceNewtonState
 
 
