@@ -9,6 +9,11 @@ from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
 from partnewton.metrics import learning_rates, metrics, newton_state
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
+from partnewton.subspace import (
+    ScaleBySubspaceNewtonState,
+    scale_by_subspace_newton,
+    subspace_newton,
+)
 from partnewton.summary import Summary, derivative_tensors, summarize
 from partnewton.transform import (
     ScaleByPartitionNewtonState,
@@ -24,6 +29,7 @@ __all__ = [
     "Report",
     "ScaleByLookbackState",
     "ScaleByPartitionNewtonState",
+    "ScaleBySubspaceNewtonState",
     "SuggestedPartition",
     "Summary",
     "averaging",
@@ -41,8 +47,10 @@ __all__ = [
     "rules",
     "scale_by_lookback",
     "scale_by_partition_newton",
+    "scale_by_subspace_newton",
     "solve_cubic",
     "subset_names",
+    "subspace_newton",
     "suggest_partition",
     "summarize",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from partnewton.lookback import ScaleByLookbackState
+from partnewton.subspace import ScaleBySubspaceNewtonState
 from partnewton.transform import ScaleByPartitionNewtonState
 
 __all__ = ["learning_rates", "metrics", "newton_state"]
@@ -19,7 +20,8 @@ def learning_rates(
 
     Args:
       state: the state of an optimizer that contains one
-        :func:`~partnewton.scale_by_partition_newton`, in a chain or in a wrapper.
+        :func:`~partnewton.scale_by_partition_newton` or one
+        :func:`~partnewton.scale_by_subspace_newton`, in a chain or in a wrapper.
       params: ignored, since the state contains the names of the subsets.
 
     Returns:
@@ -37,7 +39,7 @@ def learning_rates(
       {'w': Array(0., dtype=float32)}
     """
     del params
-    found = newton_state(state)
+    found = _only_state(state)
     return {name: found.learning_rates[..., s] for name, s in _names(found).items()}
 
 
@@ -47,9 +49,10 @@ def metrics(
     """The state as a flat dict of scalars, for any logger.
 
     It contains every scalar of the :class:`~partnewton.ScaleByPartitionNewtonState`
-    under its own name ("loss", "predicted_decrease", "status", "notfinite_count", ...),
-    and for each subset the learning rate under "learning_rate/name" and the curvature
-    <u_s, H u_s> under "curvature/name". If the chain contains one
+    or :class:`~partnewton.ScaleBySubspaceNewtonState` under its own name ("loss",
+    "predicted_decrease", "notfinite_count", ...), and for each subset the learning rate
+    under "learning_rate/name" and, for the first of the two, the curvature <u_s, H u_s>
+    under "curvature/name". If the chain contains one
     :func:`~partnewton.scale_by_lookback`, as :func:`~partnewton.partition_newton` does,
     its step-size multiplier is "factor".
 
@@ -60,7 +63,8 @@ def metrics(
 
     Args:
       state: the state of an optimizer that contains one
-        :func:`~partnewton.scale_by_partition_newton`, in a chain or in a wrapper.
+        :func:`~partnewton.scale_by_partition_newton` or one
+        :func:`~partnewton.scale_by_subspace_newton`, in a chain or in a wrapper.
       params: ignored, as by :func:`~partnewton.learning_rates`.
 
     Returns:
@@ -81,7 +85,7 @@ def metrics(
       >>> print(logged["loss"], logged["learning_rate/w"], logged["curvature/w"])
       9.0 0.5 72.0
     """
-    found = newton_state(state)
+    found = _only_state(state)
     factors = [x.factor for x in _states_of(ScaleByLookbackState, state)]
     leading = np.ndim(found.learning_rates) - 1  # axes of an ensemble
     numbers = {
@@ -90,14 +94,12 @@ def metrics(
         if isinstance(x, jax.Array | np.ndarray | np.generic) and np.ndim(x) == leading
     }
     factor = {"factor": factors[0]} if len(factors) == 1 else {}
-    rates, hessian = found.learning_rates, found.hessian
-    names = _names(found)
-    return (
-        numbers
-        | factor
-        | {f"learning_rate/{name}": rates[..., s] for name, s in names.items()}
-        | {f"curvature/{name}": hessian[..., s, s] for name, s in names.items()}
-    )
+    rates, names = found.learning_rates, _names(found)
+    per_subset = {f"learning_rate/{name}": rates[..., s] for name, s in names.items()}
+    if isinstance(found, ScaleByPartitionNewtonState):
+        hessian = found.hessian
+        per_subset |= {f"curvature/{x}": hessian[..., s, s] for x, s in names.items()}
+    return numbers | factor | per_subset
 
 
 def newton_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
@@ -120,12 +122,17 @@ def newton_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
       >>> print(newton_state(tx.init({"w": jnp.zeros(2)})).learning_rates)
       [0.]
     """
-    found = _states_of(ScaleByPartitionNewtonState, state)
+    return _only_state(state, (ScaleByPartitionNewtonState,))
+
+
+_KINDS = ScaleByPartitionNewtonState, ScaleBySubspaceNewtonState
+
+
+def _only_state(state: optax.OptState, kinds: tuple[type, ...] = _KINDS) -> Any:
+    found = [x for kind in kinds for x in _states_of(kind, state)]
     if len(found) != 1:
-        raise ValueError(
-            "state must contain exactly one ScaleByPartitionNewtonState, found "
-            f"{len(found)}."
-        )
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"state must contain exactly one {names}, found {len(found)}.")
     return found[0]
 
 
@@ -148,7 +155,7 @@ def _unwrap(leaf: Any) -> Any:
     return leaf.get_value() if _is_nnx_variable(leaf) else leaf
 
 
-def _names(state: ScaleByPartitionNewtonState) -> dict[str, int]:
+def _names(state: Any) -> dict[str, int]:
     """The names of the subsets in order, with their indices."""
     numbered = [key.split(" ", maxsplit=1) for key in state.subsets]
     return {name: s for s, name in sorted((int(s), name) for s, name in numbered)}

@@ -22,6 +22,7 @@ TRANSFORMATIONS = {
     "partition_newton": pn.partition_newton(rule=newton),
     "paper_newton": pn.paper_newton(rule=newton),
     "scale_by_lookback": pn.scale_by_lookback(),
+    "subspace_newton": pn.subspace_newton(),
     "clip_by_parameter_rms": optax.with_extra_args_support(pn.clip_by_parameter_rms()),
     "skip_nonfinite": pn.directions.skip_nonfinite(optax.adam(0.1)),
     "equilibrated": pn.directions.equilibrated(optax.adam(0.1)),
@@ -60,6 +61,7 @@ def test_no_two_arrays_of_a_fresh_state_share_a_buffer(name, init):
     "name",
     [
         "partition_newton",
+        "subspace_newton",
         "scale_by_lookback",
         "clip_by_parameter_rms",
         "average uniform",

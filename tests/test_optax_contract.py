@@ -39,9 +39,12 @@ OPTIMIZERS = {
         pn.scale_by_partition_newton(),
         optax.scale_by_learning_rate(0.3),
     ),
+    "subspace": pn.subspace_newton(),
 }
 # Newton's rule compiles fastest; all of them train by default, in the first test.
-every_optimizer = pytest.mark.parametrize("name", some(OPTIMIZERS, default=["newton"]))
+every_optimizer = pytest.mark.parametrize(
+    "name", some(OPTIMIZERS, default=["newton", "subspace"])
+)
 
 
 class Target(NamedTuple):
@@ -205,9 +208,14 @@ def test_map_params_works_on_the_state(name):
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
     assert jax.tree.structure(doubled) == jax.tree.structure(state)
     # What is like the parameters was doubled, what is measured stays.
-    assert_close(newton_state(doubled), newton_state(state), rtol=0, atol=0)
-    direction = state[0].mu if name == "adam_direction" else state[0].ema
-    mapped = doubled[0].mu if name == "adam_direction" else doubled[0].ema
+    ours, theirs = newton_state(doubled), newton_state(state)
+    if name == "subspace":
+        direction, mapped = theirs.steps, ours.steps
+        ours, theirs = (x._replace(steps=(), directions=()) for x in (ours, theirs))
+    else:
+        field = "mu" if name == "adam_direction" else "ema"
+        direction, mapped = getattr(state[0], field), getattr(doubled[0], field)
+    assert_close(ours, theirs, rtol=0, atol=0)
     assert_close(mapped, jax.tree.map(lambda x: 2 * x, direction))
 
 

@@ -76,12 +76,30 @@ class Partition:
             product = x.astype(self.dtype) * y.astype(self.dtype)
             if isinstance(label, np.ndarray):
                 slots = np.where(label == FROZEN, self.size, label)
-                result = _add_at(result, slots, product)
+                result = _reduce_at(result, slots, product, "add")
             else:
                 whole_sums.append(jnp.sum(product))
                 whole_labels.append(label)
         if whole_sums:
             result = result.at[np.array(whole_labels)].add(jnp.stack(whole_sums))
+        return result
+
+    def largest(self, xs: Sequence[jax.Array]) -> jax.Array:
+        """The largest absolute value on each subset, or NaN, (S,)."""
+        whole, whole_labels = [], []
+        result = jnp.zeros(self.size, self.dtype)
+        for x, label in zip(xs, self.labels, strict=True):
+            if is_frozen(label):
+                continue
+            magnitude = jnp.abs(x.astype(self.dtype))
+            if isinstance(label, np.ndarray):
+                slots = np.where(label == FROZEN, self.size, label)
+                result = _reduce_at(result, slots, magnitude, "max")
+            else:
+                whole.append(jnp.max(magnitude))
+                whole_labels.append(label)
+        if whole:
+            result = result.at[np.array(whole_labels)].max(jnp.stack(whole))
         return result
 
     def counts(self, leaves: Sequence[jax.Array]) -> np.ndarray:
@@ -206,14 +224,23 @@ def sharded_like(x: jax.Array, array: jax.typing.ArrayLike) -> jax.typing.ArrayL
     return jax.sharding.reshard(array, sharding.spec)
 
 
-def _add_at(sums: jax.Array, slots: np.ndarray, terms: jax.Array) -> jax.Array:
-    """Add each term to the sum at its slot; drop it if the slot is out of range."""
+def _reduce_at(
+    results: jax.Array, slots: np.ndarray, terms: jax.Array, operation: str
+) -> jax.Array:
+    """Combine each term with the result at its slot, unless the slot is out of range.
 
-    def add(sums: jax.Array, terms: jax.Array) -> jax.Array:
-        return sums.at[slots].add(terms, mode="drop")
+    Args:
+      results: (S,).
+      slots: of the shape of `terms`.
+      terms: what is added, or compared.
+      operation: "add" or "max".
+    """
+
+    def reduce(results: jax.Array, terms: jax.Array) -> jax.Array:
+        return getattr(results.at[slots], operation)(terms, mode="drop")
 
     if jax.typeof(terms).sharding.mesh.explicit_axes:
         # jax has no sharding rule for this scatter on explicit axes; XLA has.
         replicated = jax.sharding.PartitionSpec(None)
-        add = jax.sharding.auto_axes(add, out_sharding=replicated)
-    return add(sums, terms)
+        reduce = jax.sharding.auto_axes(reduce, out_sharding=replicated)
+    return reduce(results, terms)

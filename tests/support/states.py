@@ -6,11 +6,13 @@ import jax
 
 import partnewton as pn
 
+NewtonState = pn.ScaleByPartitionNewtonState | pn.ScaleBySubspaceNewtonState
 
-def newton_state(state: Any) -> pn.ScaleByPartitionNewtonState:
-    """The state of `scale_by_partition_newton`, at any depth of a chain."""
+
+def newton_state(state: Any) -> NewtonState:
+    """The state of our transformation, at any depth of a chain."""
 
     def is_one(x: Any) -> bool:
-        return isinstance(x, pn.ScaleByPartitionNewtonState)
+        return isinstance(x, NewtonState)
 
     return next(x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x))

@@ -1,0 +1,93 @@
+"""The choice of the damping by the loss at the end of the step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from partnewton.subspace.model import Model, damped_step
+
+__all__ = ["Trial", "search"]
+
+_FACTORS = (0.1, 1.0, 10.0)  # of the damping, tried at each update
+_RETRIES = 6  # with a damping 100 times as large each, if none decreases the loss
+_MAX_DAMPING = 1e3  # the step is then one along the scaled gradient, 1e-3 long
+
+
+class Trial(NamedTuple):
+    """The best step so far.
+
+    Attributes:
+      damping: its damping, ().
+      eta: its coefficients, (K S,); zeros if no step decreased the loss.
+      decrease: of the loss, (); 0 if no step decreased it.
+      predicted_decrease: by the model, ().
+    """
+
+    damping: jax.Array
+    eta: jax.Array
+    decrease: jax.Array
+    predicted_decrease: jax.Array
+
+
+def search(
+    model: Model,
+    damping: jax.Array,
+    value: jax.Array,
+    value_at: Callable[[jax.Array], jax.Array],
+    slope_at: Callable[[jax.Array], jax.Array],
+) -> Trial:
+    """The step with the largest decrease of the loss among several dampings.
+
+    A decrease below sqrt(eps) * |value| has lost half of its digits. It is replaced by
+    the integral of the slope along the step, from the cubic polynomial with the exact
+    first and second derivative at its start and the exact first derivative at its end.
+
+    Args:
+      model: the model of the loss.
+      damping: the damping of the last step, ().
+      value: the loss, ().
+      value_at: the loss after a step.
+      slope_at: -d/dt of the loss after the step ``t * eta`` at t = 1.
+
+    Returns:
+      A :class:`Trial`. If no step decreases the loss, it has the damping with which to
+      start at the next update.
+    """
+    small = jnp.sqrt(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+    min_damping = jnp.finfo(model.slopes.dtype).eps
+
+    def trial(damping: jax.Array) -> Trial:
+        damping = jnp.clip(damping, min_damping, _MAX_DAMPING)
+        eta, predicted = damped_step(model, damping)
+        difference = (value - value_at(eta)).astype(eta.dtype)
+
+        def integrated_slope() -> jax.Array:
+            start, end = model.gradient @ eta, slope_at(eta)
+            curvature = eta @ (model.hessian @ eta)
+            return (2 / 3 * start - curvature / 6 + end / 3).astype(eta.dtype)
+
+        decrease = jax.lax.cond(
+            jnp.abs(difference) <= small, integrated_slope, lambda: difference
+        )
+        decrease = jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
+        return Trial(damping, eta, decrease, predicted)
+
+    def is_unfinished(state: tuple[jax.Array, Trial]) -> jax.Array:
+        i, best = state
+        may_retry = (best.decrease <= 0) & (i < len(_FACTORS) + _RETRIES)
+        return (i < len(_FACTORS)) | may_retry
+
+    def step(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
+        i, best = state
+        new = trial(damping * factors[i])
+        is_better = new.decrease > best.decrease
+        return i + 1, jax.tree.map(lambda x, y: jnp.where(is_better, x, y), new, best)
+
+    retries = [_FACTORS[-1] * 100.0 ** (i + 1) for i in range(_RETRIES)]
+    factors = jnp.array([*_FACTORS, *retries], damping.dtype)
+    zero = jnp.zeros_like(value, damping.dtype)
+    refused = jnp.clip(damping * _FACTORS[-1], min_damping, _MAX_DAMPING)
+    start = Trial(refused, jnp.zeros_like(model.slopes), zero, zero)
+    return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), start))[1]
