@@ -1,6 +1,7 @@
 """Learning rates for subsets of the parameters, from exact second derivatives."""
 
 from partnewton import averaging, directions, engines, partitions, rules
+from partnewton.broyden import ScaleByBroydenState, scale_by_broyden
 from partnewton.clipping import ClipByParameterRmsState, clip_by_parameter_rms
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.inspection import Report, report
@@ -27,6 +28,7 @@ __all__ = [
     "CubicSolution",
     "CubicStatus",
     "Report",
+    "ScaleByBroydenState",
     "ScaleByLookbackState",
     "ScaleByPartitionNewtonState",
     "ScaleBySubspaceNewtonState",
@@ -45,6 +47,7 @@ __all__ = [
     "partitions",
     "report",
     "rules",
+    "scale_by_broyden",
     "scale_by_lookback",
     "scale_by_partition_newton",
     "scale_by_subspace_newton",

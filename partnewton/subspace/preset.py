@@ -1,9 +1,13 @@
 """`subspace_newton`: the optimizer with its default directions."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from partnewton import engines, partitions
+from partnewton.broyden import ScaleByBroydenState, scale_by_broyden
 from partnewton.subspace.lbfgs import lbfgs_direction
 from partnewton.subspace.transform import scale_by_subspace_newton
 
@@ -11,26 +15,28 @@ __all__ = ["subspace_newton"]
 
 
 def subspace_newton(
-    history: int = 2,
+    history: int = 3,
     *,
-    memory_size: int = 20,
+    direction: optax.GradientTransformation | None = None,
     damping: jax.typing.ArrayLike = 1e-3,
     param_labels: partitions.ParamLabels | None = None,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method in a subspace of each tensor, for losses without noise.
+    """An optimizer for losses without noise: quasi-Newton steps, exact where these fail.
 
-    On each subset of the parameters, the gradient, the direction of L-BFGS and the last
-    steps span a subspace, in which the loss is minimised by a damped Newton step with
+    A step of a self-scaled quasi-Newton method is taken if it decreases the loss. If it
+    does not, the gradient, the quasi-Newton direction and the last steps span a
+    subspace of each tensor, in which the loss is minimised by a damped Newton step with
     its exact Hessian, see :func:`scale_by_subspace_newton`. It replaces L-BFGS where
     the loss is computed on all data: physics-informed networks, fits, small models. It
     continues to descend in float32 where line searches fail.
 
     Args:
       history: the number of last steps among the directions.
-      memory_size: of the L-BFGS direction, whose state has twice as many copies of the
-        parameters; 0 for no such direction.
+      direction: the quasi-Newton direction; by default :func:`scale_by_broyden` up to
+        4000 parameters, with a matrix of all pairs of parameters in the state, and
+        L-BFGS with 50 steps for more.
       damping, param_labels, engine, has_aux: as in :func:`scale_by_subspace_newton`.
 
     Returns:
@@ -52,11 +58,10 @@ def subspace_newton(
       >>> print(bool(loss(x) < 1e-10))
       True
     """
-    directions = [lbfgs_direction(memory_size)] if memory_size else []
     return optax.chain(
         scale_by_subspace_newton(
             history,
-            directions=directions,
+            direction=quasi_newton() if direction is None else direction,
             damping=damping,
             param_labels=param_labels,
             engine=engine,
@@ -64,3 +69,26 @@ def subspace_newton(
         ),
         optax.scale(-1.0),
     )
+
+
+def quasi_newton(
+    max_size: int = 4000, memory_size: int = 50
+) -> optax.GradientTransformation:
+    """The direction of Broyden's method, or of L-BFGS for many parameters."""
+    dense, sparse = scale_by_broyden(max_size), lbfgs_direction(memory_size)
+
+    def is_small(params: optax.Params) -> bool:
+        return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)) <= max_size
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return (dense if is_small(params) else sparse).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        is_dense = isinstance(state, ScaleByBroydenState)
+        return (dense if is_dense else sparse).update(updates, state, params)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from partnewton.subspace.model import Model, damped_step
 
-__all__ = ["Trial", "search"]
+__all__ = ["Trial", "is_lost_in_rounding", "search"]
 
 _FACTORS = (0.1, 1.0, 10.0)  # of the damping, tried at each update
 _RETRIES = 6  # with a damping 100 times as large each, if none decreases the loss
@@ -55,7 +55,6 @@ def search(
       A :class:`Trial`. If no step decreases the loss, it has the damping with which to
       start at the next update.
     """
-    small = jnp.sqrt(jnp.finfo(value.dtype).eps) * jnp.abs(value)
     min_damping = jnp.finfo(model.slopes.dtype).eps
 
     def trial(damping: jax.Array) -> Trial:
@@ -69,7 +68,9 @@ def search(
             return (2 / 3 * start - curvature / 6 + end / 3).astype(eta.dtype)
 
         decrease = jax.lax.cond(
-            jnp.abs(difference) <= small, integrated_slope, lambda: difference
+            is_lost_in_rounding(difference, value),
+            integrated_slope,
+            lambda: difference,
         )
         decrease = jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
         return Trial(damping, eta, decrease, predicted)
@@ -91,3 +92,8 @@ def search(
     refused = jnp.clip(damping * _FACTORS[-1], min_damping, _MAX_DAMPING)
     start = Trial(refused, jnp.zeros_like(model.slopes), zero, zero)
     return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), start))[1]
+
+
+def is_lost_in_rounding(difference: jax.Array, value: jax.Array) -> jax.Array:
+    """Whether a difference of two values has lost half of its digits or more."""
+    return jnp.abs(difference) <= jnp.sqrt(jnp.finfo(value.dtype).eps) * jnp.abs(value)

@@ -1,13 +1,13 @@
 """`scale_by_subspace_newton`: Newton's method in a subspace of each subset.
 
-The updates, other directions computed from them, and the last steps span a subspace of
-a few dimensions on each subset of the parameters. The exact gradient and Hessian of the
-loss on the sum of these subspaces determine one coefficient per direction and subset.
-It is the sequential subspace optimisation of Narkiss and Zibulevsky with an exact
-Hessian, and one subspace per subset instead of one for all parameters.
+The gradient, a quasi-Newton direction and the last steps span a subspace of a few
+dimensions on each subset of the parameters. The exact gradient and Hessian of the loss
+on the sum of these subspaces determine one coefficient per direction and subset. It is
+the sequential subspace optimisation of Narkiss and Zibulevsky with an exact Hessian,
+and one subspace per subset instead of one for all parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +18,10 @@ import optax
 from partnewton import engines, partitions
 from partnewton._checks import check_number, check_transformation
 from partnewton._eager import compiled_when_eager
-from partnewton._error_hints import with_error_hints
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
-from partnewton._tree import all_finite
 from partnewton.directions import skip_nonfinite
-from partnewton.partitions.partition import Partition, is_frozen, zeros_of_frozen
-from partnewton.subspace.basis import combine, orthonormal
-from partnewton.subspace.model import quadratic_model
-from partnewton.subspace.search import Trial, search
-from partnewton.summary import summarize
+from partnewton.partitions.partition import is_frozen, zeros_of_frozen
+from partnewton.subspace.point import Point
 
 __all__ = ["ScaleBySubspaceNewtonState", "scale_by_subspace_newton"]
 
@@ -39,10 +34,13 @@ class ScaleBySubspaceNewtonState(NamedTuple):
       loss: the loss before the last update, shape ().
       learning_rates: the root mean square (RMS) change of the entries of each subset in
         the last update, shape (S,).
-      damping: of the last accepted step, relative to the largest curvature, shape ().
+      damping: of the last accepted step in the subspace, relative to the largest
+        curvature, shape ().
       decrease: the decrease of the loss by the last update, shape (); 0 if its step
         was refused.
       predicted_decrease: the same by the quadratic model, shape ().
+      summary_count: the number of updates at which the subspace was used, shape (),
+        int32.
       refused_count: the number of updates at which no step decreased the loss, which
         then return zeros, shape (), int32.
       notfinite_count: the number of updates at which the incoming updates or the
@@ -50,7 +48,7 @@ class ScaleBySubspaceNewtonState(NamedTuple):
         int32.
       steps: the last steps, newest first, as a tuple of trees like the parameters, with
         None for leaves that are frozen.
-      directions: the states of the transformations `directions`.
+      direction: the state of `direction`, or an empty tuple.
       subsets: as in :class:`~partnewton.ScaleByPartitionNewtonState`.
     """
 
@@ -60,17 +58,18 @@ class ScaleBySubspaceNewtonState(NamedTuple):
     damping: jax.Array
     decrease: jax.Array
     predicted_decrease: jax.Array
+    summary_count: jax.Array
     refused_count: jax.Array
     notfinite_count: jax.Array
     steps: tuple[optax.Params, ...]
-    directions: tuple[optax.OptState, ...]
+    direction: optax.OptState
     subsets: dict[str, None]
 
 
 def scale_by_subspace_newton(
     history: int = 3,
     *,
-    directions: Sequence[optax.GradientTransformation] = (),
+    direction: optax.GradientTransformation | None = None,
     damping: jax.typing.ArrayLike = 1e-3,
     param_labels: partitions.ParamLabels | None = None,
     engine: str | engines.Engine = "auto",
@@ -78,10 +77,10 @@ def scale_by_subspace_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method in a subspace of each subset, for losses without noise.
 
-    The directions are the incoming updates, those that `directions` make of them, and
-    the last steps, K in total. Let q^k_s be an orthonormal basis of their span on
-    subset s. The outgoing updates are sum_ks eta_ks q^k_s, with the sign of a gradient.
-    The coefficients minimise the model
+    The incoming updates are the gradient of the loss. The gradient, the updates that
+    `direction` makes of it, and the last steps are K directions. Let q^k_s be an
+    orthonormal basis of their span on subset s. The outgoing updates are
+    sum_ks eta_ks q^k_s, with the sign of a gradient. The coefficients minimise
 
         - gradient . eta + 1/2 eta' |hessian| eta + damping/2 ||D eta||^2
 
@@ -89,26 +88,29 @@ def scale_by_subspace_newton(
     0, see :func:`partnewton.summarize`. In |hessian| the eigenvalues, in units of D,
     are replaced by their absolute values, and D_s^2 is the norm of the diagonal block
     of subset s. So the step depends neither on the scale of a direction nor on that of
-    a subset.
+    a subset. The loss is evaluated for three dampings, a tenth, once and ten times the
+    last one, and the step with the largest decrease is taken. If none decreases the
+    loss, the damping is increased further, and if this does not help either, the
+    outgoing updates are zero.
 
-    The loss is evaluated for three dampings, a tenth, once and ten times the last one,
-    and the step with the largest decrease is taken. If none decreases the loss, the
-    damping is increased further, and if this does not help either, the outgoing updates
-    are zero. Where the decrease is too small to be seen in the loss, it is computed
-    from slopes. So the loss decreases at each step, and no line search is needed.
+    Such a step costs as much as some ten gradients. The updates of `direction`, if they
+    have the length of a Newton step, are tried first, in full and up to four times
+    shortened. If one of them decreases the loss sufficiently, it is the step; then an
+    update costs one or two evaluations of the loss.
 
-    A step costs about as much as K S gradients, less for a loss of many layers, and
-    four evaluations of the loss. It is meant for the whole data set, or a large fixed
-    part of it. The loss may change between updates.
+    Where a decrease is too small to be seen in the loss, it is computed from slopes. So
+    the loss decreases at each step, also in float32, and no line search is needed.
 
-    The update function needs `params` and `value_fn`, see
+    It is meant for the whole data set, or a large fixed part of it. The loss may change
+    between updates. The update function needs `params` and `value_fn`, see
     :func:`partnewton.scale_by_partition_newton`. Frozen entries do not move.
 
     Args:
       history: the number of last steps among the directions; the state has a copy of
         the parameters for each.
-      directions: transformations of the incoming updates, each of which adds one
-        direction, such as ``optax.scale_by_lbfgs(20)``. Their scale does not matter.
+      direction: a transformation with the length of a Newton step, such as
+        :func:`partnewton.scale_by_broyden` or ``optax.scale_by_lbfgs(20)``; by default
+        none, and the subspace is used at each update.
       damping: the damping of the first step, relative to the largest curvature.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default each
         leaf is a subset. With one subset per entry this is Newton's method.
@@ -144,9 +146,10 @@ def scale_by_subspace_newton(
         raise TypeError(f"history must be an integer, got {history!r}.")
     check_number("history", history)
     check_number("damping", damping, strict=True)
-    for direction in directions:
-        check_transformation("directions", direction)
-    sources = [skip_nonfinite(x, param_labels=param_labels) for x in directions]
+    source = None
+    if direction is not None:
+        check_transformation("direction", direction)
+        source = skip_nonfinite(direction, param_labels=param_labels)
 
     def init_fn(params: optax.Params) -> ScaleBySubspaceNewtonState:
         size, dtype, subsets, steps = 1, np.dtype(np.float32), jnp.zeros(()), params
@@ -170,10 +173,11 @@ def scale_by_subspace_newton(
             damping=jnp.full((), damping, dtype),
             decrease=zero(),
             predicted_decrease=zero(),
+            summary_count=jnp.zeros((), jnp.int32),
             refused_count=jnp.zeros((), jnp.int32),
             notfinite_count=jnp.zeros((), jnp.int32),
             steps=tuple(zeros() for _ in range(history)),
-            directions=tuple(x.init(params) for x in sources),
+            direction=() if source is None else source.init(params),
             subsets=subsets,
         )
 
@@ -189,23 +193,19 @@ def scale_by_subspace_newton(
         loss_args = extract_fn_kwargs(value_fn, extra_args)
         partition = partitions.partition_of(params, param_labels)
         incoming = partitions.checked_direction(updates, params, "updates", partition)
-        made, source_states = [incoming], []
-        for source, old in zip(sources, state.directions, strict=True):
-            outgoing, new = source.update(updates, old, params)
+        made, source_state = [incoming], ()
+        if source is not None:
+            outgoing, source_state = source.update(updates, state.direction, params)
             made.append(jax.tree.leaves(outgoing))
-            source_states.append(new)
-        found = _step(
-            lambda x: value_fn(x, **loss_args),
-            params,
-            [
-                *([jnp.asarray(x) for x in partition.take_active(u)] for u in made),
-                *(jax.tree.leaves(step) for step in state.steps),
-            ],
-            partition,
-            state.damping,
-            engine,
-            has_aux,
-        )
+        directions = [
+            *([jnp.asarray(x) for x in partition.take_active(u)] for u in made),
+            *(jax.tree.leaves(step) for step in state.steps),
+        ]
+        point = Point(lambda x: value_fn(x, **loss_args), params, partition, has_aux)
+        if source is None:
+            found = point.subspace_step(directions, state.damping, engine)
+        else:
+            found = point.step(directions, state.damping, engine, state.count == 0)
         steps = state.steps
         if steps:
             treedef = jax.tree.structure(steps[0])
@@ -220,13 +220,14 @@ def scale_by_subspace_newton(
             count=optax.safe_increment(state.count),
             loss=jnp.where(found.is_finite, found.loss, state.loss),
             learning_rates=found.rms,
-            damping=jnp.where(found.is_finite, found.trial.damping, state.damping),
-            decrease=found.trial.decrease,
-            predicted_decrease=found.trial.predicted_decrease,
+            damping=jnp.where(found.is_finite, found.damping, state.damping),
+            decrease=found.decrease,
+            predicted_decrease=found.predicted_decrease,
+            summary_count=_incremented(state.summary_count, found.is_of_subspace),
             refused_count=_incremented(state.refused_count, is_refused),
             notfinite_count=_incremented(state.notfinite_count, ~found.is_finite),
             steps=steps,
-            directions=tuple(source_states),
+            direction=source_state,
             subsets=state.subsets,
         )
         leaves = [
@@ -239,83 +240,6 @@ def scale_by_subspace_newton(
     return optax.GradientTransformationExtraArgs(
         init_fn, compiled_when_eager(update_fn, has_aux)
     )
-
-
-class _Found(NamedTuple):
-    """The step of one update: the active leaves of sum_ks eta_ks q^k_s, and numbers."""
-
-    step: list[jax.Array]
-    rms: jax.Array
-    loss: jax.Array
-    trial: Trial
-    is_finite: jax.Array
-    is_accepted: jax.Array
-
-
-def _step(
-    value_fn: Callable[[optax.Params], Any],
-    params: optax.Params,
-    directions: Sequence[list[jax.Array]],
-    partition: Partition,
-    damping: jax.Array,
-    engine: str | engines.Engine,
-    has_aux: bool,
-) -> _Found:
-    leaves, treedef = jax.tree.flatten(params)
-    likes = partition.take_active(leaves)
-    active = partition.of_active()
-
-    def whole(arrays: Sequence[jax.Array]) -> optax.Params:
-        return jax.tree.unflatten(treedef, partition.put_active(leaves, arrays))
-
-    def cast(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        columns = zip(arrays, likes, strict=True)
-        return [x.astype(jnp.result_type(like)) for x, like in columns]
-
-    def loss_at(x: optax.Params) -> jax.Array:
-        value = with_error_hints(value_fn, params)(x)
-        return value[0] if has_aux else value
-
-    incoming = active.largest(directions[0])
-    basis = orthonormal(directions, active)
-    basis = [cast(q) for q in basis]
-    summary = summarize(
-        value_fn,
-        params,
-        [whole(q) for q in basis],
-        param_labels=partition,
-        third_order=False,
-        engine=engine,
-        has_aux=has_aux,
-    )
-    if has_aux:
-        summary = summary[0]
-    numbers = summary.value, summary.gradient, summary.hessian
-    is_finite = all_finite((incoming, numbers))
-    value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
-    shape = gradient.shape
-
-    def step_of(eta: jax.Array) -> list[jax.Array]:
-        return cast(combine(basis, eta.reshape(shape), active))
-
-    def after(eta: jax.Array) -> optax.Params:
-        return partition.moved(params, whole([-x for x in step_of(eta)]))
-
-    def slope_at(eta: jax.Array) -> jax.Array:
-        there = after(eta)
-        arrays = partition.take_active(jax.tree.leaves(there))
-        grads = jax.grad(lambda xs: loss_at(whole(xs)))(arrays)
-        return jnp.sum(active.inner(grads, step_of(eta)))
-
-    model = quadratic_model(value, gradient, hessian)
-    trial = search(model, damping, value, lambda eta: loss_at(after(eta)), slope_at)
-    is_accepted = is_finite & (trial.decrease > 0)
-    eta = jnp.where(is_accepted, trial.eta, 0)
-    step = step_of(eta)
-    counts = active.counts(likes)
-    rms = jnp.sqrt(active.inner(step, step) / np.maximum(counts, 1))
-    rms = rms.astype(active.dtype)
-    return _Found(step, rms, value, trial, is_finite, is_accepted)
 
 
 def _zeros_like(x: jax.Array) -> jax.Array:

@@ -1,0 +1,208 @@
+"""The steps that are possible from the current parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from partnewton import engines
+from partnewton._error_hints import with_error_hints
+from partnewton._tree import all_finite
+from partnewton.partitions.partition import Partition
+from partnewton.subspace.basis import combine, orthonormal
+from partnewton.subspace.line import line_step
+from partnewton.subspace.model import quadratic_model
+from partnewton.subspace.search import search
+from partnewton.summary import summarize
+
+__all__ = ["Point", "Step"]
+
+Leaves = Sequence[jax.Array]
+
+
+class Step(NamedTuple):
+    """A step, with the sign of a gradient, and what is known of it.
+
+    Attributes:
+      step: the active leaves; zeros if it was not accepted.
+      rms: the root mean square of the entries of each subset, (S,).
+      loss: before the step, ().
+      damping: to begin with at the next step in the subspace, ().
+      decrease: of the loss, (); 0 if the step was not accepted.
+      predicted_decrease: by the quadratic model, ().
+      is_finite: whether the loss and its derivatives were finite, ().
+      is_accepted: whether it decreases the loss, ().
+      is_of_subspace: whether it is one in the subspace, ().
+    """
+
+    step: list[jax.Array]
+    rms: jax.Array
+    loss: jax.Array
+    damping: jax.Array
+    decrease: jax.Array
+    predicted_decrease: jax.Array
+    is_finite: jax.Array
+    is_accepted: jax.Array
+    is_of_subspace: jax.Array
+
+
+class Point:
+    """The parameters, and the loss around them."""
+
+    def __init__(
+        self,
+        value_fn: Callable[[optax.Params], Any],
+        params: optax.Params,
+        partition: Partition,
+        has_aux: bool,
+    ):
+        self._value_fn, self._has_aux = value_fn, has_aux
+        self._params, self._partition = params, partition
+        self._leaves, self._treedef = jax.tree.flatten(params)
+        self._likes = partition.take_active(self._leaves)
+        self._active = partition.of_active()
+
+    def step(
+        self,
+        directions: Sequence[Leaves],
+        damping: jax.Array,
+        engine: str | engines.Engine,
+        skips_second: jax.Array,
+    ) -> Step:
+        """A multiple of the second direction, or else a step in the subspace.
+
+        Args:
+          directions: the gradient, one with the length of a Newton step, and others.
+          damping: of the last step in the subspace.
+          engine: computes the summary.
+          skips_second: whether the second direction is not to be tried by itself.
+        """
+        active, (gradient, direction, *_) = self._active, directions
+        value = self._loss_at(self._params)
+        slope = jnp.sum(active.inner(gradient, direction)).astype(damping.dtype)
+        skips = skips_second | ~(jnp.isfinite(slope) & (slope > 0))
+
+        def scaled(t: jax.Array) -> list[jax.Array]:
+            return self._cast([t * x for x in direction])
+
+        line = line_step(
+            value.astype(damping.dtype),
+            jnp.where(skips, 0, slope),
+            lambda t: self._loss_at(self._after(scaled(t))),
+            lambda t: self._slope(scaled(t), direction),
+        )
+
+        def along_line() -> Step:
+            t, decrease = line
+            return self._described(
+                scaled(t),
+                loss=value,
+                damping=damping,
+                decrease=decrease,
+                predicted_decrease=t * (1 - t / 2) * slope,
+                is_finite=jnp.array(True),
+                is_of_subspace=jnp.array(False),
+            )
+
+        def in_subspace() -> Step:
+            return self.subspace_step(directions, damping, engine)
+
+        return jax.lax.cond(line.decrease > 0, along_line, in_subspace)
+
+    def subspace_step(
+        self,
+        directions: Sequence[Leaves],
+        damping: jax.Array,
+        engine: str | engines.Engine,
+    ) -> Step:
+        """The step in the span of all directions on each subset."""
+        active = self._active
+        basis = [self._cast(q) for q in orthonormal(directions, active)]
+        summary = summarize(
+            self._value_fn,
+            self._params,
+            [self._whole(q) for q in basis],
+            param_labels=self._partition,
+            third_order=False,
+            engine=engine,
+            has_aux=self._has_aux,
+        )
+        if self._has_aux:
+            summary = summary[0]
+        numbers = summary.value, summary.gradient, summary.hessian
+        is_finite = all_finite((active.largest(directions[0]), numbers))
+        value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
+
+        def step_of(eta: jax.Array) -> list[jax.Array]:
+            return self._cast(combine(basis, eta.reshape(gradient.shape), active))
+
+        def slope_at(eta: jax.Array) -> jax.Array:
+            step = step_of(eta)
+            return self._slope(step, step)
+
+        trial = search(
+            quadratic_model(value, gradient, hessian),
+            damping,
+            value,
+            lambda eta: self._loss_at(self._after(step_of(eta))),
+            slope_at,
+        )
+        is_accepted = is_finite & (trial.decrease > 0)
+        return self._described(
+            step_of(jnp.where(is_accepted, trial.eta, 0)),
+            loss=value,
+            damping=trial.damping,
+            decrease=jnp.where(is_accepted, trial.decrease, 0),
+            predicted_decrease=trial.predicted_decrease,
+            is_finite=is_finite,
+            is_of_subspace=jnp.array(True),
+        )
+
+    def _described(
+        self,
+        step: list[jax.Array],
+        *,
+        loss: jax.Array,
+        damping: jax.Array,
+        decrease: jax.Array,
+        predicted_decrease: jax.Array,
+        is_finite: jax.Array,
+        is_of_subspace: jax.Array,
+    ) -> Step:
+        counts = np.maximum(self._active.counts(self._likes), 1)
+        dtype = damping.dtype
+        return Step(
+            step,
+            jnp.sqrt(self._active.inner(step, step) / counts).astype(dtype),
+            loss.astype(dtype),
+            damping.astype(dtype),
+            decrease.astype(dtype),
+            predicted_decrease.astype(dtype),
+            is_finite,
+            decrease > 0,
+            is_of_subspace,
+        )
+
+    def _whole(self, active: Leaves) -> optax.Params:
+        leaves = self._partition.put_active(self._leaves, active)
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def _cast(self, leaves: Leaves) -> list[jax.Array]:
+        columns = zip(leaves, self._likes, strict=True)
+        return [x.astype(jnp.result_type(like)) for x, like in columns]
+
+    def _after(self, step: Leaves) -> optax.Params:
+        return self._partition.moved(self._params, self._whole([-x for x in step]))
+
+    def _loss_at(self, params: optax.Params) -> jax.Array:
+        value = with_error_hints(self._value_fn, self._params)(params)
+        return value[0] if self._has_aux else value
+
+    def _slope(self, step: Leaves, direction: Leaves) -> jax.Array:
+        """The decrease of the loss per unit of a direction, after a step."""
+        arrays = self._partition.take_active(jax.tree.leaves(self._after(step)))
+        grads = jax.grad(lambda xs: self._loss_at(self._whole(xs)))(arrays)
+        return jnp.sum(self._active.inner(grads, direction))
