@@ -59,8 +59,8 @@ def allen_cahn(seed: int = 0) -> Equation:
         ]
 
     x, t, values = references.allen_cahn()
-    points = _grid(x[::4], t)
-    truth = values.T[::4].ravel()
+    points = _grid(x[::8], t)
+    truth = values.T[::8].ravel()
     return Equation(bounds, blocks, (points, truth), (24,) * 3, periodic=True)
 
 

@@ -13,6 +13,8 @@ __all__ = ["gaussian_process"]
 
 JITTER = 1e-5
 EXAMPLES = 150
+MINIMUM = 1.1598190786355
+"""By L-BFGS and Newton's method; the same from 12 initial points."""
 
 
 def gaussian_process(name: str = "gaussian_process", seed: int = 0) -> Objective:
@@ -21,6 +23,9 @@ def gaussian_process(name: str = "gaussian_process", seed: int = 0) -> Objective
     A squared-exponential kernel; the logarithms of its length scales, its amplitude and
     the noise (standard deviations), and the mean, are the leaves. Features and targets
     are standardised. The data do not depend on the seed.
+
+    The logarithms of the length scales have a normal prior of mean 1 and standard
+    deviation 1. Without it, those of irrelevant features tend to infinity.
     """
     x, y = datasets.load_diabetes(return_X_y=True)
     rows = np.random.default_rng(0).permutation(len(x))[:EXAMPLES]
@@ -51,6 +56,8 @@ def gaussian_process(name: str = "gaussian_process", seed: int = 0) -> Objective
         log_determinant = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
         quadratic = jnp.sum(whitened**2)
         constant = len(targets) * jnp.log(2 * jnp.pi)
-        return (quadratic + log_determinant + constant) / (2 * len(targets))
+        prior = jnp.sum((params["log_lengthscales"] - 1) ** 2)
+        total = quadratic + log_determinant + constant + prior
+        return total / (2 * len(targets))
 
-    return Objective(name, init, loss, minimum=0.0)
+    return Objective(name, init, loss, minimum=MINIMUM)

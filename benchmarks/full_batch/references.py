@@ -36,7 +36,7 @@ def burgers(x: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def allen_cahn(
-    points: int = 512, steps: int = 4000, saved: int = 20
+    points: int = 1024, steps: int = 2000, saved: int = 20
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     r"""The solution of the Allen-Cahn equation, periodic on [-1, 1], for t in [0, 1].
 

@@ -111,6 +111,8 @@ def _objective(name: str, chain: Chain, init: Any, log_amplitude: Any) -> Object
     energies, states = np.linalg.eigh(chain.matrix())
     ground = np.abs(states[:, 0])
 
+    neighbours = chain.neighbours.astype(np.int32)
+
     def amplitudes(params: PyTree) -> jax.Array:
         logs = log_amplitude(params, cast(chain.spins, dtype_of(params)))
         psi = jnp.exp(logs - jax.lax.stop_gradient(jnp.max(logs)))
@@ -119,7 +121,7 @@ def _objective(name: str, chain: Chain, init: Any, log_amplitude: Any) -> Object
     def loss(params: PyTree) -> jax.Array:
         psi = amplitudes(params)
         diagonal, elements = cast((chain.diagonal, chain.elements), psi.dtype)
-        applied = diagonal * psi + jnp.sum(elements * psi[chain.neighbours], -1)
+        applied = diagonal * psi + jnp.sum(elements * psi[neighbours], -1)
         return jnp.sum(psi * applied) / sites
 
     def error(params: PyTree) -> jax.Array:
