@@ -262,19 +262,21 @@ def test_a_test_function_is_zero_at_its_solution_only(name):
     assert problem.loss(params) > 1
 
 
-def test_a_spiral_satisfies_its_equation():
-    neural_ode = problems.neural_ode
-    y = neural_ode.spiral()
-    h = 4.0 / neural_ode.STEPS
+def test_the_spirals_are_those_of_an_adaptive_solver():
+    integrate = pytest.importorskip("scipy.integrate", reason="needs scipy")
+    found = problems.neural_ode.spiral()
     matrix = np.array([[-0.1, 2.0], [-2.0, -0.1]])
-    # d|y|^4 / dt = 4 y^3 . A y^3 = -0.4 |y^3|^2, the integral by Simpson's rule
-    rate = -0.4 * np.sum(y**6, -1)
-    integral = h / 3 * (rate[:-2:2] + 4 * rate[1:-1:2] + rate[2::2])
-    change = np.sum(y**4, -1)
-    np.testing.assert_allclose(
-        change[2::2] - change[:-2:2], integral, rtol=0.05, atol=0.02
-    )
-    assert np.all(matrix + matrix.T == -0.2 * np.eye(2))
+    for i in range(found.shape[1]):
+        true = integrate.solve_ivp(
+            lambda t, y: y**3 @ matrix,
+            (0, 4),
+            found[0, i],
+            t_eval=np.linspace(0, 4, len(found)),
+            method="DOP853",
+            rtol=1e-10,
+            atol=1e-12,
+        )
+        np.testing.assert_allclose(found[:, i], true.y.T, atol=1e-5)
 
 
 # --- Runs ---------------------------------------------------------------------------
