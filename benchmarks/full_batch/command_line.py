@@ -21,7 +21,7 @@ from tqdm import tqdm
 import partnewton as pn
 from benchmarks import reporting
 from benchmarks.full_batch import report
-from benchmarks.full_batch.optimizers import OPTIMIZERS, SCIPY
+from benchmarks.full_batch.optimizers import MORE, OPTIMIZERS, SCIPY
 from benchmarks.full_batch.problems import PROBLEMS
 from benchmarks.full_batch.run import run
 
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _default() -> tuple[str, ...]:
-    """All optimizers but those that this version of partnewton does not have."""
-    has_subspace = hasattr(pn, "subspace_newton")
-    return tuple(x for x in ALL if has_subspace or not x.startswith("subspace_newton"))
+    """All but variants, and but what this version of partnewton does not have."""
+    missing = () if hasattr(pn, "subspace_newton") else ("subspace_newton",)
+    return tuple(x for x in ALL if x not in (*MORE, *missing))
 
 
 def _run_all(jobs: list[tuple], folder: Path) -> None:

@@ -59,8 +59,9 @@ def markdown(records: Sequence[Record]) -> str:
     parts = [
         "Loss less its minimum (or lower bound), evaluated in float64, geometric mean "
         f"over seeds; at least {FLOOR:g}. AdamW with the best of its rates. In "
-        "brackets: the largest over the smallest of the seeds. The last column is the "
-        "best of partnewton over the best of the others: below 1, partnewton is better."
+        "brackets: the largest over the smallest of the seeds. The last column is "
+        f"the first of {', '.join(list(OURS)[:2])} in the table over the best of the "
+        "others on this problem: below 1, it is better than all of them."
     ]
     for dtype in sorted({r["dtype"] for r in runs}):
         chosen = [r for r in runs if r["dtype"] == dtype]
@@ -129,7 +130,6 @@ def columns(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
 def _table(records: Sequence[Record], axis: Axis, field: str = "loss") -> str:
     names = columns(records)
     rivals = [x for x in names if x not in OURS]
-    ours = [x for x in names if x in OURS]
     rows, ratios = [], []
     for problem in (p for p in PROBLEMS if any(r["problem"] == p for r in records)):
         chosen = [r for r in records if r["problem"] == problem]
@@ -137,7 +137,8 @@ def _table(records: Sequence[Record], axis: Axis, field: str = "loss") -> str:
         for name, entries in names.items():
             found = [_summarised(chosen, entry, axis, field) for entry in entries]
             cells[name] = min((x for x in found if x is not None), default=None)
-        rival, mine = (_best(cells, group) for group in (rivals, ours))
+        rival = _best(cells, rivals)
+        mine = next((x for x in OURS if x in names and cells[x] is not None), None)
         ratio = cells[mine][0] / cells[rival][0] if rival and mine else None
         if ratio is not None and np.isfinite(ratio):
             ratios.append(ratio)
