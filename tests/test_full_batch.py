@@ -307,6 +307,12 @@ def test_a_loss_that_is_not_finite_is_infinite():
     assert report.value_at_end(run, report.AXES["seconds"][1]) == np.inf
 
 
+def test_the_seconds_to_a_target_are_those_of_the_first_point_below():
+    run = record([0.0, 2.0, 6.0, 8.0], [5.0, 4.0, 5e-7, 5e-6])
+    assert report.seconds_to_target(run) == 6.0
+    assert report.seconds_to_target(run | {"minimum": -1.0}) == np.inf
+
+
 def test_a_small_run_is_stored_and_not_repeated(tmp_path):
     command_line = pytest.importorskip(
         "benchmarks.full_batch.command_line", reason="needs tqdm"
@@ -317,7 +323,7 @@ def test_a_small_run_is_stored_and_not_repeated(tmp_path):
         *["--out", str(tmp_path)],
     ]
     assert command_line.main(arguments) == 0
-    path = tmp_path / "runs" / "beale.lbfgs_10.float32.0.json"
+    path = tmp_path / "runs_0.2s_cpu" / "beale.lbfgs_10.float32.0.json"
     found = json.loads(path.read_text("utf-8"))
     assert found["loss"][-1] < 1e-10 < found["loss"][0]
     assert found["evaluations"][-1] >= found["steps"][-1]

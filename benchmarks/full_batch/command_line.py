@@ -44,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, _ = reporting.started(parser, "benchmarks.full_batch", argv)
     if options.clock == "cpu":
         os.environ.update({k: v for k, v in ONE_THREAD.items() if k not in os.environ})
-    folder = options.output / "runs"
+    seconds = min(options.seconds, 2.0) if options.quick else options.seconds
+    # Runs of other lengths are no substitute.
+    folder = options.output / f"runs_{seconds:g}s_{options.clock}"
     folder.mkdir(exist_ok=True)
     seeds = range(1 if options.quick else options.seeds)
     problems = options.problems or (QUICK if options.quick else tuple(PROBLEMS))
     optimizers = options.optimizers or _default()
-    seconds = min(options.seconds, 2.0) if options.quick else options.seconds
     for dtype in options.dtype:
         jobs = [
             (problem, optimizer, dtype, seed, seconds, options.clock)

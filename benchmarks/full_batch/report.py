@@ -1,5 +1,6 @@
 """Tables and pictures of the runs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from benchmarks import reporting
 from benchmarks.full_batch.optimizers import OPTIMIZERS, OURS, SCIPY, TUNED
 from benchmarks.full_batch.problems import PROBLEMS
 
-__all__ = ["Curve", "markdown", "picture"]
+__all__ = ["AXES", "markdown", "picture", "seconds_to_target", "value_at_end"]
 
 FLOOR = 1e-16
 """Smaller differences from the minimum are replaced by this value."""
+
+TARGET = 1e-6
+"""Of the first loss less its minimum, to which seconds are reported."""
 
 GRADIENT_SHARE = 0.25
 """The table at equal gradients is at this part of the gradients of the budget."""
 
 Record = dict[str, Any]
-Curve = tuple[np.ndarray, np.ndarray]  # where, and the loss less its minimum
+Score = Callable[[Record], float]  # smaller is better
 Axis = Callable[[Record], tuple[np.ndarray, float]]
 
 
@@ -66,10 +70,13 @@ def markdown(records: Sequence[Record]) -> str:
     for dtype in sorted({r["dtype"] for r in runs}):
         chosen = [r for r in runs if r["dtype"] == dtype]
         for title, axis in AXES.values():
-            parts += [f"### {dtype}\n\n{title}", _table(chosen, axis)]
+            parts += [f"### {dtype}\n\n{title}", _table(chosen, _at_end(axis))]
         parts += [
+            f"### {dtype}\n\nSeconds, without compiling, until the difference "
+            f"from the minimum is {TARGET:g} times the first one.",
+            _table(chosen, seconds_to_target),
             f"### {dtype}\n\nRelative error of the solution at equal seconds.",
-            _table([r for r in chosen if r["error"]], _seconds, "error"),
+            _table([r for r in chosen if r["error"]], _at_end(_seconds, "error")),
             f"### {dtype}\n\nMilliseconds of a gradient, and seconds of compiling.",
             _costs(chosen),
         ]
@@ -93,6 +100,17 @@ def value_at_end(record: Record, axis: Axis, field: str = "loss") -> float:
     return float(_values(record, field)[max(index, 0)])
 
 
+def _at_end(axis: Axis, field: str = "loss") -> Score:
+    return functools.partial(value_at_end, axis=axis, field=field)
+
+
+def seconds_to_target(record: Record) -> float:
+    """The seconds until `TARGET` is reached; infinite if it is not."""
+    values = _values(record, "loss")
+    reached = np.flatnonzero(values <= TARGET * values[0])
+    return record["seconds"][reached[0]] if len(reached) else np.inf
+
+
 def _values(record: Record, field: str) -> np.ndarray:
     """Losses less their minimum, or errors; infinite where not finite."""
     values = np.array([np.inf if x is None else x for x in record[field]])
@@ -102,12 +120,10 @@ def _values(record: Record, field: str) -> np.ndarray:
 
 
 def _summarised(
-    records: Sequence[Record], entry: str, axis: Axis, field: str
+    records: Sequence[Record], entry: str, score: Score
 ) -> tuple[float, float] | None:
     """The geometric mean over seeds, and the largest over the smallest value."""
-    values = np.array(
-        [value_at_end(r, axis, field) for r in records if r["optimizer"] == entry]
-    )
+    values = np.array([score(r) for r in records if r["optimizer"] == entry])
     if not len(values):
         return None
     if not np.isfinite(values).all():
@@ -127,7 +143,7 @@ def columns(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _table(records: Sequence[Record], axis: Axis, field: str = "loss") -> str:
+def _table(records: Sequence[Record], score: Score) -> str:
     names = columns(records)
     rivals = [x for x in names if x not in OURS]
     rows, ratios = [], []
@@ -135,7 +151,7 @@ def _table(records: Sequence[Record], axis: Axis, field: str = "loss") -> str:
         chosen = [r for r in records if r["problem"] == problem]
         cells = {}
         for name, entries in names.items():
-            found = [_summarised(chosen, entry, axis, field) for entry in entries]
+            found = [_summarised(chosen, entry, score) for entry in entries]
             cells[name] = min((x for x in found if x is not None), default=None)
         rival = _best(cells, rivals)
         mine = next((x for x in OURS if x in names and cells[x] is not None), None)
@@ -167,7 +183,7 @@ def _cell(value: tuple[float, float] | None) -> str:
         return "-"
     mean, spread = value
     if not np.isfinite(mean):
-        return "not finite"
+        return "inf"
     return f"{mean:.2g}" if spread == 1 else f"{mean:.2g} ({spread:.2g})"
 
 
@@ -221,7 +237,7 @@ def _draw(
     finals = {
         entry: found[0]
         for entry in entries
-        if (found := _summarised(records, entry, _seconds, "loss")) is not None
+        if (found := _summarised(records, entry, _at_end(_seconds))) is not None
     }
     if not finals:
         return
