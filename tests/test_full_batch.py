@@ -251,6 +251,25 @@ def test_the_marginal_likelihood_is_that_of_a_multivariate_normal_distribution()
     np.testing.assert_allclose(found, true / 150)
 
 
+@pytest.mark.parametrize("name", ["digits_softmax", "gaussian_process"])
+def test_the_minimum_is_that_of_an_independent_solver(name):
+    optimize = pytest.importorskip("scipy.optimize", reason="needs scipy")
+    with jax.enable_x64(True):
+        problem = problems.make(name)
+        params = problem.init(jax.random.key(5), jnp.float64)
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
+        function = jax.jit(jax.value_and_grad(lambda z: problem.loss(unravel(z))))
+        found = optimize.minimize(
+            lambda z: jax.device_get(function(z)),
+            np.asarray(flat),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": 5000, "maxcor": 50, "ftol": 0.0, "gtol": 1e-9},
+        )
+    assert np.linalg.norm(found.jac) < 1e-7
+    np.testing.assert_allclose(found.fun, problem.minimum, rtol=0, atol=2e-14)
+
+
 @pytest.mark.parametrize("name", functions.FUNCTIONS)
 def test_a_test_function_is_zero_at_its_solution_only(name):
     problem = problems.make(name)
