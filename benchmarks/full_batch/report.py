@@ -221,7 +221,11 @@ def picture(problem: str, records: Sequence[Record], path: Path) -> None:
             axes[i, j].set(title=f"{problem}, {dtype}", xlabel="seconds", ylabel=label)
             axes[i, j].loglog()
             axes[i, j].grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="x-small")
+    drawn = [ax.get_legend_handles_labels() for ax in axes.flat]
+    labelled = {x: line for pair in drawn for line, x in zip(*pair, strict=True)}
+    figure.legend(
+        labelled.values(), labelled, loc="outside right upper", fontsize="small"
+    )
     figure.savefig(path, dpi=110)
 
 
