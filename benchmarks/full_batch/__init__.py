@@ -1,0 +1,1 @@
+"""Full-batch and scientific problems, at equal seconds and equal gradients."""
