@@ -9,8 +9,8 @@ Hessian and B its inverse, the update is that of Broyden's class,
 where phi = tau = 1 is BFGS. The self-scaled method (Al-Baali, SIAM J. Optim. 8, 1998;
 in this form J. Urban, P. Stefanou and J. Pons, J. Comput. Phys. 523, 2025) computes
 both from the ratios b = s'B s / s'y and h = y'H y / s'y, so that eigenvalues of H that
-are too small grow faster than by BFGS. On the ill-conditioned losses of physics-informed
-networks it is faster by orders of magnitude.
+are too small grow faster than by BFGS. On the ill-conditioned losses of
+physics-informed networks it is faster by orders of magnitude.
 
 B s is known only for a step along the last direction H g, where it is proportional to
 g. After any other step the update is that of BFGS.
@@ -114,7 +114,7 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, ScaleByBroydenState]:
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params: scale_by_broyden needs the parameters.")
         dtype = state.gradient.dtype
         g, unravel = ravel_pytree(updates)
         x, g = ravel_pytree(params)[0].astype(dtype), g.astype(dtype)
@@ -133,7 +133,6 @@ def _updated(
     sy, yy = s @ y, y @ y
     eps = jnp.finfo(g.dtype).eps
     is_pair = (state.count >= 0) & (sy > eps * jnp.sqrt((s @ s) * yy))
-    is_first = state.count == 0
     # H of the first pair is the multiple of the identity with y'H y = s'y.
     start = jnp.where(is_pair, sy / jnp.where(is_pair, yy, 1), 1)
     start = jnp.where(state.count < 0, 1 / jnp.maximum(jnp.sqrt(g @ g), 1), start)

@@ -1,6 +1,7 @@
 """Newton's method in a subspace of each subset."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -125,14 +126,43 @@ def test_a_trajectory_does_not_depend_on_the_scale_of_a_subset(x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), x, y)
 
 
-def test_directions_are_scale_free(x64):
+def test_a_direction_without_the_length_of_a_step_only_spans(x64):
+    """It increases the loss in full, and five times shortened."""
     params, loss = network(jnp.float64)
-    tiny = newton(1, directions=[optax.scale(1e-200)])
+    huge = newton(1, direction=optax.scale(1e200))
     # Another multiple of the gradient adds nothing to the span.
-    found, state = trajectory(tiny, loss, params, 4)
+    found, state = trajectory(huge, loss, params, 4)
     plain, other = trajectory(newton(1), loss, params, 4)
     np.testing.assert_allclose(state[0].loss, other[0].loss, rtol=1e-8)
     np.testing.assert_allclose(found[-1]["first"], plain[-1]["first"], rtol=1e-5)
+    assert state[0].summary_count == 4
+
+
+def test_a_direction_that_decreases_the_loss_is_the_step(x64):
+    """Gradient descent by 1 / L, with a summary at the first update only."""
+    A, _, loss = quadratic()
+    rate = 1 / np.linalg.eigvalsh(A).max()
+    found, state = trajectory(
+        newton(1, direction=optax.scale(rate)), loss, jnp.ones(8), 5
+    )
+    for x, y in itertools.pairwise(found[1:]):
+        np.testing.assert_allclose(y, x - rate * jax.grad(loss)(x), rtol=1e-10)
+    assert state[0].summary_count == 1
+    np.testing.assert_allclose(state[0].decrease, loss(found[-2]) - loss(found[-1]))
+
+
+def test_a_direction_that_is_too_long_is_shortened(x64):
+    """The parabola through both values and the slope is a quadratic loss itself."""
+    _, _, loss = quadratic()
+    tx = newton(1, direction=optax.scale(0.5))
+    found, state = trajectory(tx, loss, jnp.ones(8), 2)
+    x, gradient = found[1], jax.grad(loss)(found[1])
+    exact = (gradient @ gradient) / (
+        gradient @ jax.jvp(jax.grad(loss), (x,), (gradient,))[1]
+    )
+    assert 0.05 < exact < 0.25
+    np.testing.assert_allclose(found[2], x - exact * gradient, rtol=1e-8)
+    assert state[0].summary_count == 1
 
 
 # --- descent -----------------------------------------------------------------------
@@ -340,7 +370,7 @@ def test_a_damped_step_solves_its_equations(x64):
         ({"history": -1}, ValueError, "history must not be negative"),
         ({"history": 1.5}, TypeError, "history must be an integer"),
         ({"damping": 0.0}, ValueError, "damping must be positive"),
-        ({"directions": [optax.sgd]}, TypeError, "directions must be"),
+        ({"direction": optax.sgd}, TypeError, "direction must be"),
     ],
 )
 def test_wrong_arguments(arguments, error, words):

@@ -23,7 +23,7 @@ def subspace_newton(
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for losses without noise: quasi-Newton steps, exact where these fail.
+    """An optimizer for losses without noise: quasi-Newton or exact Newton steps.
 
     A step of a self-scaled quasi-Newton method is taken if it decreases the loss. If it
     does not, the gradient, the quasi-Newton direction and the last steps span a

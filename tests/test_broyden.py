@@ -1,0 +1,173 @@
+"""The dense quasi-Newton direction."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import partnewton as pn
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def quadratic(n=6):
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    A = vectors @ np.diag(np.geomspace(1, 100, n)) @ vectors.T
+    return jnp.asarray((A + A.T) / 2)
+
+
+def states(A, points, tx=None):
+    """The outgoing updates and the states at some points, for the loss x'Ax/2."""
+    tx = pn.scale_by_broyden() if tx is None else tx
+    state, found = tx.init(points[0]), []
+    for x in points:
+        direction, state = tx.update(A @ x, state, x)
+        found.append((direction, state))
+    return found
+
+
+def bfgs(H, s, y):
+    """The update of Nocedal and Wright, Numerical Optimization, (6.17)."""
+    rho, identity = 1 / (s @ y), np.eye(len(s))
+    left = identity - rho * np.outer(s, y)
+    return left @ H @ left.T + rho * np.outer(s, s)
+
+
+def test_other_steps_than_its_own_are_pairs_of_bfgs(x64):
+    A = quadratic()
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6)))
+    found = states(A, points)
+    s, y = points[1] - points[0], A @ (points[1] - points[0])
+    H = np.eye(6) * (s @ y) / (y @ y)
+    for n in range(1, 5):
+        s = points[n] - points[n - 1]
+        H = bfgs(H, np.asarray(s), np.asarray(A @ s))
+        direction, state = found[n]
+        np.testing.assert_allclose(state.inverse_hessian, H, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(direction, H @ (A @ points[n]), rtol=1e-8)
+
+
+def own_steps(A, lengths):
+    """The points and states of steps along its own directions."""
+    tx = pn.scale_by_broyden()
+    x = jnp.ones(len(A))
+    state, found = tx.init(x), []
+    for t in lengths:
+        direction, state = tx.update(A @ x, state, x)
+        found.append((x, direction, state))
+        x = x - t * direction
+    return found
+
+
+@pytest.mark.parametrize("t", [0.2, 1.0, 1.7])
+def test_pairs_of_its_own_steps_satisfy_the_secant_equation(x64, t):
+    """H y = s, H is symmetric positive definite, and the direction is H g."""
+    A = quadratic()
+    found = own_steps(A, [0.1, 1.0, t, t, t])
+    for (x, _, _), (z, direction, state) in itertools.pairwise(found):
+        H, s = state.inverse_hessian, z - x
+        np.testing.assert_allclose(H @ (A @ s), s, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(H, H.T, rtol=1e-10, atol=1e-14)
+        assert np.linalg.eigvalsh(H).min() > 0
+        np.testing.assert_allclose(direction, H @ (A @ z), rtol=1e-7, atol=1e-12)
+
+
+def test_the_update_of_its_own_steps_is_in_broydens_class(x64):
+    """H' restricted to the complement of y is a multiple of H, plus a rank of one."""
+    A = quadratic()
+    found = own_steps(A, [0.1, 1.0, 0.4, 0.4])
+    (x, _, old), (z, _, new) = found[2], found[3]
+    H, s = np.asarray(old.inverse_hessian), np.asarray(z - x)
+    y = np.asarray(A) @ s
+    rest = np.asarray(new.inverse_hessian) - np.outer(s, s) / (s @ y)
+    Hy, yHy = H @ y, y @ H @ y
+    v = np.sqrt(yHy) * (s / (s @ y) - Hy / yHy)
+    basis = [H - np.outer(Hy, Hy) / yHy, np.outer(v, v)]
+    columns = np.stack([b.ravel() for b in basis], axis=1)
+    (inverse_tau, ratio), *_ = np.linalg.lstsq(columns, rest.ravel(), rcond=None)
+    np.testing.assert_allclose(columns @ [inverse_tau, ratio], rest.ravel(), atol=1e-12)
+    # Self-scaling makes H larger, and its update is not that of BFGS.
+    assert inverse_tau > 1.001
+    assert ratio / inverse_tau > 0
+
+
+def minimised(dtype, steps):
+    """Rosenbrock's function of ten variables, by full steps or shorter ones."""
+
+    def loss(x):
+        return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+    x = jnp.zeros(10, dtype)
+    tx = pn.subspace_newton(direction=pn.scale_by_broyden())
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state):
+        updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+        return x + updates, state
+
+    for _ in range(steps):
+        x, state = step(x, state)
+    return x, state
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_curved_valley_is_followed_to_its_end(x64, dtype):
+    x, state = minimised(dtype, 150)
+    tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
+    np.testing.assert_allclose(x, 1, rtol=tolerance)
+    assert state[0].direction.inverse_hessian.dtype == dtype
+
+
+def test_without_a_step_or_with_a_wrong_curvature_the_matrix_is_kept(x64):
+    A = quadratic()
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6)))
+    tx = pn.scale_by_broyden()
+    state = states(A, points, tx)[-1][1]
+    again, kept = tx.update(A @ points[-1], state, points[-1])
+    np.testing.assert_array_equal(kept.inverse_hessian, state.inverse_hessian)
+    np.testing.assert_allclose(again, state.direction, rtol=1e-12)
+    _, kept = tx.update(-A @ points[0], state, points[0])
+    np.testing.assert_array_equal(kept.inverse_hessian, state.inverse_hessian)
+
+
+def test_a_direction_is_one_of_descent_even_if_the_matrix_is_not_definite():
+    tx, x = pn.scale_by_broyden(), jnp.ones(3)
+    _, state = tx.update(x, tx.init(x), x)
+    state = state._replace(count=jnp.int32(5), inverse_hessian=-jnp.eye(3))
+    direction, state = tx.update(x, state, x)
+    assert direction @ x > 0
+    assert state.count == 0
+
+
+def test_trees_of_several_dtypes(x64):
+    params = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.ones((), jnp.float64)}
+    tx = pn.scale_by_broyden()
+    direction, state = tx.update(params, tx.init(params), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), direction) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
+    assert state.inverse_hessian.shape == (7, 7)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="10 parameters, more than max_size = 9"):
+        pn.scale_by_broyden(9).init(jnp.ones(10))
+    with pytest.raises(ValueError, match="max_size must be at least 1"):
+        pn.scale_by_broyden(0)
+    tx, x = pn.scale_by_broyden(), jnp.ones(2)
+    with pytest.raises(ValueError, match="params: scale_by_broyden"):
+        tx.update(x, tx.init(x))
+
+
+def test_many_parameters_have_the_memory_of_lbfgs():
+    state = pn.subspace_newton().init({"w": jnp.zeros((100, 41))})
+    sizes = [x.size for x in jax.tree.leaves(state)]
+    assert max(sizes) == 50 * 4100
