@@ -34,7 +34,7 @@ def sweep(
     jets: Jets,
     request: Request,
     *,
-    one_by_one: bool = False,
+    outline_each: bool = False,
 ) -> Terms:
     """Propagates jets through operations.
 
@@ -44,7 +44,7 @@ def sweep(
       cotangents: those of the results of curved operations, by number.
       jets: those of the inputs; the jets of the results are added to it.
       request: what the rules compute.
-      one_by_one: whether each curved operation is a call that XLA does not inline.
+      outline_each: whether each curved operation is a call that XLA does not inline.
 
     Returns:
       The terms of all operations.
@@ -60,20 +60,22 @@ def sweep(
         if op.loop:
             primals = [*primals, residuals.loops[n]]
         some = [jets.get(v, Jet()) for v in op.read]
-        by_itself = one_by_one and op.is_curved
-        found, more = _passed(op, primals, cotangents.get(n), some, request, by_itself)
+        is_outlined = outline_each and op.is_curved
+        found, more = _apply_rule(
+            op, primals, cotangents.get(n), some, request, is_outlined
+        )
         terms += more
         jets.update((v, x) for v, x in zip(op.written, found, strict=True) if x.first)
     return terms
 
 
-def _passed(
+def _apply_rule(
     op: Op,
     primals: Sequence[Any],
     cotangents: Any,
     jets: Sequence[Jet],
     request: Request,
-    by_itself: bool = False,
+    is_outlined: bool = False,
 ) -> tuple[list[Jet], Terms]:
     """The jets of the active outputs of one operation, and its terms."""
 
@@ -81,7 +83,7 @@ def _passed(
         return op.rule.apply(op, primals, cotangents, jets, request)
 
     try:
-        found, terms = (lowerings.outlined(run) if by_itself else run)()
+        found, terms = (lowerings.outlined(run) if is_outlined else run)()
     except NameError:  # an error of the rule itself
         raise
     except Exception as error:  # jax has no common class for missing derivatives
