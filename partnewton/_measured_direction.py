@@ -19,8 +19,8 @@ class MeasuredDirection:
       partition: of the parameters.
       treedef: of the updates.
       is_measurable: whether all of the updates are finite, and not all of them zero.
-      scale: the norm or RMS by which each subset is divided, (S,); ones if the direction
-        is not normalised.
+      scale: the norm or RMS by which each subset is divided, (S,); ones if the
+        direction is not normalised.
     """
 
     def __init__(
