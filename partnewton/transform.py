@@ -122,7 +122,7 @@ def scale_by_partition_newton(
         comparable between tensors of different sizes and with Adam's learning rate. By
         default the direction is not scaled.
       update_interval: the number of updates between two refreshes of the rates; None
-        for a quarter of the number of updates so far, but at least 20 and at most 5 S.
+        for a quarter of the updates so far, at least 20 and at most 5 S.
         A summary costs up to about S/2 gradients, so that in the long run refreshes
         cost at most a tenth of the gradients in between. While all rates are zero, they
         are refreshed at each update, because the parameters do not change until then; a
