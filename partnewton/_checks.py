@@ -135,8 +135,8 @@ def check_average(name: str, value: Any) -> None:
         return
     hint = f" Call it: {_name(value)}(...)." if callable(value) else ""
     raise TypeError(
-        f"{name} must be an averaging.Average, such as averaging.exponential(), got "
-        f"{_described(value)}.{hint}"
+        f"{name} must be an optax.GradientTransformation of summaries, such as "
+        f"averaging.exponential(), got {_described(value)}.{hint}"
     )
 
 

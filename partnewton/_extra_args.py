@@ -46,6 +46,19 @@ def check_arguments(
 def extract_fn_kwargs(
     fn: Callable[..., Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments named in the signature of `fn`, as optax's line searches do it."""
-    names = inspect.signature(fn).parameters
-    return {name: x for name, x in arguments.items() if name in names}
+    """The arguments named in the signature of `fn`, as optax's line searches do it.
+
+    Raises:
+      TypeError: another argument of `fn`, besides the first one, has no default.
+    """
+    signature = inspect.signature(fn)
+    found = {name: x for name, x in arguments.items() if name in signature.parameters}
+    try:
+        signature.bind(None, **found)
+    except TypeError as error:
+        raise TypeError(
+            f"value_fn: {error}. It is called with params, and with those arguments of "
+            "update that have the names of its other arguments: tx.update(updates, "
+            "state, params, value_fn=loss, x=x, y=y)."
+        ) from None
+    return found

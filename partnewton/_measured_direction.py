@@ -19,6 +19,8 @@ class MeasuredDirection:
       partition: of the parameters.
       treedef: of the updates.
       is_measurable: whether all of the updates are finite, and not all of them zero.
+      scale: the norm or RMS by which each subset is divided, (S,); ones if the
+        direction is not normalised.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class MeasuredDirection:
             is_zero = squares == 0
             unit = jnp.where(is_zero, 0, unit_norm / jnp.where(is_zero, 1, self._norms))
             self._unit = unit.astype(squares.dtype)
+        moves = self._unit > 0
+        self.scale = jnp.where(moves, 1 / jnp.where(moves, self._unit, 1), 0)
 
     def normalized(self) -> optax.Updates:
         """The direction along which the loss is measured."""

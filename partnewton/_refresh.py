@@ -75,7 +75,7 @@ class Refresh:
         """Measures the loss along the direction and solves for the rates."""
         summary = self.measured(loss, direction)
         averaged, average_state = self.average.update(summary, average_state)
-        proposal = self.rule(averaged)
+        proposal = rules.proposal_of(self.rule, averaged)
         (rates,), smoothing_state = self.smoothing.update(
             (proposal.learning_rates,), smoothing_state
         )

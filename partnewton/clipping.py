@@ -90,7 +90,10 @@ def clip_by_parameter_rms(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ClipByParameterRmsState]:
         if params is None:
-            raise ValueError("params: clip_by_parameter_rms needs the parameters.")
+            raise ValueError(
+                "params: clip_by_parameter_rms needs the parameters; call "
+                "tx.update(updates, state, params, ...)."
+            )
         partition = partitions.partition_of(params, param_labels)
         leaves = partitions.checked_direction(updates, params, "updates", partition)
         counts = np.asarray(partition.counts(leaves), partition.dtype)

@@ -78,7 +78,10 @@ def skip_nonfinite(
         partition = None
         if param_labels is not None:
             if params is None:
-                raise ValueError("params: skip_nonfinite needs the parameters.")
+                raise ValueError(
+                    "params: skip_nonfinite needs the parameters; call "
+                    "tx.update(updates, state, params, ...)."
+                )
             partition = partitions.partition_of(params, param_labels)
             everything = params
             partitions.checked_direction(updates, params, "updates", partition)

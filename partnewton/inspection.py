@@ -1,6 +1,7 @@
 """A report on a loss: interactions, learning rates, and what a step achieves."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from partnewton import partitions, rules
 from partnewton._checks import check_rule
+from partnewton._error_hints import with_error_hints
 from partnewton._measured_direction import MeasuredDirection
 from partnewton.summary import Summary, summarize
 
@@ -126,6 +128,8 @@ def report(
     rule = rules.robust() if rule is None else rule
     check_rule(rule)
     partition = partitions.partition_of(params, param_labels)
+    if callable(value_fn):
+        value_fn = with_error_hints(value_fn, params)
     gradient = jax.jit(jax.grad(value_fn, allow_int=True))
     if direction is None:
         direction = gradient(params)
@@ -146,7 +150,7 @@ def report(
         return value_fn(measured.parameters_after(-rates))
 
     summary = summary_of(params, direction)
-    proposal = jax.jit(rule)(summary)
+    proposal = jax.jit(functools.partial(rules.proposal_of, rule))(summary)
     after = loss_after(params, direction, proposal.learning_rates)
     cost = None
     if measure_cost:

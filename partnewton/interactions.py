@@ -1,20 +1,7 @@
 """Which subsets can share a learning rate, from summaries of the loss.
 
-The quadratic model of the loss after a step is
-
-    m(eta) = -gradient . eta + 1/2 eta' hessian eta.
-
-If subsets share a rate, eta = M z, where M assigns subsets to clusters, and the minimum
-over z is higher than that over eta. This difference is what merging costs, and it is
-computed from the summary alone. For two clusters a and b of which each has a rate, with
-the minimiser z and W = (M' hessian M)^-1, it is
-
-    (z_a - z_b)^2 / (2 (W_aa + W_bb - 2 W_ab)).
-
-So merging is cheap if the two optimal rates are nearly equal, or if the model hardly
-changes along their difference: the two subsets interact so strongly that only their
-sum counts. Clusters are merged in the order of these costs, as in Ward's method, whose
-criterion this is for the sum of squares.
+Subsets are merged as long as that costs little of the decrease that the quadratic model
+predicts; the costs are computed in :mod:`partnewton._merging`.
 """
 
 import dataclasses
@@ -25,11 +12,19 @@ import numpy as np
 
 from partnewton import partitions
 from partnewton._checks import check_number
+from partnewton._merging import (
+    consistency_of,
+    merges_of,
+    positive_definite,
+    with_others,
+)
 from partnewton.summary import Summary
+from partnewton.transform import ScaleByPartitionNewtonState
 
 __all__ = ["Merge", "SuggestedPartition", "suggest_partition"]
 
 PyTree = Any
+Measured = Summary | ScaleByPartitionNewtonState
 
 
 class Merge(NamedTuple):
@@ -173,13 +168,12 @@ class SuggestedPartition:
 
 
 def suggest_partition(
-    summaries: Summary | Sequence[Summary],
+    summaries: Measured | Sequence[Measured],
     params: PyTree,
     *,
     param_labels: partitions.ParamLabels = partitions.per_tensor,
     max_lost: float = 0.05,
     count: int | None = None,
-    direction_scale: np.typing.ArrayLike | None = None,
     min_eigenvalue: float = 1e-3,
 ) -> SuggestedPartition:
     """Merge subsets that can share a learning rate without a loss.
@@ -199,20 +193,21 @@ def suggest_partition(
     curvature would be all that counts. Subsets without curvature have no optimal rate.
     They are merged last, as if that cost all of the predicted decrease.
 
-    Rates are those along the direction of the summaries. If the optimizer normalises
-    its direction, as :func:`partnewton.partition_newton` does, its summary is that of
-    the normalised direction, but the subsets of a cluster are normalised together, and
-    move in proportion to the direction as it was. `direction_scale` corrects for that.
+    Subsets that share a rate move in proportion to the direction. This is also true if
+    the optimizer normalises its direction, as :func:`partnewton.partition_newton` does:
+    a cluster is normalised as a whole. But the summary in its state belongs to the
+    direction in which each subset was normalised by itself. So pass the *state*, which
+    contains what the subsets were divided by, and not its summary.
 
     Args:
-      summaries: a :class:`~partnewton.Summary` or a sequence of them: of several
-        batches, or of several steps. One with a leading axis is such a sequence.
+      summaries: a :class:`~partnewton.Summary` of a direction that is not normalised,
+        or the state of the optimizer, :func:`partnewton.newton_state`; or a sequence of
+        them: of several batches, or of several steps. One with a leading axis is such a
+        sequence.
       params: the parameters, or their shapes.
       param_labels: the partition of the summaries.
       max_lost: the largest fraction of the predicted decrease that may be lost.
       count: the number of clusters, instead of `max_lost`.
-      direction_scale: the RMS of the direction before it was normalised, (S,); by
-        default the summaries are those of a direction that was not normalised.
       min_eigenvalue: the lower bound for the absolute eigenvalues of the Hessian with a
         unit diagonal, positive.
 
@@ -220,6 +215,7 @@ def suggest_partition(
       A :class:`SuggestedPartition`, which is a value for `param_labels`.
 
     Raises:
+      TypeError: something else than summaries or states was passed.
       ValueError: the shapes of the summaries are not those of the partition, a summary
         is not finite, or predicts no decrease.
 
@@ -242,20 +238,14 @@ def suggest_partition(
     """
     names = partitions.subset_names(params, param_labels)
     gradients, hessians = _stacked(summaries, len(names))
-    if direction_scale is not None:
-        scale = np.asarray(direction_scale, np.float64)
-        if scale.shape != (len(names),):
-            raise ValueError(
-                f"direction_scale must have shape ({len(names)},), got {scale.shape}."
-            )
-        gradients, hessians = gradients * scale, hessians * scale[:, None] * scale
     check_number("min_eigenvalue", min_eigenvalue, strict=True)
     # Those without curvature in a summary are left out, and merged last.
     curved = np.flatnonzero(np.all(np.einsum("nss->ns", hessians) != 0, axis=0))
     gradients, hessians = gradients[:, curved], hessians[:, curved][:, :, curved]
-    hessians = np.stack([_positive_definite(x, min_eigenvalue) for x in hessians])
-    merges = _with_others(_merges(gradients, hessians), curved, len(names))
-    consistency = _consistency(gradients, hessians)
+    hessians = np.stack([positive_definite(x, min_eigenvalue) for x in hessians])
+    found = with_others(merges_of(gradients, hessians), curved, len(names))
+    merges = tuple(Merge(*x) for x in found)
+    consistency = consistency_of(gradients, hessians)
     if consistency is not None:
         everywhere = np.zeros(len(names))
         everywhere[curved] = consistency
@@ -274,106 +264,42 @@ def suggest_partition(
 
 
 def _stacked(
-    summaries: Summary | Sequence[Summary], size: int
+    summaries: Measured | Sequence[Measured], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gradients (n, S) and the Hessians (n, S, S), in float64."""
-    if not isinstance(summaries, Summary) and len(summaries) == 0:
+    is_one = isinstance(summaries, Measured) or not isinstance(summaries, Sequence)
+    many = [_of_direction(x) for x in ([summaries] if is_one else summaries)]
+    if not many:
         raise ValueError("summaries is empty.")
-    many = [summaries] if isinstance(summaries, Summary) else list(summaries)
-    shapes = [(np.shape(s.gradient), np.shape(s.hessian)) for s in many]
-    if any(g[-1:] != (size,) or h != (*g, size) for g, h in shapes):
-        raise ValueError(
-            f"summaries: the partition of params has {size} subsets, but the shapes of "
-            f"gradient and hessian are {np.shape(many[0].gradient)} and "
-            f"{np.shape(many[0].hessian)}."
-        )
-    gradients, hessians = (
-        np.concatenate(
-            [np.reshape(np.asarray(x, np.float64), (-1, *shape)) for x in xs]
-        )
-        for xs, shape in (
-            ([s.gradient for s in many], (size,)),
-            ([s.hessian for s in many], (size, size)),
-        )
-    )
+    for gradient, hessian in many:
+        if gradient.shape[-1:] != (size,) or hessian.shape != (*gradient.shape, size):
+            raise ValueError(
+                f"summaries: the partition of params has {size} subsets, but the "
+                f"shapes of gradient and hessian are {gradient.shape} and "
+                f"{hessian.shape}."
+            )
+    gradients = np.concatenate([g.reshape(-1, size) for g, _ in many])
+    hessians = np.concatenate([h.reshape(-1, size, size) for _, h in many])
     if not (np.all(np.isfinite(gradients)) and np.all(np.isfinite(hessians))):
         raise ValueError("summaries: a gradient or a Hessian is not finite.")
     return gradients, hessians
 
 
-def _positive_definite(hessian: np.ndarray, min_eigenvalue: float) -> np.ndarray:
-    """The Hessian with absolute eigenvalues, in units of its diagonal."""
-    unit = np.sqrt(np.abs(np.diagonal(hessian)))
-    values, vectors = np.linalg.eigh(hessian / unit[:, None] / unit)
-    absolute = (vectors * np.maximum(np.abs(values), min_eigenvalue)) @ vectors.T
-    return unit[:, None] * absolute * unit
-
-
-def _solved(
-    gradients: np.ndarray, hessians: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The minimisers (n, S), the decreases (n,) and the inverse Hessians (n, S, S)."""
-    unit = np.sqrt(np.einsum("nss->ns", hessians))
-    scaled = hessians / unit[:, :, None] / unit[:, None, :]
-    inverse = np.linalg.inv(scaled) / unit[:, :, None] / unit[:, None, :]
-    rates = np.einsum("nst,nt->ns", inverse, gradients)
-    return rates, np.einsum("ns,ns->n", rates, gradients) / 2, inverse
-
-
-def _merges(gradients: np.ndarray, hessians: np.ndarray) -> tuple[Merge, ...]:
-    """All merges, each time of the two clusters for which it costs least."""
-    size = gradients.shape[1]
-    clusters = list(range(size))
-    rates, decrease, inverse = _solved(gradients, hessians)
-    if size and np.any(decrease <= 0):
-        raise ValueError("summaries: a gradient is zero, so no decrease is predicted.")
-    total, merges, lost = decrease, [], 0.0
-    for i in range(size - 1):
-        diagonal = np.einsum("nss->ns", inverse)
-        spread = diagonal[:, :, None] + diagonal[:, None, :] - 2 * inverse
-        spread = np.maximum(spread, np.finfo(np.float64).tiny)
-        costs = (rates[:, :, None] - rates[:, None, :]) ** 2 / (2 * spread)
-        relative = np.mean(costs / total[:, None, None], axis=0)
-        relative[np.tril_indices(len(clusters))] = np.inf
-        a, b = np.unravel_index(np.argmin(relative), relative.shape)
-        gradients, hessians = _joined(gradients, a, b), _joined(hessians, a, b)
-        hessians = np.swapaxes(_joined(np.swapaxes(hessians, 1, 2), a, b), 1, 2)
-        rates, decrease, inverse = _solved(gradients, hessians)
-        lost = max(lost, float(np.mean(1 - decrease / total)))  # but for rounding
-        merges.append(Merge(clusters[a], clusters[b], min(lost, 1.0)))
-        clusters[a] = size + i
-        del clusters[b]
-    return tuple(merges)
-
-
-def _with_others(
-    merges: Sequence[Merge], curved: np.ndarray, size: int
-) -> tuple[Merge, ...]:
-    """The merges of the subsets with curvature, numbered among all, and the others."""
-    number = [*curved.tolist(), *range(size, 2 * size)]
-    found = [Merge(number[a], number[b], lost) for a, b, lost in merges]
-    rest = [s for s in range(size) if s not in set(curved.tolist())]
-    for s in rest if len(curved) else rest[1:]:
-        top = size + len(found) - 1 if found else (curved.tolist() or rest)[0]
-        found.append(Merge(top, s, 1.0))
-    return tuple(found)
-
-
-def _joined(array: np.ndarray, a: int, b: int) -> np.ndarray:
-    """The array with the entries b of axis 1 added to those at a, and then removed."""
-    array = array.copy()
-    array[:, a] += array[:, b]
-    return np.delete(array, b, axis=1)
-
-
-def _consistency(gradients: np.ndarray, hessians: np.ndarray) -> np.ndarray | None:
-    """|mean| / standard deviation of each rate, relative to the common rate."""
-    is_descent = gradients.sum(1) > 0
-    if np.sum(is_descent) < 3:
-        return None
-    gradients, hessians = gradients[is_descent], hessians[is_descent]
-    common = gradients.sum(1) / hessians.sum((1, 2))
-    rates = _solved(gradients, hessians)[0] / common[:, None]
-    spread = np.std(rates, axis=0, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(spread > 0, np.abs(np.mean(rates, axis=0)) / spread, np.inf)
+def _of_direction(measured: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient and Hessian along the direction before it was normalised."""
+    if not isinstance(measured, Measured):
+        hint = ""
+        if isinstance(getattr(measured, "summary", None), Summary):
+            hint = " Pass its attribute summary."
+        raise TypeError(
+            "summaries must be a Summary, the part newton_state(state) of the state of "
+            f"an optimizer, or a sequence of these, got {type(measured).__name__}."
+            f"{hint}"
+        )
+    gradient, hessian = (
+        np.asarray(x, np.float64) for x in (measured.gradient, measured.hessian)
+    )
+    if isinstance(measured, Summary):
+        return gradient, hessian
+    scale = np.asarray(measured.direction_scale, np.float64)
+    return gradient * scale, hessian * scale[..., :, None] * scale[..., None, :]

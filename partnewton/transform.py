@@ -41,6 +41,8 @@ class ScaleByPartitionNewtonState(NamedTuple):
       third: D^3 L[u_s, u_s, u_s] at the last refresh, shape (S,), zero where it is not
         finite or the loss cannot be differentiated three times; None if the rule does
         not read it.
+      direction_scale: the norm or RMS by which each subset of the direction was divided
+        at the last refresh, shape (S,); ones if directions are not normalised.
       learning_rates: eta, shape (S,), before the factors of later transformations.
       predicted_decrease: the decrease of the loss that the rule predicts for the rates
         that it proposes, shape ().
@@ -61,6 +63,7 @@ class ScaleByPartitionNewtonState(NamedTuple):
     gradient: jax.Array
     hessian: jax.Array
     third: jax.Array | None
+    direction_scale: jax.Array
     learning_rates: jax.Array
     predicted_decrease: jax.Array
     status: jax.Array
@@ -119,7 +122,7 @@ def scale_by_partition_newton(
         comparable between tensors of different sizes and with Adam's learning rate. By
         default the direction is not scaled.
       update_interval: the number of updates between two refreshes of the rates; None
-        for a quarter of the number of updates so far, but at least 20 and at most 5 S.
+        for a quarter of the updates so far, at least 20 and at most 5 S.
         A summary costs up to about S/2 gradients, so that in the long run refreshes
         cost at most a tenth of the gradients in between. While all rates are zero, they
         are refreshed at each update, because the parameters do not change until then; a
@@ -209,7 +212,7 @@ def scale_by_partition_newton(
                 old.smoothing,
             )
             following = _next_refresh(old.count, update_interval, len(old.gradient))
-            return _accepted(found, old, following)
+            return _accepted(found, direction.scale, old, following)
 
         at_rest = jnp.all(state.learning_rates == 0)
         due = (state.count >= state.next_refresh) | at_rest
@@ -246,6 +249,7 @@ def _initial_state(
     return ScaleByPartitionNewtonState(
         jnp.zeros((), jnp.int32),
         *zero_summary(),
+        direction_scale=jnp.zeros(size, dtype),
         learning_rates=jnp.zeros(size, dtype),
         predicted_decrease=jnp.zeros((), dtype),
         status=jnp.zeros((), jnp.int32),
@@ -258,7 +262,10 @@ def _initial_state(
 
 
 def _accepted(
-    found: Refreshed, old: ScaleByPartitionNewtonState, next_refresh: jax.Array
+    found: Refreshed,
+    direction_scale: jax.Array,
+    old: ScaleByPartitionNewtonState,
+    next_refresh: jax.Array,
 ) -> ScaleByPartitionNewtonState:
     """The state after a refresh; if that is not finite, it is counted and rejected."""
     new = old._replace(
@@ -266,6 +273,7 @@ def _accepted(
         gradient=found.summary.gradient,
         hessian=found.summary.hessian,
         third=found.summary.third,
+        direction_scale=direction_scale.astype(old.direction_scale.dtype),
         learning_rates=found.learning_rates,
         predicted_decrease=found.proposal.predicted_decrease,
         status=found.proposal.status,

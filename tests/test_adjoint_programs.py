@@ -17,7 +17,7 @@ from support.selection import some
 
 import partnewton as pn
 from partnewton.engines import compat
-from partnewton.engines.adjoint import sweeps
+from partnewton.engines.adjoint import sums
 from partnewton.engines.adjoint.lowerings import (
     memory,
 )
@@ -198,7 +198,7 @@ def test_sweeps_of_separately_compiled_operations_are_the_same(
             return quick_jit(compute)(problem.params, problem.direction), calls
 
         expected, fused = summary_and_calls()
-        monkeypatch.setattr(sweeps, "_CACHED_BYTES", 0)
+        monkeypatch.setattr(sums, "_CACHED_BYTES", 0)
         monkeypatch.setattr(memory, "_LARGE", 0)
         found, outlined = summary_and_calls()
     assert (outlined > fused) == (jax.default_backend() == "cpu")
@@ -209,7 +209,7 @@ def test_sweeps_of_separately_compiled_operations_are_the_same(
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[0]))
 def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
-    monkeypatch.setattr(sweeps, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
@@ -224,7 +224,7 @@ def test_a_loop_may_start_from_a_literal(cached, monkeypatch):
 
 @pytest.mark.parametrize("cached", some([0, 2**23], default=[2**23]))
 def test_a_summary_is_nan_where_the_loss_is_not_finite(cached, monkeypatch):
-    monkeypatch.setattr(sweeps, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(sums, "_CACHED_BYTES", cached)
 
     def loss(params: PyTree) -> jax.Array:
         return dense_loss(params) / 0.0

@@ -214,5 +214,5 @@ def test_on_four_devices(check):
 def test_the_examples_of_the_page_about_the_engine():
     page = Path(__file__).parent.parent / "docs" / "engine.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec(compile("\n".join(blocks), str(page), "exec"), {})

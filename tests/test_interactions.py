@@ -151,17 +151,36 @@ def test_the_summary_of_the_suggestion_keeps_the_predicted_decrease():
     np.testing.assert_allclose(kept, 1 - suggested.lost, rtol=1e-5)
 
 
-def test_a_normalised_direction_is_corrected_by_its_scale():
+@pytest.mark.parametrize("normalize", ["rms", "norm", None])
+def test_a_state_is_that_of_the_direction_before_it_was_normalised(normalize):
     loss, params = quadratic({"a": 1.0, "b": 1.0, "c": 30.0})
     params = params | {"a": 5 * params["a"]}
     grads = jax.grad(loss)(params)
-    rms = np.array([float(jnp.sqrt(jnp.mean(x**2))) for x in grads.values()])
-    unit = {k: x / r for (k, x), r in zip(grads.items(), rms, strict=True)}
-    raw, normalised = (pn.summarize(loss, params, u) for u in (grads, unit))
-    expected = pn.suggest_partition(raw, params)
-    found = pn.suggest_partition(normalised, params, direction_scale=rms)
+    expected = pn.suggest_partition(pn.summarize(loss, params, grads), params)
+    tx = pn.scale_by_partition_newton(normalize=normalize)
+    _, state = tx.update(grads, tx.init(params), params, value_fn=loss)
+    found = pn.suggest_partition(state, params)
     assert found.clusters == expected.clusters == ((0, 1), (2,))
-    assert pn.suggest_partition(normalised, params).clusters != expected.clusters
+    np.testing.assert_allclose(
+        [x.lost for x in found.merges], [x.lost for x in expected.merges], atol=1e-5
+    )
+    if normalize:
+        wrong = pn.suggest_partition(state.summary, params)
+        assert wrong.clusters != expected.clusters
+    again = pn.suggest_partition([state, state, state], params)
+    assert again.clusters == expected.clusters
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), state, state, state)
+    assert pn.suggest_partition(stacked, params).clusters == expected.clusters
+
+
+def test_what_is_neither_a_summary_nor_a_state_is_an_error_that_says_what_to_pass():
+    loss, params = quadratic({"a": 1.0, "b": 2.0})
+    report = pn.report(loss, params, measure_cost=False)
+    with pytest.raises(TypeError, match=r"got Report\. Pass its attribute summary"):
+        pn.suggest_partition(report, params)
+    state = pn.partition_newton().init(params)
+    with pytest.raises(TypeError, match=r"^summaries must be .* newton_state\(state\)"):
+        pn.suggest_partition(state, params)
 
 
 def test_an_indefinite_hessian_has_the_costs_of_its_absolute_value():
@@ -258,7 +277,6 @@ def test_a_suggestion_for_other_parameters_is_an_error():
         ({}, {"count": 4}, "^count must be from 1 to 3, got 4"),
         ({}, {"max_lost": -1.0}, "^max_lost must"),
         ({}, {"min_eigenvalue": 0.0}, "^min_eigenvalue must"),
-        ({}, {"direction_scale": np.ones(2)}, "^direction_scale must have shape"),
     ],
 )
 def test_errors_name_the_argument(change, options, message):

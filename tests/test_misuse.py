@@ -230,7 +230,7 @@ def test_a_direction_is_a_transformation(value, told):
     [(0.9, "0.9, a float"), (averaging.exponential, "Call it: exponential")],
 )
 def test_an_average_is_a_pair_of_functions(value, told):
-    with pytest.raises(TypeError, match=f"average must be an averaging.Av.*{told}"):
+    with pytest.raises(TypeError, match=f"average must be an optax.Grad.*{told}"):
         _checks.check_average("average", value)
     _checks.check_average("average", averaging.exponential(0.9))
 
@@ -262,3 +262,61 @@ def test_any_other_lone_string_raises(labels):
         pn.subset_names(PARAMS, labels)
     with pytest.raises(ValueError, match="is not the name of a partition"):
         partitions.blocks(2, of=labels)
+
+
+# --- Rules that return something else -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (lambda s: s.gradient, r"^rule must return a rules\.Proposal"),
+        (lambda s: (s.gradient, 0.0), "got tuple"),
+        (
+            lambda s: pn.rules.Proposal(jnp.sum(s.gradient), 0.0),
+            r"one entry per subset, shape \(1,\), got \(\)",
+        ),
+    ],
+)
+def test_a_rule_returns_a_proposal(rule, told):
+    tx = pn.scale_by_partition_newton(rule)
+    params = {"w": jnp.ones(2)}
+    with pytest.raises((TypeError, ValueError), match=told):
+        tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p["w"]))
+    with pytest.raises((TypeError, ValueError), match=told):
+        pn.report(lambda p: jnp.sum(p["w"] ** 2), params, rule=rule)
+
+
+def test_a_rule_that_reads_the_third_order_although_it_is_declared_not_to():
+    rule = pn.rules.Rule(
+        lambda s: pn.rules.Proposal(jnp.abs(s.third), 0.0), third_order=False
+    )
+    tx = pn.scale_by_partition_newton(rule)
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError) as caught:
+        tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p["w"]))
+    assert "third_order=True" in caught.value.__notes__[0]
+
+
+# --- Missing arguments ----------------------------------------------------------------
+
+
+def test_a_loss_without_its_data_is_told_to_pass_them_by_name():
+    def loss(params, x):
+        return jnp.sum(params["w"] * x)
+
+    params = {"w": jnp.ones(2)}
+    for tx in (pn.scale_by_partition_newton(), pn.partition_newton()):
+        state = tx.init(params)
+        with pytest.raises(TypeError, match=r"missing a required argument: 'x'.*x=x"):
+            tx.update(params, state, params, value_fn=loss)
+        tx.update(params, state, params, value_fn=loss, x=jnp.ones(2), other=1.0)
+
+
+def test_missing_parameters_are_told_how_to_be_passed():
+    params = {"w": jnp.ones(2)}
+    for tx in (pn.partition_newton(), pn.clip_by_parameter_rms(0.1)):
+        with pytest.raises(
+            ValueError, match=r"call tx\.update\(updates, state, params"
+        ):
+            tx.update(params, tx.init(params))

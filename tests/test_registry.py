@@ -407,3 +407,118 @@ def test_a_rule_without_a_primitive_is_an_error():
 def test_singularities_are_at_zero_or_elsewhere():
     with pytest.raises(ValueError, match='None, "zero" or "elsewhere", got 0'):
         engines.register_elementwise("softened", singular=0)
+
+
+# --- What users get wrong -------------------------------------------------------------
+
+
+def cube_rule(op, primals, cotangents, jets, request, third=6.0):
+    (x,), (cotangent,), ((xdot, _),) = primals, cotangents, jets
+    zdot = Tangent(3 * x**2 * xdot.values, xdot.start)
+    terms = Terms.of_hessian(xdot, xdot, weight=cotangent * third * x)
+    return [Jet(zdot)], terms
+
+
+class CubeRule:
+    def __call__(self, *arguments):
+        return cube_rule(*arguments)
+
+
+def cube(x):
+    return x**3
+
+
+cubed = primitive(cube)
+
+
+def loss_of_cubes(p):
+    return jnp.sum(cubed(p["a"] * p["b"]))
+
+
+corner = {"a": jnp.arange(1.0, 4.0), "b": jnp.array([0.5, -1.0, 2.0])}
+
+
+def second_order_of_cubes():
+    return [
+        pn.summarize(loss_of_cubes, corner, corner, third_order=False, engine=e).hessian
+        for e in engines.ENGINES
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial,
+        lambda f: functools.partial(f, third=6.0),
+        lambda f: CubeRule(),
+    ],
+    ids=["partial", "partial of an option", "object"],
+)
+def test_every_kind_of_callable_may_be_the_rule_of_a_primitive(make):
+    engines.rule("cube")(make(cube_rule))
+    names = {x.rule for x in engines.operations(loss_of_cubes, corner)}
+    assert names & {"cube_rule", "CubeRule"}
+    np.testing.assert_allclose(*second_order_of_cubes(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        (lambda jets: None, "a list of 1 engines.Jet"),
+        (lambda jets: jets, "a list of 1 engines.Jet"),
+        (lambda jets: (jets[0], Terms()), "a list of 1 engines.Jet"),
+        (lambda jets: ([jets[0].first], Terms()), "got a Tangent in the list"),
+        (lambda jets: ([Jet(jets[0].first.values)], Terms()), "two engines.Tangent"),
+        (lambda jets: (jets, 0.0), "got float as the second"),
+        (
+            lambda jets: ([Jet(Tangent(jets[0].first.values[:, :1]))], Terms()),
+            r"shape of the output, \(3,\), got rows of shape \(1,\)",
+        ),
+    ],
+)
+def test_the_warning_about_a_wrong_result_of_a_rule_says_what_is_expected(result, told):
+    def wrong_rule(op, primals, cotangents, jets, request):
+        return result(jets)
+
+    engines.rule("cube")(wrong_rule)
+    with pytest.warns(RuntimeWarning, match=rf"wrong_rule of the primitive.*{told}"):
+        np.testing.assert_allclose(*second_order_of_cubes(), rtol=1e-5)
+
+
+def test_the_warning_about_a_rule_that_is_a_partial_names_its_function():
+    def failing_rule(*arguments):
+        raise ValueError("no idea")
+
+    engines.rule("cube")(functools.partial(failing_rule))
+    with pytest.warns(RuntimeWarning, match="The rule failing_rule .* no idea"):
+        second_order_of_cubes()
+
+
+def test_a_rule_that_is_not_a_function_is_an_error():
+    with pytest.raises(TypeError, match="A rule is a function, got str"):
+        engines.rule("cube")("cube_rule")
+
+
+# --- The list of operations -----------------------------------------------------------
+
+
+def test_operations_lists_rules_also_in_a_scan_and_in_the_final_step():
+    @jax.custom_vjp
+    def clipped(x):
+        return x
+
+    clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+    def loss(p):
+        def body(carry, _):
+            return jnp.sin(carry) * p["b"], None
+
+        carry, _ = lax.scan(body, p["a"], length=3)
+        return jnp.sum(clipped(jnp.cumsum(carry)) ** 2)
+
+    listed = engines.operations(loss, corner)
+    assert listed[0] == ("scan", ("scan",))
+    assert ("linear", ("cumsum",)) in listed
+    assert any("sin" in x.primitives for x in listed[1:3])
+    assert listed[-1].rule == "final step"
+    assert "custom_vjp_call" in listed[-1].primitives

@@ -8,6 +8,7 @@ one, and :class:`JvpOfGrad`, the reference.
 extend the adjoint engine by primitives; the other names are what a rule receives, uses
 and returns. Primitives that are not registered are differentiated by jax: registration
 is for speed only. It is not checked, so compare both engines where a primitive is new.
+:func:`operations` lists the operations of a loss with the rules that apply to them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import jax
 
 from partnewton.engines.adjoint import Adjoint
+from partnewton.engines.adjoint.listing import Operation, operations
 from partnewton.engines.adjoint.op import Apply, Op, Request
 from partnewton.engines.adjoint.registry import (
     register_elementwise,
@@ -39,6 +41,7 @@ __all__ = [
     "Jet",
     "JvpOfGrad",
     "Op",
+    "Operation",
     "Request",
     "Span",
     "Tangent",
@@ -46,6 +49,7 @@ __all__ = [
     "add",
     "densify",
     "get",
+    "operations",
     "overlap",
     "push",
     "register_elementwise",

@@ -20,7 +20,7 @@ import numpy as np
 
 from partnewton._checks import check_batch_size
 from partnewton.engines import nesting
-from partnewton.engines.axes import refuse_named_axes
+from partnewton.engines.collectives import refuse_named_axes
 from partnewton.engines.components import Components
 from partnewton.partitions import Partition
 

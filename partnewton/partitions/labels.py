@@ -146,7 +146,8 @@ def _checked_label(label: Any, leaf: Any, name: Callable[[], str]) -> Label:
         raise TypeError(
             f"params: the leaf {name()!r} has dtype {leaf.dtype}; only real floating-"
             "point leaves can be trained. Label it partitions.FROZEN; split a "
-            "complex leaf into its real and imaginary parts."
+            "complex leaf into its real and imaginary parts; of an nnx model pass "
+            "nnx.state(model, nnx.Param)."
         )
     return result
 

@@ -22,6 +22,7 @@ from partnewton.rules.quadratic_model import newton
 from partnewton.rules.robust_model import robust
 from partnewton.rules.rule import Proposal, Rule
 from partnewton.rules.rule import needs_third_order as needs_third_order
+from partnewton.rules.rule import proposal_of as proposal_of
 
 __all__ = [
     "Proposal",

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from partnewton.summary import Summary
 
-__all__ = ["Proposal", "Rule", "needs_third_order"]
+__all__ = ["Proposal", "Rule", "needs_third_order", "proposal_of"]
 
 
 class Proposal(NamedTuple):
@@ -48,6 +49,36 @@ class Rule:
 
     def __call__(self, summary: Summary) -> Proposal:
         return self.propose(summary)
+
+
+def proposal_of(rule: Callable[[Summary], Proposal], summary: Summary) -> Proposal:
+    """What a rule returns for a summary, checked.
+
+    Raises:
+      TypeError: it is not a proposal.
+      ValueError: the rates do not have the shape (S,).
+    """
+    try:
+        proposal = rule(summary)
+    except (TypeError, AttributeError) as error:
+        if summary.third is None and "NoneType" in str(error):
+            error.add_note(
+                "summary.third is None, because the rule was declared not to read it: "
+                "use rules.Rule(propose, third_order=True)."
+            )
+        raise
+    if not isinstance(proposal, Proposal):
+        raise TypeError(
+            "rule must return a rules.Proposal(learning_rates, predicted_decrease), "
+            f"got {type(proposal).__name__}."
+        )
+    shape, expected = jnp.shape(proposal.learning_rates), summary.gradient.shape
+    if shape != expected:
+        raise ValueError(
+            f"rule: learning_rates must have one entry per subset, shape {expected}, "
+            f"got {shape}."
+        )
+    return proposal
 
 
 def needs_third_order(rule: Callable[[Summary], Proposal]) -> bool:

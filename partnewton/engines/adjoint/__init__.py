@@ -32,7 +32,7 @@ import jax
 
 from partnewton._checks import check_batch_size
 from partnewton.engines.adjoint.problem import Problem, ReverseModeError
-from partnewton.engines.adjoint.sweeps import sums_along, third_order_tensor
+from partnewton.engines.adjoint.sums import sums_along, third_order_tensor
 from partnewton.engines.components import Components
 from partnewton.engines.jvp_of_grad import JvpOfGrad
 from partnewton.partitions import Partition

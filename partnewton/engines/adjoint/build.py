@@ -80,17 +80,17 @@ def _program_of_graph(
     wanted = {v for v, flag in pairs if flag and is_variable(v)}
     relevant = dataflow.needed(flat.equations, wanted & active, active)
     is_body = num_fixed is not None
-    before, final, behind = list(range(len(flat.equations))), [], []
+    before, final, after = list(range(len(flat.equations))), [], []
     if not is_body:
         left = [*opaque, *_opaque_places(flat, active)]
-        before, final, behind = dataflow.final_part(
+        before, final, after = dataflow.final_part(
             flat.equations, flat.outputs[0], left
         )
     outside = (inputs, flat.outputs) if is_body else ((), ())
     singularities = singularities_of(flat.equations, active, *outside)
     groups = grouped(flat.equations, before, active, relevant, singularities)
     groups = ordered(groups, flat.equations)
-    *parts, last, rest = _gathered(flat, [*groups, final, behind])
+    *parts, last, rest = _gathered(flat, [*groups, final, after])
     ops = tuple(_op_of(part, flat, active, relevant, singularities) for part in parts)
     all_inputs = (*flat.constants, *flat.inputs)
     fixed = all_inputs[: len(flat.constants) + num_fixed] if is_body else ()
@@ -100,8 +100,18 @@ def _program_of_graph(
     return dataclasses.replace(
         program,
         final=_final_op(last, flat.outputs[0], relevant),
-        rest=(rest.constant_op(),) if behind else (),
+        rest=(rest.constant_op(),) if after else (),
     )
+
+
+def _opaque_places(flat: Graph, active: Collection[Variable]) -> list[int]:
+    """The positions of the equations that belong to the final step."""
+    return [
+        i
+        for i, equation in enumerate(flat.equations)
+        if not active.isdisjoint(dataflow.operands(equation))
+        and dataflow.is_opaque(equation)
+    ]
 
 
 class _Group(NamedTuple):
@@ -138,57 +148,6 @@ def _gathered(flat: Graph, groups: Sequence[Sequence[int]]) -> list[_Group]:
     return found
 
 
-def _opaque_places(flat: Graph, active: Collection[Variable]) -> list[int]:
-    """The positions of the equations that belong to the final step."""
-    return [
-        i
-        for i, equation in enumerate(flat.equations)
-        if not active.isdisjoint(dataflow.operands(equation))
-        and dataflow.is_opaque(equation)
-    ]
-
-
-def _op_of(
-    group: _Group,
-    flat: Graph,
-    active: Collection[Variable],
-    relevant: Collection[Variable],
-    singularities: Singularities,
-) -> Op:
-    """A group of equations as an operation, with its rule."""
-    equations, inputs, outputs, places = group
-    active_inputs = tuple(i for i, v in enumerate(inputs) if v in active)
-    active_outputs = tuple(i for i, v in enumerate(outputs) if v in relevant)
-    if not active_inputs or not active_outputs:
-        return group.constant_op()
-    if is_scan(equations[0]):
-        op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
-        return dataclasses.replace(op, places=places)
-    moving = [inputs[i] for i in active_inputs]
-    rule = _rule_of(equations, moving, active)
-    return Op(
-        rule,
-        equations,
-        inputs,
-        outputs,
-        active_inputs,
-        active_outputs,
-        is_guarded=singularities.is_guarded(rule is ELEMENTWISE, equations, moving),
-        has_mask=singularities.has_mask(equations),
-        places=places,
-    )
-
-
-def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) -> Op:
-    """The operation of the final step, whose first output is the loss."""
-    outputs = (value, *(v for v in group.outputs if v is not value))
-    inputs = enumerate(group.inputs)
-    active_inputs = tuple(i for i, v in inputs if v in relevant and is_inexact(v))
-    return dataclasses.replace(
-        group.constant_op(), outputs=outputs, active_inputs=active_inputs
-    )
-
-
 def _reading_groups(
     flat: Graph, groups: Sequence[Sequence[int]]
 ) -> dict[Variable, set[int]]:
@@ -210,6 +169,37 @@ def _outer_variables(equations: Sequence[Equation]) -> list[Variable]:
         v for equation in equations for v in dataflow.operands(equation)
     )
     return [v for v in read if v not in written]
+
+
+def _op_of(
+    group: _Group,
+    flat: Graph,
+    active: Collection[Variable],
+    relevant: Collection[Variable],
+    singularities: Singularities,
+) -> Op:
+    """A group of equations as an operation, with its rule."""
+    equations, inputs, outputs, places = group
+    active_inputs = tuple(i for i, v in enumerate(inputs) if v in active)
+    active_outputs = tuple(i for i, v in enumerate(outputs) if v in relevant)
+    if not active_inputs or not active_outputs:
+        return group.constant_op()
+    if is_scan(equations[0]):
+        op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
+        return dataclasses.replace(op, places=places)
+    read = [inputs[i] for i in active_inputs]
+    rule = _rule_of(equations, read, active)
+    return Op(
+        rule,
+        equations,
+        inputs,
+        outputs,
+        active_inputs,
+        active_outputs,
+        is_guarded=singularities.is_guarded(rule is ELEMENTWISE, equations, read),
+        has_mask=singularities.has_mask(equations),
+        places=places,
+    )
 
 
 def _rule_of(
@@ -255,9 +245,9 @@ def _scan_op(
             zip(equation.outvars, outputs, strict=True)
         )
     ]
-    moving = [v for v, flag in zip(flat.inputs, flags, strict=True) if flag]
+    read = [v for v, flag in zip(flat.inputs, flags, strict=True) if flag]
     loop = Loop(
-        body=_program_of_graph(flat, moving, needed, num_constants),
+        body=_program_of_graph(flat, read, needed, num_constants),
         closed=tuple(flat.constants.values()),
         length=equation.params["length"],
         reverse=equation.params["reverse"],
@@ -273,4 +263,14 @@ def _scan_op(
         tuple(n for n, flag in enumerate(flags) if flag),
         tuple(n for n, flag in enumerate(needed) if flag),
         loop,
+    )
+
+
+def _final_op(group: _Group, value: Variable, relevant: Collection[Variable]) -> Op:
+    """The operation of the final step, whose first output is the loss."""
+    outputs = (value, *(v for v in group.outputs if v is not value))
+    inputs = enumerate(group.inputs)
+    active_inputs = tuple(i for i, v in inputs if v in relevant and is_inexact(v))
+    return dataclasses.replace(
+        group.constant_op(), outputs=outputs, active_inputs=active_inputs
     )

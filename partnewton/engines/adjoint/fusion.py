@@ -33,28 +33,29 @@ def grouped(
     It ends where an equation depends on a result of the run by another path, too.
     Equations with a registered rule are not in runs.
     """
-    run_of: dict[Variable, Variable] = {}  # runs are named by their first variable
+    # The run of each result. A run is named by the variable that it is a function of,
+    # or by its first result if there is such a run already.
+    run_of: dict[Variable, Variable] = {}
     runs: dict[Variable, list[int]] = {}
-    # The runs on which each variable depends.
-    behind: dict[Variable, set[Variable]] = {}
-    # The runs on which each run depends.
-    before: dict[Variable, set[Variable]] = {}
+    sources: dict[Any, set[Variable]] = {}  # the runs on which each variable depends
+    run_sources: dict[Variable, set[Variable]] = {}  # those on which each run depends
     groups = []
     for i in places:
         equation = equations[i]
         awaited = dataflow.awaited(equation)
         read = {v for v in awaited if v in active}
-        names = {run_of.get(v, v) for v in read}
         written = [v for v in equation.outvars if v in relevant]
+        # A result of a run counts as the run, any other active variable as itself.
+        names = {run_of.get(v, v) for v in read}
+        depends_on = set().union(*(sources.get(v, set()) for v in awaited))
         # A run must not depend on its own results through other operations, such as a
         # mask or a stop_gradient.
-        fixed = [behind.get(v, set()) for v in awaited if v not in read]
-        is_start = not names.isdisjoint(_all_before(set().union(*fixed), before))
+        fixed = [sources.get(v, set()) for v in awaited if v not in read]
+        is_start = not names.isdisjoint(_all_before(set().union(*fixed), run_sources))
         # An infinite derivative after a mask would make that of the whole run NaN.
         is_start |= singularities.is_singular(equation) and not read.isdisjoint(
             singularities.masked & run_of.keys()
         )
-        after = set().union(*(behind.get(v, set()) for v in awaited))
         if (
             written
             and len(read if is_start else names) == 1
@@ -68,11 +69,11 @@ def grouped(
             if name not in runs:
                 groups.append(runs.setdefault(name, []))
             runs[name].append(i)
-            before.setdefault(name, set()).update(after - {name})
-            after = {name}
+            run_sources.setdefault(name, set()).update(depends_on - {name})
+            depends_on = {name}
         else:
             groups.append([i])
-        behind.update(dict.fromkeys(dataflow.provided(equation), after))
+        sources.update(dict.fromkeys(dataflow.provided(equation), depends_on))
     return groups
 
 
@@ -81,7 +82,7 @@ def _has_registered_rule(equation: Equation, active: Collection[Variable]) -> bo
 
 
 def _all_before(
-    runs: Iterable[Variable], before: dict[Variable, set[Variable]]
+    runs: Iterable[Variable], run_sources: dict[Variable, set[Variable]]
 ) -> set[Variable]:
     """Some runs and all runs that they depend on."""
     found, left = set(), list(runs)
@@ -89,7 +90,7 @@ def _all_before(
         run = left.pop()
         if run not in found:
             found.add(run)
-            left.extend(before.get(run, ()))
+            left.extend(run_sources.get(run, ()))
     return found
 
 

@@ -47,6 +47,13 @@ class Graph:
 
 
 def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
+    """A closed jaxpr with all calls inlined, and with new variables.
+
+    Args:
+      closed: the closed jaxpr.
+      branches: the branch that replaces a `cond`, by the position of its equation in
+        the result.
+    """
     branches = branches or {}
     fresh = gensym()
     jaxpr = compat.open_jaxpr(closed)
@@ -93,9 +100,9 @@ def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
     return flat
 
 
-def active_variables(flat: Graph, moving: Iterable[Variable]) -> set[Variable]:
-    """The variables whose derivative with respect to the parameters may be nonzero."""
-    active = {v for v in moving if is_inexact(v)}
+def active_variables(flat: Graph, inputs: Iterable[Variable]) -> set[Variable]:
+    """The variables whose derivative with respect to some inputs may be nonzero."""
+    active = {v for v in inputs if is_inexact(v)}
     for i, equation in enumerate(flat.equations):
         read = [v for v in dataflow.operands(equation) if v in active]
         if not read or not properties.is_differentiable(equation):

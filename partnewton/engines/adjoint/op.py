@@ -26,7 +26,8 @@ class Request(NamedTuple):
       third_order: whether second derivatives of values and terms of the third order are
         requested.
       dtype: of the sums over all operations.
-      tangents_are_fixed: whether tangents are constants when terms are differentiated.
+      tangents_are_fixed: whether the jets that rules return are constants when the
+        terms are differentiated, as for the third-order tensor.
     """
 
     third_order: bool
@@ -99,7 +100,8 @@ class Op:
       loop: the body and the lengths of a scan.
       is_guarded: whether a derivative or a cotangent may be infinite at an entry that
         does not depend on the parameters, and has to be masked there.
-      has_mask: whether a cotangent may be infinite where the derivatives are zero.
+      has_mask: whether a cotangent may be infinite at an entry at which the derivatives
+        of the operation are zero, such as one that a `where` does not select.
       places: the positions of the equations in the flattened jaxpr.
     """
 
@@ -126,19 +128,19 @@ class Op:
 
     @property
     def read(self) -> list[Variable]:
-        """The active inputs."""
+        """The variables of the active inputs."""
         return [self.inputs[i] for i in self.active_inputs]
 
     @property
     def written(self) -> list[Variable]:
-        """The active outputs."""
+        """The variables of the active outputs."""
         return [self.outputs[i] for i in self.active_outputs]
 
-    def active(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+    def take_active(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         """The values of the active inputs, from those of all inputs."""
         return [values[i] for i in self.active_inputs]
 
-    def restricted(
+    def function_of_active(
         self,
         primals: Sequence[jax.Array],
         members: Sequence[int] | None = None,
@@ -147,23 +149,24 @@ class Op:
         """The operation as a function from active inputs to the active outputs.
 
         Args:
-          primals: the values of all inputs.
-          members: which of the active inputs are its arguments; by default all.
+          primals: the values of all inputs; those of the other inputs are constants.
+          members: which of the active inputs are its arguments, as positions among the
+            active inputs; by default all.
           function: another implementation of the operation.
         """
         function = self.function if function is None else function
-        places = self.active_inputs
+        positions = self.active_inputs
         if members is not None:
-            places = [places[n] for n in members]
+            positions = [positions[n] for n in members]
 
-        def restricted(*active: jax.Array) -> list[jax.Array]:
+        def of_active(*active: jax.Array) -> list[jax.Array]:
             everything = list(primals)
-            for place, x in zip(places, active, strict=True):
-                everything[place] = x
+            for i, x in zip(positions, active, strict=True):
+                everything[i] = x
             outputs = function(*everything)
-            return [outputs[place] for place in self.active_outputs]
+            return [outputs[i] for i in self.active_outputs]
 
-        return restricted
+        return of_active
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from partnewton.engines.adjoint.graph import BranchPoint, branch_point_of
 from partnewton.engines.adjoint.program import Perturbations, Program, Residuals
 from partnewton.engines.adjoint.repeats import Repeat, repeats_in
 from partnewton.engines.adjoint.sweep import OperationError
-from partnewton.engines.axes import refuse_named_axes
+from partnewton.engines.collectives import refuse_named_axes
 from partnewton.engines.compat import Variable
 from partnewton.partitions import FROZEN, Partition
 

@@ -19,7 +19,9 @@ from partnewton.engines.compat import Variable
 
 __all__ = ["Perturbations", "Program", "Residuals"]
 
-# Number of an operation -> a list of arrays, or the perturbations of a loop.
+# For the number of each curved operation an array for each of its active outputs, and
+# for that of each scan the perturbations of its body. Cotangents, the derivatives with
+# respect to them, have the same structure.
 Perturbations = dict[int, Any]
 
 
@@ -93,13 +95,13 @@ class Program:
                 ops.append(op)
         return tuple(ops)
 
-    def is_active(self) -> Residuals:
-        """Whether each residual depends on the parameters, as a tree of booleans."""
+    def active_residuals(self) -> Residuals:
+        """For each residual a boolean: whether it depends on the parameters."""
         active = {op.inputs[i] for op in self.ops for i in op.active_inputs}
         loops = {n: op.loop.body for n, op in enumerate(self.ops) if op.loop}
         return Residuals(
             {v: v in active for v in self.saved},
-            {n: body.is_active() for n, body in loops.items()},
+            {n: body.active_residuals() for n, body in loops.items()},
         )
 
     def invariants(self, fixed: Sequence[jax.Array]) -> dict[Variable, jax.Array]:

@@ -5,6 +5,8 @@ the engine faster and does not change a result.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Collection, Sequence
 
 from partnewton.engines.adjoint.op import Apply, OpRule
@@ -12,6 +14,7 @@ from partnewton.engines.compat import Equation
 
 __all__ = [
     "TABLES",
+    "definition_of",
     "register_elementwise",
     "register_linear",
     "register_piecewise_constant",
@@ -146,7 +149,9 @@ def rule(
     _checked(names)
 
     def register(apply: Apply) -> Apply:
-        new = OpRule(apply.__name__, apply, is_curved, is_registered=True)
+        if not callable(apply):
+            raise TypeError(f"A rule is a function, got {type(apply).__name__}.")
+        new = OpRule(_name_of(apply), apply, is_curved, is_registered=True)
         for name in names:
             TABLES.rules.setdefault(name, []).insert(0, (new, when))
         return apply
@@ -160,6 +165,22 @@ def registered_rule(equation: Equation, active: Collection[int]) -> OpRule | Non
         if when is None or when(equation, active):
             return found
     return None
+
+
+def definition_of(function: Callable) -> Callable:
+    """The function that a decorated function or a `functools.partial` calls."""
+    while True:
+        inner = inspect.unwrap(function)
+        if isinstance(inner, functools.partial):
+            inner = inner.func
+        if inner is function:
+            return function
+        function = inner
+
+
+def _name_of(function: Callable) -> str:
+    inner = definition_of(function)
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _checked(names: Sequence[str]) -> Sequence[str]:

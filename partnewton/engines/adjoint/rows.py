@@ -15,7 +15,7 @@ __all__ = ["apply", "group_by_support", "push", "with_zeros"]
 def group_by_support(
     tangents: Sequence[Tangent | None],
 ) -> Iterator[tuple[Span, tuple[int, ...]]]:
-    """Spans on each of which the same tangents have rows, and the places of these."""
+    """Spans on which the same tangents have rows, and the positions of these."""
     spans = [x.span for x in tangents if x is not None]
     if not all(span.is_static for span in spans):
         yield hull(spans), tuple(n for n, x in enumerate(tangents) if x is not None)
@@ -36,9 +36,13 @@ def push(
 ) -> list[Tangent] | None:
     """Applies a linear function of several operands to the rows of their tangents.
 
+    The operands may have tangents of different spans. Those of the same span are
+    processed together, and the results are added.
+
     Args:
-      function_of: maps the positions of some operands to the linear function of these,
-        the others being zero: from one row of each to a list of arrays.
+      function_of: maps a tuple of positions of operands to a function, which computes
+        the results if all other operands are zero: from one row of each of these
+        operands to a list of arrays.
       tangents: the tangent of each operand, or None.
       takes_rows: whether the function is given all rows at once instead of one.
 
@@ -51,14 +55,14 @@ def push(
       >>> twice.values.tolist()
       [[2.0, 2.0, 2.0]]
     """
-    members: dict[Span, list[int]] = {}
+    operands_of: dict[Span, list[int]] = {}
     for n, x in enumerate(tangents):
         if x is not None:
-            members.setdefault(x.span, []).append(n)
+            operands_of.setdefault(x.span, []).append(n)
     parts = []
-    for span, places in members.items():
-        columns = [tangents[n].values for n in places]
-        results = apply(function_of(tuple(places)), *columns, takes_rows=takes_rows)
+    for span, members in operands_of.items():
+        columns = [tangents[n].values for n in members]
+        results = apply(function_of(tuple(members)), *columns, takes_rows=takes_rows)
         parts.append([Tangent(y, span.start) for y in results])
     if not parts:
         return None

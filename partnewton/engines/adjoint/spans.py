@@ -12,7 +12,10 @@ __all__ = ["DynamicIndex", "Span", "hull", "overlap", "segments"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DynamicIndex:
-    """The number of a subset, where it is known only when a program runs.
+    """The number of a subset that is known only when a program runs.
+
+    This is so in the `lax.scan` over layers that repeat, see `rolled.py`: the subsets
+    of the weights differ from one iteration to the next.
 
     Attributes:
       index: the number.
@@ -84,9 +87,9 @@ def overlap(a: Span, b: Span) -> Span | None:
 
 
 def segments(spans: Sequence[Span]) -> list[Span]:
-    """Consecutive spans, each of which is in all of one of the others or in none of it.
+    """The hull of static spans, cut at each start and stop of one of them.
 
-    Together they are the hull of `spans`, which are static.
+    So each of `spans` contains a segment completely, or no subset of it.
     """
     edges = sorted({edge for span in spans for edge in (span.start, span.stop)})
     return [Span(start, stop - start) for start, stop in itertools.pairwise(edges)]

@@ -1,6 +1,5 @@
 """The third sweep: jets forwards through operations, and the terms of these."""
 
-import inspect
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.dataflow import values_of
 from partnewton.engines.adjoint.op import Op, Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
-from partnewton.engines.adjoint.tangent import Jet
+from partnewton.engines.adjoint.registry import definition_of
+from partnewton.engines.adjoint.tangent import Jet, Tangent
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Variable
 
@@ -34,7 +34,7 @@ def sweep(
     jets: Jets,
     request: Request,
     *,
-    one_by_one: bool = False,
+    outline_each: bool = False,
 ) -> Terms:
     """Propagates jets through operations.
 
@@ -44,7 +44,7 @@ def sweep(
       cotangents: those of the results of curved operations, by number.
       jets: those of the inputs; the jets of the results are added to it.
       request: what the rules compute.
-      one_by_one: whether each curved operation is a call that XLA does not inline.
+      outline_each: whether each curved operation is a call that XLA does not inline.
 
     Returns:
       The terms of all operations.
@@ -60,28 +60,31 @@ def sweep(
         if op.loop:
             primals = [*primals, residuals.loops[n]]
         some = [jets.get(v, Jet()) for v in op.read]
-        by_itself = one_by_one and op.is_curved
-        found, more = _passed(op, primals, cotangents.get(n), some, request, by_itself)
+        is_outlined = outline_each and op.is_curved
+        found, more = _apply_rule(
+            op, primals, cotangents.get(n), some, request, is_outlined
+        )
         terms += more
         jets.update((v, x) for v, x in zip(op.written, found, strict=True) if x.first)
     return terms
 
 
-def _passed(
+def _apply_rule(
     op: Op,
     primals: Sequence[Any],
     cotangents: Any,
     jets: Sequence[Jet],
     request: Request,
-    by_itself: bool = False,
+    is_outlined: bool = False,
 ) -> tuple[list[Jet], Terms]:
     """The jets of the active outputs of one operation, and its terms."""
 
     def run() -> tuple[list[Jet], Terms]:
-        return op.rule.apply(op, primals, cotangents, jets, request)
+        result = op.rule.apply(op, primals, cotangents, jets, request)
+        return _checked(op, result) if op.rule.is_registered else result
 
     try:
-        found, terms = (lowerings.outlined(run) if by_itself else run)()
+        found, terms = (lowerings.outlined(run) if is_outlined else run)()
     except NameError:  # an error of the rule itself
         raise
     except Exception as error:  # jax has no common class for missing derivatives
@@ -93,9 +96,45 @@ def _passed(
     return found, terms
 
 
+def _checked(op: Op, result: Any) -> tuple[list[Jet], Terms]:
+    """What a registered rule returned, if that is jets of the right shapes and terms.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    expected = (
+        f"a rule must return a list of {len(op.written)} engines.Jet, one for each "
+        "active output, and engines.Terms"
+    )
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(f"{expected}, got {type(result).__name__}")
+    jets, terms = result
+    if not isinstance(terms, Terms):
+        raise TypeError(f"{expected}, got {type(terms).__name__} as the second")
+    if not isinstance(jets, tuple | list) or len(jets) != len(op.written):
+        raise TypeError(f"{expected}, got {type(jets).__name__} as the first")
+    for v, jet in zip(op.written, jets, strict=True):
+        if not isinstance(jet, Jet):
+            raise TypeError(f"{expected}, got a {type(jet).__name__} in the list")
+        for tangent in jet:
+            if not isinstance(tangent, Tangent | None):
+                raise TypeError(
+                    "a jet consists of two engines.Tangent or None, got "
+                    f"{type(tangent).__name__}"
+                )
+            if tangent is not None and tangent.values.shape[1:] != v.aval.shape:
+                raise TypeError(
+                    f"each row of a tangent has the shape of the output, {v.aval.shape}"
+                    f", got rows of shape {tangent.values.shape[1:]}"
+                )
+    return list(jets), terms
+
+
 def _warn_of_failure(op: Op, error: Exception) -> None:
     """Warns of a registered rule that raised an exception, at its definition."""
-    function = inspect.unwrap(op.rule.apply)
+    function = definition_of(op.rule.apply)
+    if not hasattr(function, "__code__"):  # an object that can be called
+        function = type(function).__call__
     code = function.__code__
     name = op.equations[0].primitive.name
     warnings.warn_explicit(

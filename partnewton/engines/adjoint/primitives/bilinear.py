@@ -63,9 +63,11 @@ class _Product:
 
     def __init__(self, op: Op, primals: Sequence[jax.Array], cotangent: jax.Array):
         by_rows, self.takes_rows = lowerings.function_of_rows(op)
-        self.function = op.restricted(primals, function=by_rows)
-        self.transposable = op.restricted(primals, function=lowerings.transposable(op))
-        self.at = op.active(primals)
+        self.function = op.function_of_active(primals, function=by_rows)
+        self.transposable = op.function_of_active(
+            primals, function=lowerings.transposable(op)
+        )
+        self.at = op.take_active(primals)
         self.cotangent = cotangent
         self.is_guarded = op.is_guarded
 

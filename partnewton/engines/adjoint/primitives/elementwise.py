@@ -85,7 +85,7 @@ def elementwise(
     third_s    = sum(lambda f_ijk xdot_i xdot_j xdot_k + 3 lambda f_ij xdot_i xddot_j)
     """
     order = 3 if request.third_order else 2
-    partials = _partials(op.restricted(primals), op.active(primals), order)
+    partials = _partials(op.function_of_active(primals), op.take_active(primals), order)
     weights = _weighted_by(cotangents, partials, op.is_guarded or op.has_mask)
     first, second = ([x[n] for x in jets] for n in (0, 1))
     contractions = functools.partial(_contractions, is_guarded=op.is_guarded)

@@ -28,8 +28,8 @@ def generic(
     With F(x) = lambda . f(x), hessian_st = <xdot_s, D2F xdot_t>, where D2F xdot_t is
     the derivative of the gradient of F along xdot_t.
     """
-    active = op.active(primals)
-    function = op.restricted(primals)
+    active = op.take_active(primals)
+    function = op.function_of_active(primals)
 
     def gradient(*x: jax.Array) -> tuple[jax.Array, ...]:
         _, pull = jax.vjp(function, *x)
@@ -46,7 +46,7 @@ def generic(
         if request.third_order:
             terms += _cross_third(products, second, span)
             at = [active[n] for n in members]
-            along = _derivatives_along(op.restricted(primals, members), at)
+            along = _derivatives_along(op.function_of_active(primals, members), at)
             d2, d3 = _halves(apply(along, *columns))
             for column, x in zip(bent, d2, strict=True):
                 column.append(Tangent(x, span.start))

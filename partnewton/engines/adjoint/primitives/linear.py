@@ -53,8 +53,8 @@ def linear(
     """z = A x: zdot = A xdot, zddot = A xddot."""
     del cotangents, request
     by_rows, takes_rows = lowerings.function_of_rows(op)
-    function = op.restricted(primals, function=by_rows)
-    of_members = with_zeros(function, op.active(primals))
+    function = op.function_of_active(primals, function=by_rows)
+    of_members = with_zeros(function, op.take_active(primals))
     first, second = (
         push(of_members, column, takes_rows=takes_rows)
         for column in zip(*jets, strict=True)
@@ -71,10 +71,10 @@ def piecewise_linear(
 ) -> tuple[list[Jet], Terms]:
     """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
     del cotangents, request
-    active = op.active(primals)
+    active = op.take_active(primals)
 
     def of_members(members: tuple[int, ...]) -> Callable:
-        function = op.restricted(primals, members)
+        function = op.function_of_active(primals, members)
         return jax.linearize(function, *(active[n] for n in members))[1]
 
     first, second = (push(of_members, column) for column in zip(*jets, strict=True))

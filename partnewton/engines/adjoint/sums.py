@@ -1,4 +1,4 @@
-"""Gradient, Hessian and third order of a problem, by one or several sweeps."""
+"""Gradient, Hessian and third order: the sums of all terms, by one or more sweeps."""
 
 import itertools
 from collections.abc import Sequence
@@ -52,23 +52,23 @@ def sums_along(
     row = _bytes_of_a_row(problem) * parts.num_directions
     request = Request(third_order, dtype)
     shapes = [(M,), (M, M), (M,)]
-    found = [jnp.zeros(shape, dtype) for shape in shapes]
-    known = [np.zeros(shape, bool) for shape in shapes]
+    totals = [jnp.zeros(shape, dtype) for shape in shapes]
+    known = [np.zeros(shape, bool) for shape in shapes]  # from the sweeps so far
     for subsets in _subsets_of_sweeps(problem.order, batch_size or _MOST_BYTES // row):
-        moving = np.zeros(M, bool)
-        moving[_numbers(parts, subsets)] = True
-        now = [moving, np.outer(moving, moving), moving]
-        new = [x & ~y for x, y in zip(now, known, strict=True)]
+        included = np.zeros(M, bool)
+        included[_components_of(parts, subsets)] = True
+        computed = [included, np.outer(included, included), included]
+        missing = [x & ~y for x, y in zip(computed, known, strict=True)]
         is_large = len(subsets) * row > _CACHED_BYTES
-        more = _sweep(problem, parts, point, subsets, request, is_large)
+        sums = _one_sweep(problem, parts, point, subsets, request, is_large)
         # If the loss is not finite, neither are its derivatives.
         value = point.outputs[0]
         if not compat.varying_axes(value):
-            more = [jnp.where(jnp.isfinite(value), x, jnp.nan) for x in more]
-        columns = zip(new, more, found, strict=True)
-        found = [jnp.where(*column) for column in columns]
-        known = [x | y for x, y in zip(known, now, strict=True)]
-    gradient, hessian, third = found
+            sums = [jnp.where(jnp.isfinite(value), x, jnp.nan) for x in sums]
+        columns = zip(missing, sums, totals, strict=True)
+        totals = [jnp.where(*column) for column in columns]
+        known = [x | y for x, y in zip(known, computed, strict=True)]
+    gradient, hessian, third = totals
     return gradient, hessian, third if third_order else None
 
 
@@ -89,7 +89,7 @@ def third_order_tensor(
         return point.residuals, point.cotangents
 
     values, treedef = jax.tree.flatten(linearize(leaves))
-    is_active = jax.tree.leaves(problem.program.is_active())
+    is_active = jax.tree.leaves(problem.program.active_residuals())
     num_values = sum(is_active)
     is_active += [True] * (len(values) - len(is_active))  # the cotangents
 
@@ -97,21 +97,22 @@ def third_order_tensor(
         pairs = zip(jax.tree.leaves(linearize(leaves)), is_active, strict=True)
         return [x for x, flag in pairs if flag]
 
-    def products(some: Sequence[jax.Array]) -> jax.Array:
+    def sum_of_terms(some: Sequence[jax.Array]) -> jax.Array:
+        """The hessian, as a function of the active residuals and the cotangents."""
         rest = iter(some)
         pairs = zip(values, is_active, strict=True)
         filled = [next(rest) if flag else x for x, flag in pairs]
         residuals, cotangents = jax.tree.unflatten(treedef, filled)
         point = Linearized([], residuals, cotangents, None)
-        return _sweep(problem, parts, point, problem.order, request)[1]
+        return _one_sweep(problem, parts, point, problem.order, request)[1]
 
-    start, jvp = jax.linearize(active_values, list(leaves))
-    _, along = jax.linearize(products, start)
+    start, values_along = jax.linearize(active_values, list(leaves))
+    _, terms_along = jax.linearize(sum_of_terms, start)
 
     def pass_of(m: jax.Array) -> jax.Array:
-        moved = jvp(parts[m])
-        thirds = [x / 3 for x in moved[:num_values]]
-        return along([*thirds, *moved[num_values:]])
+        derivatives = values_along(parts[m])
+        thirds = [x / 3 for x in derivatives[:num_values]]
+        return terms_along([*thirds, *derivatives[num_values:]])
 
     m = jax.lax.map(pass_of, jnp.arange(parts.size), batch_size=batch_size)
     s, t, r = np.sort(np.indices(m.shape).reshape(3, -1), axis=0)
@@ -119,23 +120,23 @@ def third_order_tensor(
     return tensor.reshape(m.shape)  # read in sorted order, hence symmetric
 
 
-def _sweep(
+def _one_sweep(
     problem: Problem,
     parts: Components,
     point: Linearized,
     subsets: Sequence[int],
     request: Request,
-    one_by_one: bool = False,
+    outline_each: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradient, hessian and third, zero at all entries of other subsets."""
-    numbers = _numbers(parts, subsets)
-    program, everyone = problem.program, Span(0, len(numbers))
+    components = _components_of(parts, subsets)
+    program, everyone = problem.program, Span(0, len(components))
 
     def run(
         directions: Leaves, residuals: Residuals, cotangents: Perturbations
     ) -> tuple[list[Jet], Terms]:
         jets = _jets_of_leaves(problem, directions, subsets)
-        terms = _sweep_ops(problem, residuals, cotangents, jets, request, one_by_one)
+        terms = _sweep_ops(problem, residuals, cotangents, jets, request, outline_each)
         return [jets.get(v, Jet()) for v in ends], terms
 
     ends = program.final.read if program.final else program.outputs[:1]
@@ -152,7 +153,7 @@ def _sweep(
     gradient = placed(slope, everyone, request.dtype)
     hessian, third = terms.total(everyone, request.dtype)
     hessian = 0.5 * (hessian + hessian.T)  # exactly symmetric
-    return _spread(parts.size, numbers, gradient, hessian, third)
+    return _spread(parts.size, components, gradient, hessian, third)
 
 
 def _sweep_ops(
@@ -161,7 +162,7 @@ def _sweep_ops(
     cotangents: Perturbations,
     jets: Jets,
     request: Request,
-    one_by_one: bool,
+    outline_each: bool,
 ) -> Terms:
     """Propagates jets through all operations, and adds those of all variables."""
     ops = list(enumerate(problem.program.ops))
@@ -170,14 +171,18 @@ def _sweep_ops(
     leaves = frozenset(problem.inputs)
     terms, n = Terms(), 0
     for repeat in problem.repeats:
-        terms += sweep(ops[n : repeat.start], *common, one_by_one=one_by_one)
+        terms += sweep(ops[n : repeat.start], *common, outline_each=outline_each)
         terms += sweep_repeat(repeat, leaves, spans, *common)
         n = repeat.stop
-    return terms + sweep(ops[n:], *common, one_by_one=one_by_one)
+    return terms + sweep(ops[n:], *common, outline_each=outline_each)
 
 
-def _numbers(parts: Components, subsets: Sequence[int]) -> np.ndarray:
-    """The components of the rows of a sweep: all directions of each subset in turn."""
+def _components_of(parts: Components, subsets: Sequence[int]) -> np.ndarray:
+    """The component, direction and subset, of each row of a sweep.
+
+    Rows are ordered by subset, with the K directions of a subset side by side, so that
+    those of a weight are contiguous. Components are ordered by direction.
+    """
     K, S = parts.shape
     return (np.array(subsets)[:, None] + S * np.arange(K)).ravel()
 
