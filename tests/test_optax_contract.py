@@ -211,7 +211,7 @@ def test_map_params_works_on_the_state(name):
     ours, theirs = newton_state(doubled), newton_state(state)
     if name == "subspace":
         direction, mapped = theirs.steps, ours.steps
-        ours, theirs = (x._replace(steps=(), directions=()) for x in (ours, theirs))
+        ours, theirs = (x._replace(steps=(), direction=()) for x in (ours, theirs))
     else:
         field = "mu" if name == "adam_direction" else "ema"
         direction, mapped = getattr(state[0], field), getattr(doubled[0], field)
