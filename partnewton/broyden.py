@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from partnewton._checks import check_number
 from partnewton._strictness import at_least_float32
@@ -115,14 +114,39 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
         del extra_args
         if params is None:
             raise ValueError("params: scale_by_broyden needs the parameters.")
-        dtype = state.gradient.dtype
-        g, unravel = ravel_pytree(updates)
-        x, g = ravel_pytree(params)[0].astype(dtype), g.astype(dtype)
-        new = _updated(state, x, g)
-        direction = unravel(new.direction.astype(ravel_pytree(updates)[0].dtype))
-        return direction, new
+        g = _flat(updates, state.gradient.dtype)
+        new = _updated(state, _flat(params, g.dtype), g)
+        return _unflattened(new.direction, updates), new
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _flat(tree: Any, dtype: jnp.dtype) -> jax.Array:
+    """The entries of all leaves, which are gathered if they are sharded."""
+    leaves = [_sharded_as(jax.sharding.PartitionSpec(), x) for x in _arrays(tree)]
+    return jnp.concatenate(
+        [jnp.zeros(0, dtype), *(jnp.ravel(x).astype(dtype) for x in leaves)]
+    )
+
+
+def _unflattened(entries: jax.Array, like: Any) -> Any:
+    """The inverse of `_flat`, with the dtypes and shardings of a tree."""
+    leaves, start = [], 0
+    for x in _arrays(like):
+        leaf = entries[start : start + x.size].reshape(x.shape).astype(x.dtype)
+        leaves.append(_sharded_as(jax.typeof(x).sharding.spec, leaf, x))
+        start += x.size
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _arrays(tree: Any) -> list[jax.Array]:
+    return [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def _sharded_as(spec: Any, x: jax.Array, like: jax.Array | None = None) -> jax.Array:
+    """The array with a sharding, on a mesh with explicit axes."""
+    mesh = jax.typeof(x if like is None else like).sharding.mesh
+    return jax.sharding.reshard(x, spec) if mesh.explicit_axes else x
 
 
 def _updated(

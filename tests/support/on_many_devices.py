@@ -20,6 +20,7 @@ import partnewton as pn
 from partnewton.engines import ENGINES
 from partnewton.engines.adjoint.inner import gram
 from partnewton.presets import orthogonal_momentum
+from partnewton.subspace.preset import quasi_newton
 from support.oracles import quick_jit
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
@@ -152,6 +153,23 @@ def test_training_is_what_it_is_on_one_device(layout, axis_type, engine):
     assert_sharded_like(new_state[0].ema, params)
     for leaf in jax.tree.leaves(new_state[1]):
         assert leaf.sharding.is_fully_replicated
+
+
+@each_mesh
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_size", [4000, 1])
+def test_full_batch_training_is_what_it_is_on_one_device(max_size, layout, axis_type):
+    """With the matrix of Broyden's method, and with the memory of L-BFGS."""
+    tx = pn.subspace_newton(direction=quasi_newton(max_size))
+    with started_on_a_mesh(tx, layout, axis_type) as (step, params, state, batch):
+        new_params, new_state = train(step, params, state, *batch)
+    params_alone = make_params()
+    step = quick_jit(make_step(tx, network_loss))
+    expected, _ = train(step, params_alone, tx.init(params_alone), *make_data())
+    assert_equal_to_rounding(new_params, expected)
+    if axis_type is AxisType.Explicit:  # else XLA chooses
+        assert_sharded_like(new_params, params)
+    assert new_state[0].summary_count < 3
 
 
 def assert_sharded_like(tree, params):
