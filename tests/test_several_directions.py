@@ -97,14 +97,18 @@ def assert_summaries_close(actual, expected, rtol):
         assert_close(getattr(actual, field), getattr(expected, field), rtol, field)
 
 
-CASES = list(zip(range(1, 9), 2 * list(PARTITIONS), strict=True))
+CASES = [
+    (engine, name, K, key)
+    for engine in sorted(ENGINES)
+    for name in (models.MODELS if engine == "adjoint" else ["mlp"])
+    for K, key in zip(range(1, 9), 2 * list(PARTITIONS), strict=True)
+]
+QUICK = [(engine, "mlp", 4, "thirds") for engine in sorted(ENGINES)]
 
 
-@pytest.mark.parametrize("case", some(CASES, default=[(4, "thirds")]))
-@pytest.mark.parametrize("name", some(models.MODELS, default=["mlp"]))
-@each_engine
-def test_phi_of_all_directions_agrees(name, case, engine):
-    K, key = case
+@pytest.mark.parametrize("case", some(CASES, default=QUICK))
+def test_phi_of_all_directions_agrees(case):
+    engine, name, K, key = case
     problem, labels = models.make(name, jnp.float64), PARTITIONS[key]
     directions = random_directions(problem.params, K)
     summary = quick_jit(
@@ -116,11 +120,29 @@ def test_phi_of_all_directions_agrees(name, case, engine):
     assert_summaries_close(summary, expected, 1e-10)
 
 
-ZOO = sorted(set(models.NAMES) - set(models.MODELS))
+# Operations with rules, or ways of computing, that depend on the number of rows.
+ZOO = [
+    "activations",
+    "batch_norm",
+    "branches_on_parameters",
+    "convolution_of_two_parameters",
+    "convolutions_strided_and_grouped",
+    "custom_vjp",
+    "einsum",
+    "embedding_and_gathers",
+    "group_norm_and_rms_norm",
+    "pooling",
+    "reductions",
+    "scan_in_a_scan",
+    "scan_over_layers",
+    "scatters",
+    "softmaxes",
+    "sorting",
+]
 
 
 @pytest.mark.parametrize("name", some(ZOO, default=["einsum", "embedding_and_gathers"]))
-def test_every_operation_takes_several_directions(name):
+def test_operations_take_several_directions(name):
     problem = models.make(name, jnp.float64)
     directions = random_directions(problem.params, 2)
     labels = pn.partitions.per_tensor
