@@ -14,6 +14,7 @@ import optax
 
 from partnewton import averaging, directions, engines, partitions, rules
 from partnewton._checks import check_learning_rate
+from partnewton._decay import Mask
 from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
 from partnewton.summary import Summary
@@ -31,6 +32,8 @@ def partition_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     lookback_rate: jax.typing.ArrayLike = 0.2,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
@@ -74,6 +77,8 @@ def partition_newton(
       lookback_rate: the change of the logarithm of the factor at the end of each
         window, see :func:`partnewton.scale_by_lookback`; with 0, `learning_rate` is the
         only factor.
+      weight_decay, mask: decoupled weight decay, see :func:`scale_by_partition_newton`;
+        AdamW's usual values, 0.01 to 0.1, have a similar effect.
       engine, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -119,6 +124,8 @@ def partition_newton(
             update_interval=update_interval,
             average=average,
             backtracking=backtracking,
+            weight_decay=weight_decay,
+            mask=mask,
             engine=engine,
             has_aux=has_aux,
         ),
@@ -169,6 +176,8 @@ def paper_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
     backtracking: jax.typing.ArrayLike = 0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -185,7 +194,7 @@ def paper_newton(
       average: a running average of the summaries; by default none.
       smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
         by default none.
-      normalize, param_labels, backtracking, engine, has_aux: as in
+      normalize, param_labels, backtracking, weight_decay, mask, engine, has_aux: as in
         :func:`scale_by_partition_newton`.
       update_interval: the number of updates between two refreshes of the rates.
 
@@ -222,6 +231,8 @@ def paper_newton(
             average=average,
             smoothing=smoothing,
             backtracking=backtracking,
+            weight_decay=weight_decay,
+            mask=mask,
             engine=engine,
             has_aux=has_aux,
         ),

@@ -34,6 +34,8 @@ OPTIMIZERS = {
     "diagonal": published(rule=rules.diagonal()),
     "averaged": published(0.3, average=averaging.exponential()),
     "per_element": published(param_labels=partitions.per_element),
+    # At a minimum with an RMS below 1 / decay, the lengths and the decay vanish.
+    "decayed": published(weight_decay=0.01),
     "adam_direction": optax.chain(
         optax.scale_by_adam(),
         pn.scale_by_partition_newton(),
