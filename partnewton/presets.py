@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from partnewton import averaging, directions, engines, partitions, rules
-from partnewton._checks import check_learning_rate
+from partnewton._checks import check_learning_rate, check_number
 from partnewton._decay import Mask
 from partnewton._eager import compiled_direction
 from partnewton.lookback import scale_by_lookback
@@ -32,9 +32,10 @@ def partition_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
+    lookback_rate: jax.typing.ArrayLike = 0.2,
+    total_steps: jax.typing.ArrayLike | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
-    lookback_rate: jax.typing.ArrayLike = 0.2,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,6 +78,9 @@ def partition_newton(
       lookback_rate: the change of the logarithm of the factor at the end of each
         window, see :func:`partnewton.scale_by_lookback`; with 0, `learning_rate` is the
         only factor.
+      total_steps: the number of updates of the whole training, if it is known. In the
+        last three tenths of them the lengths decrease linearly to zero, and the factor
+        is kept. By default there is no such decay.
       weight_decay, mask: decoupled weight decay, see :func:`scale_by_partition_newton`;
         AdamW's usual values, 0.01 to 0.1, have a similar effect.
       engine, has_aux: as in :func:`scale_by_partition_newton`.
@@ -108,6 +112,8 @@ def partition_newton(
       P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
     """
     check_learning_rate(learning_rate)
+    if total_steps is not None:
+        check_number("total_steps", total_steps, minimum=1)
     if direction is None:
         direction = compiled_direction(directions.equilibrated(orthogonal_momentum()))
     if average is None:
@@ -132,11 +138,36 @@ def partition_newton(
         scale_by_lookback(
             lookback_rate,
             max_scale=_largest_factor(learning_rate),
+            adapt_steps=None if total_steps is None else _decay_begin(total_steps),
             param_labels=labels,
             has_aux=has_aux,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(
+            learning_rate
+            if total_steps is None
+            else _decaying(learning_rate, total_steps)
+        ),
     )
+
+
+_DECAY_FRACTION = 0.3  # of the training, at its end
+
+
+def _decay_begin(total_steps: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    return (1 - _DECAY_FRACTION) * total_steps
+
+
+def _decaying(
+    learning_rate: optax.ScalarOrSchedule, total_steps: jax.typing.ArrayLike
+) -> optax.Schedule:
+    """The learning rate, decreasing linearly to zero at the end of the training."""
+
+    def schedule(count: jax.Array) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        remaining = (total_steps - count) / (_DECAY_FRACTION * total_steps)
+        return rate * jnp.clip(remaining, 0, 1)
+
+    return schedule
 
 
 def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
