@@ -409,6 +409,7 @@ def test_frozen_leaves_stay_and_may_be_left_to_another_optimizer():
 RECIPES = {
     "weight decay": lambda: pn.partition_newton(weight_decay=0.1),
     "the number of steps": lambda: pn.partition_newton(total_steps=STEPS),
+    "an average": lambda: optax.chain(pn.partition_newton(), pn.track_average()),
     "gradient clipping": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), pn.partition_newton()
     ),
