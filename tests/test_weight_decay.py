@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import partnewton as pn
+import partnewton.flax
 from partnewton import partitions, rules
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[3.0, 0.5]])}
@@ -197,6 +199,32 @@ def test_a_mask_may_be_a_prefix():
     ((after, _),) = run(tx, params, 1, linear)
     np.testing.assert_allclose(after["body"]["a"], 0.95 * PARAMS["a"] - 0.1, rtol=1e-6)
     np.testing.assert_allclose(after["head"], 0.9, rtol=1e-6)
+
+
+def test_a_mask_of_an_nnx_model_is_a_function_of_its_state():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model.bias[...] = jnp.ones(3)
+
+    def matrices(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    def trained(**kwargs):
+        tx = transformation(0.1, 0.1, normalize="rms", **kwargs)
+        graph, state = nnx.split(model)
+        copy = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+        optimizer = nnx.Optimizer(copy, tx, wrt=nnx.Param)
+
+        def loss_of(model):
+            return jnp.sum(model(jnp.ones((1, 2))) ** 2)
+
+        value_fn = partnewton.flax.value_fn(copy, loss_of)
+        optimizer.update(copy, nnx.grad(loss_of)(copy), value_fn=value_fn)
+        return copy
+
+    plain, decayed = trained(), trained(weight_decay=0.5, mask=matrices)
+    np.testing.assert_array_equal(decayed.bias[...], plain.bias[...])
+    expected = plain.kernel[...] - 0.5 * 0.1 * model.kernel[...]
+    np.testing.assert_allclose(decayed.kernel[...], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_frozen_leaves_and_frozen_entries_are_not_decayed():
