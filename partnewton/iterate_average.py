@@ -13,6 +13,7 @@ import optax
 
 from partnewton import partitions
 from partnewton._checks import check_number
+from partnewton._strictness import at_least_float32, permissive
 
 __all__ = ["TrackAverageState", "track_average"]
 
@@ -97,9 +98,10 @@ def track_average(
     def init_fn(params: optax.Params) -> TrackAverageState:
         average = params
         if not partitions.is_placeholder(params):
+            # In half precision, small changes of the average would be rounded to zero.
             # A copy, since state and parameters may both be donated.
             average = jax.tree.map(
-                lambda x: jnp.array(x, _accumulation_dtype(x), copy=True),
+                lambda x: jnp.array(x, at_least_float32(jnp.result_type(x)), copy=True),
                 tracked(params),
             )
         return TrackAverageState(jnp.zeros((), jnp.int32), average)
@@ -111,12 +113,14 @@ def track_average(
     ) -> tuple[optax.Updates, TrackAverageState]:
         if params is None:
             raise ValueError("params: track_average needs the parameters.")
-        weight = 1 / (1 + fraction * state.count)
+        with permissive():
+            weight = 1 / (1 + fraction * state.count)  # k / (t + k - 1)
 
         def moved(average: jax.Array | None, x: jax.Array, u: jax.Array) -> jax.Array:
             if average is None:
                 return None
-            after = optax.apply_updates(x, u).astype(average.dtype)
+            with permissive():
+                after = optax.apply_updates(x, u).astype(average.dtype)
             return average + weight.astype(average.dtype) * (after - average)
 
         average = jax.tree.map(
@@ -125,8 +129,3 @@ def track_average(
         return updates, TrackAverageState(optax.safe_increment(state.count), average)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _accumulation_dtype(x: jax.Array) -> jnp.dtype:
-    """In half precision, small changes of the average would be rounded to zero."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)

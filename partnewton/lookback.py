@@ -199,7 +199,7 @@ def scale_by_lookback(
         age = (state.count - state.window_start).astype(window.dtype)
         measures, adapts = age > window - num_slopes, age >= window
         if adapt_steps is not None:
-            is_adaptive = state.count < adapt_steps
+            is_adaptive = state.count < jnp.asarray(adapt_steps, jnp.int32)
             measures, adapts = measures & is_adaptive, adapts & is_adaptive
 
         def measure(anchor: optax.Params) -> tuple[jax.Array, optax.Params]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -126,17 +127,6 @@ def newton_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
     return _only_state(state, (ScaleByPartitionNewtonState,))
 
 
-_KINDS = ScaleByPartitionNewtonState, ScaleBySubspaceNewtonState
-
-
-def _only_state(state: optax.OptState, kinds: tuple[type, ...] = _KINDS) -> Any:
-    found = [x for kind in kinds for x in _states_of(kind, state)]
-    if len(found) != 1:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"state must contain exactly one {names}, found {len(found)}.")
-    return found[0]
-
-
 def averaged_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     """The average of the parameters that :func:`~partnewton.track_average` keeps.
 
@@ -169,9 +159,20 @@ def averaged_params(state: optax.OptState, params: optax.Params) -> optax.Params
     averages = jax.tree.leaves(found[0].average, is_leaf=_is_none)
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_none)
     return treedef.unflatten(
-        x if average is None else average.astype(x.dtype)
+        x if average is None else average.astype(jnp.result_type(x))
         for average, x in zip(averages, leaves, strict=True)
     )
+
+
+_KINDS = ScaleByPartitionNewtonState, ScaleBySubspaceNewtonState
+
+
+def _only_state(state: optax.OptState, kinds: tuple[type, ...] = _KINDS) -> Any:
+    found = [x for kind in kinds for x in _states_of(kind, state)]
+    if len(found) != 1:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"state must contain exactly one {names}, found {len(found)}.")
+    return found[0]
 
 
 def _is_none(node: Any) -> bool:

@@ -16,6 +16,7 @@ from partnewton import averaging, directions, engines, partitions, rules
 from partnewton._checks import check_learning_rate, check_number
 from partnewton._decay import Mask
 from partnewton._eager import compiled_direction
+from partnewton._strictness import permissive
 from partnewton.lookback import scale_by_lookback
 from partnewton.summary import Summary
 from partnewton.transform import scale_by_partition_newton
@@ -164,8 +165,9 @@ def _decaying(
 
     def schedule(count: jax.Array) -> jax.Array:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        remaining = (total_steps - count) / (_DECAY_FRACTION * total_steps)
-        return rate * jnp.clip(remaining, 0, 1)
+        with permissive():
+            remaining = (total_steps - count) / (_DECAY_FRACTION * total_steps)
+            return rate * jnp.clip(remaining, 0, 1)
 
     return schedule
 
