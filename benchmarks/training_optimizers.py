@@ -194,6 +194,10 @@ VARIANTS: dict[str, Candidate] = {
 VARIANTS["clipped"] = _fixed(
     lambda: optax.chain(pn.partition_newton(), pn.clip_by_parameter_rms(0.01))
 )
+VARIANTS["weight_decay=0.1"] = _fixed(lambda: pn.partition_newton(weight_decay=0.1))
+VARIANTS["total_steps"] = Candidate(
+    lambda rate, steps: pn.partition_newton(total_steps=steps), np.ones(1)
+)
 """`partition_newton` with one of its defaults changed; run by ``--variants``."""
 
 OPTIMIZERS: dict[str, Candidate] = {

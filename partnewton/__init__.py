@@ -6,8 +6,14 @@ from partnewton.clipping import ClipByParameterRmsState, clip_by_parameter_rms
 from partnewton.cubic import CubicSolution, CubicStatus, solve_cubic
 from partnewton.inspection import Report, report
 from partnewton.interactions import SuggestedPartition, suggest_partition
+from partnewton.iterate_average import TrackAverageState, track_average
 from partnewton.lookback import ScaleByLookbackState, scale_by_lookback
-from partnewton.metrics import learning_rates, metrics, newton_state
+from partnewton.metrics import (
+    averaged_params,
+    learning_rates,
+    metrics,
+    newton_state,
+)
 from partnewton.partitions import subset_names
 from partnewton.presets import paper_newton, partition_newton
 from partnewton.subspace import (
@@ -34,6 +40,8 @@ __all__ = [
     "ScaleBySubspaceNewtonState",
     "SuggestedPartition",
     "Summary",
+    "TrackAverageState",
+    "averaged_params",
     "averaging",
     "clip_by_parameter_rms",
     "derivative_tensors",
@@ -56,4 +64,5 @@ __all__ = [
     "subspace_newton",
     "suggest_partition",
     "summarize",
+    "track_average",
 ]

@@ -42,7 +42,7 @@ class MeasuredDirection:
         squares = as_call(self.partition.of_active().inner)(active, active)
         self._norms = jnp.sqrt(squares)
         self.is_measurable = jnp.isfinite(jnp.sum(squares)) & jnp.any(squares > 0)
-        self._normalizes = normalize is not None
+        self._normalize = normalize
         self._unit = jnp.ones_like(squares)
         if normalize is not None:
             counts = self.partition.counts(self._leaves)
@@ -55,7 +55,7 @@ class MeasuredDirection:
 
     def normalized(self) -> optax.Updates:
         """The direction along which the loss is measured."""
-        if not self._normalizes:
+        if self._normalize is None:
             return self._updates
         unit = self.scaled(jnp.ones_like(self._unit))
         return jax.tree.unflatten(self.treedef, unit)
@@ -74,6 +74,18 @@ class MeasuredDirection:
         """The parameters after the step ``sum_s eta_s * u_s``."""
         steps = jax.tree.unflatten(self._params_treedef, self.scaled(eta))
         return self.partition.moved(self.params, steps)
+
+    def lengths(self, eta: jax.Array) -> jax.Array:
+        """The RMS change of the entries of each subset in a step with `eta`, (S,).
+
+        If the direction is normalised, a subset whose direction is zero counts as one
+        whose direction is not.
+        """
+        if self._normalize == "rms":
+            return jnp.abs(eta)
+        norms = 1 if self._normalize == "norm" else self._norms
+        counts = self.partition.counts(self._leaves)
+        return jnp.abs(eta) * norms / np.sqrt(counts).astype(eta.dtype)
 
     def is_finite(self, eta: jax.Array) -> jax.Array:
         """Whether eta_s * u_s is finite, in the dtypes of the parameters, for all s."""

@@ -147,6 +147,17 @@ def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
     return xp.clip(count // 4, 20, max(20, 5 * size))
 
 
+def next_refresh(
+    count: jax.Array, update_interval: jax.typing.ArrayLike | None, size: int
+) -> jax.Array:
+    """The count at which the rates are refreshed next."""
+    if update_interval is None:
+        following = count + refresh_interval(count, size)
+    else:
+        following = count + update_interval - count % update_interval
+    return jnp.asarray(following, count.dtype)
+
+
 def default_refreshes(num_updates: int, size: int) -> list[int]:
     """The counts, below `num_updates`, at which rates are refreshed by default."""
     counts, count = [], 0

@@ -57,6 +57,7 @@ def scale_by_lookback(
     averaging_fraction: jax.typing.ArrayLike = 0.1,
     min_scale: jax.typing.ArrayLike = 0.005,
     max_scale: jax.typing.ArrayLike = 20.0,
+    adapt_steps: jax.typing.ArrayLike | None = None,
     param_labels: partitions.ParamLabels | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,6 +111,9 @@ def scale_by_lookback(
       averaging_fraction: the fraction of the window, at its end, over which slopes are
         averaged, at least one update. Each slope costs two evaluations of the loss.
       min_scale, max_scale: bounds of the factor.
+      adapt_steps: the number of updates after which the factor is kept and no slope is
+        computed, for a schedule that shortens the steps from then on; by default the
+        factor is always adapted.
       param_labels: the partition, of which only :data:`partitions.FROZEN` is used:
         frozen entries do not move along the displacement. By default none is frozen.
       has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
@@ -148,6 +152,8 @@ def scale_by_lookback(
         check_number(name, number)
     check_number("update_interval", update_interval, minimum=1)
     check_number("slope_position", slope_position, below=1)
+    if adapt_steps is not None:
+        check_number("adapt_steps", adapt_steps)
 
     is_constant = isinstance(rate, int | float) and rate == 0
 
@@ -192,6 +198,9 @@ def scale_by_lookback(
         num_slopes = jnp.maximum(jnp.floor(averaging_fraction * window), 1)
         age = (state.count - state.window_start).astype(window.dtype)
         measures, adapts = age > window - num_slopes, age >= window
+        if adapt_steps is not None:
+            is_adaptive = state.count < jnp.asarray(adapt_steps, jnp.int32)
+            measures, adapts = measures & is_adaptive, adapts & is_adaptive
 
         def measure(anchor: optax.Params) -> tuple[jax.Array, optax.Params]:
             slope = _slope(loss_at, params, anchor, partition, slope_position)

@@ -3,14 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from partnewton.iterate_average import TrackAverageState
 from partnewton.lookback import ScaleByLookbackState
 from partnewton.subspace import ScaleBySubspaceNewtonState
 from partnewton.transform import ScaleByPartitionNewtonState
 
-__all__ = ["learning_rates", "metrics", "newton_state"]
+__all__ = ["averaged_params", "learning_rates", "metrics", "newton_state"]
 
 
 def learning_rates(
@@ -125,6 +127,43 @@ def newton_state(state: optax.OptState) -> ScaleByPartitionNewtonState:
     return _only_state(state, (ScaleByPartitionNewtonState,))
 
 
+def averaged_params(state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The average of the parameters that :func:`~partnewton.track_average` keeps.
+
+    Args:
+      state: the state of an optimizer that contains one
+        :func:`~partnewton.track_average`, in a chain or in a wrapper.
+      params: the current parameters, for the dtypes and the leaves that have no
+        average.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: `state` contains no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, partnewton
+      >>> tx = optax.chain(optax.sgd(0.1), partnewton.track_average())
+      >>> params = {"w": jnp.ones(2)}
+      >>> print(averaged_params(tx.init(params), params)["w"])
+      [1. 1.]
+    """
+    found = _states_of(TrackAverageState, state)
+    if len(found) != 1:
+        raise ValueError(
+            f"state must contain exactly one TrackAverageState, found {len(found)}; "
+            "end the chain with partnewton.track_average()."
+        )
+    # By leaves: the trees of an nnx state and of its parameters can differ.
+    averages = jax.tree.leaves(found[0].average, is_leaf=_is_none)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_none)
+    return treedef.unflatten(
+        x if average is None else average.astype(jnp.result_type(x))
+        for average, x in zip(averages, leaves, strict=True)
+    )
+
+
 _KINDS = ScaleByPartitionNewtonState, ScaleBySubspaceNewtonState
 
 
@@ -134,6 +173,10 @@ def _only_state(state: optax.OptState, kinds: tuple[type, ...] = _KINDS) -> Any:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"state must contain exactly one {names}, found {len(found)}.")
     return found[0]
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _states_of(kind: type, state: optax.OptState) -> list[Any]:

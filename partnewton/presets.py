@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from partnewton import averaging, directions, engines, partitions, rules
-from partnewton._checks import check_learning_rate
+from partnewton._checks import check_learning_rate, check_number
+from partnewton._decay import Mask
 from partnewton._eager import compiled_direction
+from partnewton._strictness import permissive
 from partnewton.lookback import scale_by_lookback
 from partnewton.summary import Summary
 from partnewton.transform import scale_by_partition_newton
@@ -32,6 +34,9 @@ def partition_newton(
     update_interval: jax.typing.ArrayLike | None = None,
     backtracking: jax.typing.ArrayLike = 30,
     lookback_rate: jax.typing.ArrayLike = 0.2,
+    total_steps: jax.typing.ArrayLike | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,6 +79,11 @@ def partition_newton(
       lookback_rate: the change of the logarithm of the factor at the end of each
         window, see :func:`partnewton.scale_by_lookback`; with 0, `learning_rate` is the
         only factor.
+      total_steps: the number of updates of the whole training, if it is known. In the
+        last three tenths of them the lengths decrease linearly to zero, and the factor
+        is kept. By default there is no such decay.
+      weight_decay, mask: decoupled weight decay, see :func:`scale_by_partition_newton`;
+        AdamW's usual values, 0.01 to 0.1, have a similar effect.
       engine, has_aux: as in :func:`scale_by_partition_newton`.
 
     Returns:
@@ -103,6 +113,8 @@ def partition_newton(
       P. Wolinski, arXiv 2312.03885: the summary and the cubic model.
     """
     check_learning_rate(learning_rate)
+    if total_steps is not None:
+        check_number("total_steps", total_steps, minimum=1)
     if direction is None:
         direction = compiled_direction(directions.equilibrated(orthogonal_momentum()))
     if average is None:
@@ -119,17 +131,45 @@ def partition_newton(
             update_interval=update_interval,
             average=average,
             backtracking=backtracking,
+            weight_decay=weight_decay,
+            mask=mask,
             engine=engine,
             has_aux=has_aux,
         ),
         scale_by_lookback(
             lookback_rate,
             max_scale=_largest_factor(learning_rate),
+            adapt_steps=None if total_steps is None else _decay_begin(total_steps),
             param_labels=labels,
             has_aux=has_aux,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(
+            learning_rate
+            if total_steps is None
+            else _decaying(learning_rate, total_steps)
+        ),
     )
+
+
+_DECAY_FRACTION = 0.3  # of the training, at its end
+
+
+def _decay_begin(total_steps: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    return (1 - _DECAY_FRACTION) * total_steps
+
+
+def _decaying(
+    learning_rate: optax.ScalarOrSchedule, total_steps: jax.typing.ArrayLike
+) -> optax.Schedule:
+    """The learning rate, decreasing linearly to zero at the end of the training."""
+
+    def schedule(count: jax.Array) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        with permissive():
+            remaining = (total_steps - count) / (_DECAY_FRACTION * total_steps)
+            return rate * jnp.clip(remaining, 0, 1)
+
+    return schedule
 
 
 def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
@@ -169,6 +209,8 @@ def paper_newton(
     param_labels: partitions.ParamLabels | None = None,
     update_interval: jax.typing.ArrayLike = 10,
     backtracking: jax.typing.ArrayLike = 0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -185,7 +227,7 @@ def paper_newton(
       average: a running average of the summaries; by default none.
       smoothing: a running average of the rates, see :func:`scale_by_partition_newton`;
         by default none.
-      normalize, param_labels, backtracking, engine, has_aux: as in
+      normalize, param_labels, backtracking, weight_decay, mask, engine, has_aux: as in
         :func:`scale_by_partition_newton`.
       update_interval: the number of updates between two refreshes of the rates.
 
@@ -222,6 +264,8 @@ def paper_newton(
             average=average,
             smoothing=smoothing,
             backtracking=backtracking,
+            weight_decay=weight_decay,
+            mask=mask,
             engine=engine,
             has_aux=has_aux,
         ),

@@ -17,10 +17,11 @@ import optax
 
 from partnewton import averaging, engines, partitions, rules
 from partnewton._checks import check_average, check_number, check_rule
+from partnewton._decay import Mask, WeightDecay
 from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._measured_direction import MeasuredDirection
-from partnewton._refresh import Refresh, Refreshed, refresh_interval
+from partnewton._refresh import Refresh, Refreshed, next_refresh
 from partnewton._tree import all_finite, select
 from partnewton.summary import Summary
 
@@ -88,6 +89,8 @@ def scale_by_partition_newton(
     average: averaging.Average | None = None,
     smoothing: averaging.Average | None = None,
     backtracking: jax.typing.ArrayLike = 0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     engine: str | engines.Engine = "auto",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -140,6 +143,14 @@ def scale_by_partition_newton(
         softmax, where the curvature vanishes. If the gradient is not the derivative of
         the loss, as with stop-gradient targets, and shorter steps do not help, rates
         are not halved.
+      weight_decay: decoupled weight decay, as in :func:`optax.adamw`, except that the
+        length of the step, ``|eta_s| * rms(u_s)``, takes the place of the learning
+        rate: ``weight_decay * length * theta_s`` is added to the outgoing updates.
+        AdamW's usual values, 0.01 to 0.1, can be used. The loss is measured along the
+        direction without decay, and `backtracking` ignores it.
+      mask: which leaves are decayed, as in :func:`optax.adamw`: a tree of booleans with
+        the structure of the parameters or of a prefix of it, or a function from the
+        parameters to one. By default all leaves that are not frozen.
       engine: how summaries are computed, see :func:`partnewton.summarize`.
       has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 
@@ -180,6 +191,7 @@ def scale_by_partition_newton(
         check_number("update_interval", update_interval, minimum=1)
     if normalize not in (None, "norm", "rms"):
         raise ValueError(f"normalize must be 'norm', 'rms' or None, got {normalize!r}.")
+    decay = WeightDecay(weight_decay, mask)
     refresh = Refresh(rule, average, smoothing, backtracking, engine, has_aux)
 
     def init_fn(params: optax.Params) -> ScaleByPartitionNewtonState:
@@ -211,7 +223,7 @@ def scale_by_partition_newton(
                 old.average,
                 old.smoothing,
             )
-            following = _next_refresh(old.count, update_interval, len(old.gradient))
+            following = next_refresh(old.count, update_interval, len(old.gradient))
             return _accepted(found, direction.scale, old, following)
 
         at_rest = jnp.all(state.learning_rates == 0)
@@ -228,6 +240,7 @@ def scale_by_partition_newton(
             optax.safe_increment(state.notfinite_count),
         )
         scaled = direction.scaled(eta, where=is_usable)
+        scaled = decay.added_to(scaled, direction, jnp.where(is_usable, eta, 0))
         count = optax.safe_increment(state.count)
         return jax.tree.unflatten(direction.treedef, scaled), new._replace(
             count=count, notfinite_count=notfinite_count
@@ -284,14 +297,3 @@ def _accepted(
     count = optax.safe_increment(old.notfinite_count)
     is_good = all_finite((found.proposal, new))
     return select(is_good, new, old._replace(notfinite_count=count))
-
-
-def _next_refresh(
-    count: jax.Array, update_interval: jax.typing.ArrayLike | None, size: int
-) -> jax.Array:
-    """The count at which the rates are refreshed next."""
-    if update_interval is None:
-        following = count + refresh_interval(count, size)
-    else:
-        following = count + update_interval - count % update_interval
-    return jnp.asarray(following, count.dtype)

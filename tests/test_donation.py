@@ -21,7 +21,9 @@ averages = {
 TRANSFORMATIONS = {
     "partition_newton": pn.partition_newton(rule=newton),
     "paper_newton": pn.paper_newton(rule=newton),
+    "options": pn.partition_newton(rule=newton, weight_decay=0.1, total_steps=9),
     "scale_by_lookback": pn.scale_by_lookback(),
+    "track_average": optax.with_extra_args_support(pn.track_average()),
     "subspace_newton": pn.subspace_newton(),
     "clip_by_parameter_rms": optax.with_extra_args_support(pn.clip_by_parameter_rms()),
     "skip_nonfinite": pn.directions.skip_nonfinite(optax.adam(0.1)),

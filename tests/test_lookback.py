@@ -111,6 +111,21 @@ def test_while_steps_ascend_the_multiplier_shrinks_to_its_minimum():
     assert factors[-1] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("adapt_steps", [0, 11, 12, 13])
+def test_after_adapt_steps_the_multiplier_is_kept(adapt_steps):
+    given = steps_and_targets(30)
+    options = {"update_interval": 3, "window_growth": 0.0}
+    kept, slopes, _ = run(
+        pn.scale_by_lookback(0.2, adapt_steps=adapt_steps, **options), *given
+    )
+    always, _, _ = run(pn.scale_by_lookback(0.2, **options), *given)
+    np.testing.assert_array_equal(kept[:adapt_steps], always[:adapt_steps])
+    last = kept[adapt_steps - 1] if adapt_steps else 1.0
+    np.testing.assert_array_equal(kept[adapt_steps:], last)
+    assert len(np.unique(slopes[adapt_steps:])) == 1
+    assert len(np.unique(always[13:])) > 1
+
+
 @pytest.mark.parametrize(
     ("rate", "growth", "bound"), [(0.1, 0.0, 0.1), (0.2, 3.0, 0.5)]
 )

@@ -34,6 +34,14 @@ OPTIMIZERS = {
     "diagonal": published(rule=rules.diagonal()),
     "averaged": published(0.3, average=averaging.exponential()),
     "per_element": published(param_labels=partitions.per_element),
+    # At a minimum with an RMS below 1 / decay, the lengths and the decay vanish.
+    "decayed": published(weight_decay=0.01),
+    "tracked": optax.chain(
+        pn.directions.skip_nonfinite(optax.ema(0.9)),
+        pn.scale_by_partition_newton(),
+        optax.scale_by_learning_rate(0.3),
+        pn.track_average(),
+    ),
     "adam_direction": optax.chain(
         optax.scale_by_adam(),
         pn.scale_by_partition_newton(),

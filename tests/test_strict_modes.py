@@ -44,6 +44,10 @@ OPTIMIZERS = {
         backtracking=2,
         average=pn.averaging.uniform(warm_up=0),
         smoothing=pn.averaging.exponential(),
+        weight_decay=0.1,
+    ),
+    "options": pn.partition_newton(
+        0.1, update_interval=1, weight_decay=0.1, total_steps=10
     ),
     "small": optax.chain(
         pn.directions.skip_nonfinite(
@@ -52,6 +56,7 @@ OPTIMIZERS = {
         pn.clip_by_parameter_rms(0.1),
         pn.scale_by_lookback(update_interval=1),
         optax.scale_by_learning_rate(0.1),
+        pn.track_average(),
     ),
 }
 
@@ -61,6 +66,7 @@ OPTIMIZERS = {
     [
         ("partition_newton", "jit", jnp.float32),
         ("partition_newton", "jit", jnp.bfloat16),
+        ("options", "jit", jnp.bfloat16),
         ("paper_newton", "jit", jnp.bfloat16),
         ("paper_newton", "eager", jnp.float32),
         ("small", "jit", jnp.bfloat16),
