@@ -17,9 +17,10 @@ from support.selection import some
 import partnewton
 from partnewton import demo
 from partnewton.__main__ import main
-from partnewton.demo import files, models, tables, text, training
+from partnewton.demo import files, models, pinn, tables, text, training
 from partnewton.demo.evaluation import evaluation
 from partnewton.demo.experiment import BATCH, batch_indices
+from partnewton.demo.pinn import problem as equation
 
 PICTURES = ("losses.png", "partition.png")
 
@@ -210,6 +211,67 @@ def test_training_on_text(no_network, tmp_path, capsys):
     assert len(record["subsets"]) == 16
 
 
+@pytest.fixture(scope="module")
+def pinn_run(tmp_path_factory, no_network):
+    """The folder of a short run of the differential equation, and its report."""
+    folder = tmp_path_factory.mktemp("pinn")
+    options = demo.Config("cnn", 40, 3, "per_tensor", None, folder, "pinn")
+    results = pinn.run(pinn.prepare(options))
+    pinn.write(results)
+    return folder, pinn.report(results)
+
+
+@pytest.mark.slow
+def test_the_files_of_the_pinn(pinn_run):
+    folder, _ = pinn_run
+    assert {path.name for path in folder.iterdir()} == {*PICTURES, "curves.json"}
+    for name in PICTURES:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    record = loads_strictly(folder / "curves.json")
+    assert (record["problem"], record["model"]) == ("pinn", "mlp")
+    assert len(record["subsets"]) == 6
+    assert np.shape(record["summary"]["hessian"]) == (6, 6)
+    curves = record["optimizers"]
+    assert list(curves) == ["subspace_newton", "lbfgs", "adam"]
+    starts = {(c["train_loss"][0], c["error"][0]) for c in curves.values()}
+    assert len(starts) == 1
+    ours = curves["subspace_newton"]
+    assert ours["steps"] == [0, 10, 20, 30, 40]
+    assert np.all(np.diff(ours["train_loss"]) < 0)
+    assert ours["logged"]["count"] == [10, 20, 30, 40]
+    for curve in curves.values():
+        lengths = {len(curve[x]) for x in ("steps", "train_loss", "error", "seconds")}
+        assert len(lengths) == 1
+        # The others are stopped at the first evaluation after as many seconds.
+        if curve is not ours:
+            assert curve["seconds"][-2] < ours["seconds"][-1] <= curve["seconds"][-1]
+
+
+@pytest.mark.slow
+def test_the_report_of_the_pinn(pinn_run):
+    _, report = pinn_run
+    for word in (
+        "673 parameters",
+        "to L-BFGS's loss",
+        "learning rate 0.03",
+        "Of the 40",
+    ):
+        assert word in report
+    assert max(map(len, report.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_pinn(no_network, tmp_path, capsys):
+    arguments = ["--problem", "pinn", "--steps", "5", "--partition", "whole"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "partition whole with 1 subsets" in out
+    assert str(tmp_path / "losses.png") in out
+    names = [line.split()[0] for line in err.splitlines()]
+    assert names == ["subspace_newton", "lbfgs", "adam"]
+    assert not jax.config.jax_enable_x64
+
+
 # --- Its parts -------------------------------------------------------------------
 
 
@@ -240,8 +302,8 @@ def test_networks_take_images_of_any_size(model, shape):
 
 def test_the_seconds_to_a_loss_are_those_of_the_first_evaluation_below_it():
     curves = training.Curves("", [0, 1, 2], [3.0, 1.0, 2.0], [], [0.0, 1.5, 2.5])
-    assert tables._seconds_to(curves, 2.0) == "1.50"
-    assert tables._seconds_to(curves, 0.5) == "never"
+    assert tables.seconds_to(curves, 2.0) == "1.50"
+    assert tables.seconds_to(curves, 0.5) == "never"
 
 
 def test_the_labels_of_text_are_the_next_characters_and_no_test_window_is_trained_on():
@@ -263,6 +325,24 @@ def test_the_transformer_does_not_see_later_characters():
     assert logits[0].shape == (1, text.LENGTH, 11)
     np.testing.assert_allclose(logits[0][0, :20], logits[1][0, :20], rtol=1e-5)
     assert not np.allclose(logits[0][0, 20:], logits[1][0, 20:])
+
+
+def test_the_loss_of_the_pinn_is_zero_for_the_solution_and_one_for_zero(tmp_path):
+    problem = pinn.prepare(config(tmp_path, problem="pinn", partition="whole"))
+    with jax.enable_x64(True):
+        zero = jax.tree.map(np.zeros_like, problem.params)
+        np.testing.assert_allclose(problem.value_fn(zero), 1, rtol=1e-12)
+        x = np.linspace(0, 1, 7)
+        # By hand: the second derivative of sin(a x) is -a^2 sin(a x).
+        a, b = 2 * np.pi, 10 * np.pi
+        expected = -(a**2) * np.sin(a * x) - 0.1 * b**2 * np.sin(b * x)
+        found = equation._second_derivative(equation.true, jax.numpy.asarray(x))
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+        ends = problem.solution(problem.params, jax.numpy.array([0.0, 1.0]))
+        np.testing.assert_array_equal(ends, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(problem.params)} == {
+        np.dtype("float64")
+    }
 
 
 def test_the_seed_decides_the_initial_weights(tmp_path):
@@ -289,7 +369,7 @@ def test_a_small_set_is_one_batch():
 
 def test_json_has_null_for_what_is_not_finite():
     value = {"a": [1.0, math.nan, (math.inf, 2)], "b": None, "c": "text"}
-    assert files._finite(value) == {"a": [1.0, None, [None, 2]], "b": None, "c": "text"}
+    assert files.finite(value) == {"a": [1.0, None, [None, 2]], "b": None, "c": "text"}
 
 
 # --- The command line ------------------------------------------------------------
@@ -328,6 +408,8 @@ def error_of(arguments, capsys):
         (["--data-dir", "no/such/folder"], "no/such/folder: there is no such folder"),
         (["--problem", "sound"], "--problem: invalid choice: 'sound'"),
         (["--problem", "text", "--data-dir", "x"], "--data-dir: the text is that of"),
+        (["--problem", "pinn", "--data-dir", "x"], "--data-dir: the problem is an"),
+        (["--problem", "pinn", "--partition", "blocks:9"], "--partition blocks:9: "),
         (["spare"], "unrecognized arguments: spare"),
     ],
 )

@@ -34,7 +34,7 @@ PROGRAMS = [
     for page in documents.pages()
     if documents.program(page).strip() and page.stem not in ("libraries", "logging")
 ]
-QUICK = [page for page in PROGRAMS if page.stem != "recipes"]
+QUICK = [page for page in PROGRAMS if page.stem not in ("recipes", "full_batch")]
 
 
 def public_objects():

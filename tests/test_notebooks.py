@@ -21,12 +21,13 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_six_notebooks():
+def test_there_are_seven_notebooks():
     assert [path.stem for path in PATHS] == [
         "flax_linen",
         "flax_nnx",
         "looking_at_interactions",
         "newton_from_cauchy_to_full",
+        "pinn",
         "quickstart",
         "transformer",
     ]

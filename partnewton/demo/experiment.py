@@ -16,7 +16,7 @@ from partnewton.demo import data
 from partnewton.demo.models import MODELS, as_function
 from partnewton.demo.text import Transformer, standard_library
 
-__all__ = ["BATCH", "Config", "Experiment", "prepare"]
+__all__ = ["BATCH", "Config", "Experiment", "labels_of", "make_writable", "prepare"]
 
 BATCH = 64
 
@@ -35,7 +35,8 @@ class Config(NamedTuple):
       data_dir: a folder for :func:`partnewton.demo.data.from_folder`, or None for the
         digits of scikit-learn.
       output: the folder for the figures and the curves.
-      problem: "images", or "text" for the next character of Python source.
+      problem: "images", "text" for the next character of Python source, or "pinn" for
+        :mod:`partnewton.demo.pinn`.
     """
 
     model: str
@@ -105,12 +106,8 @@ def prepare(config: Config) -> Experiment:
         logits = logits_fn(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    param_labels = _labels_of(config.partition)
-    try:
-        pn.subset_names(params, param_labels)
-    except ValueError as error:
-        raise ValueError(f"--partition {config.partition}: {error}") from error
-    _make_writable(config.output)
+    param_labels = labels_of(config.partition, params)
+    make_writable(config.output)
     batches = batch_indices(len(dataset.train_images), config.steps, config.seed)
     return Experiment(
         config, dataset, batches, params, logits_fn, value_fn, param_labels
@@ -131,13 +128,20 @@ def _dataset_and_model(config: Config) -> tuple[data.Dataset, nnx.Module]:
     return dataset, MODELS[config.model](dataset.train_images.shape[1:], rngs)
 
 
-def _labels_of(name: str) -> Callable[[PyTree], PyTree]:
+def labels_of(name: str, params: PyTree) -> Callable[[PyTree], PyTree]:
+    """The partition of this name, if these parameters can be divided in this way."""
     kind, colon, count = name.partition(":")
     partition = getattr(pn.partitions, kind)
-    return partition(int(count)) if colon else partition
+    param_labels = partition(int(count)) if colon else partition
+    try:
+        pn.subset_names(params, param_labels)
+    except ValueError as error:
+        raise ValueError(f"--partition {name}: {error}") from error
+    return param_labels
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
+    """Creates the output folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

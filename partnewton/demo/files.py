@@ -14,7 +14,7 @@ from partnewton import plot
 from partnewton.demo.results import Results
 from partnewton.demo.training import PARTITION_NEWTON, Curves
 
-__all__ = ["write"]
+__all__ = ["finite", "write"]
 
 LOSS_FLOOR = 1e-7  # smaller losses are rounding errors in float32
 PROGRESS = 1e-4  # below this fraction of the first loss, lengths are not drawn
@@ -36,7 +36,7 @@ def write(results: Results) -> list[Path]:
     paths = [folder / x for x in ("losses.png", "partition.png", "curves.json")]
     _loss_picture(results).savefig(paths[0], dpi=130)
     _partition_picture(results).savefig(paths[1], dpi=130)
-    content = json.dumps(_finite(_as_json(results)), allow_nan=False, indent=1)
+    content = json.dumps(finite(_as_json(results)), allow_nan=False, indent=1)
     paths[2].write_text(content + "\n", encoding="utf-8")
     return paths
 
@@ -130,12 +130,12 @@ def _as_json(results: Results) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with None instead of NaN and infinity, which JSON does not support."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value

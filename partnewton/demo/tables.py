@@ -10,9 +10,9 @@ from partnewton.demo.evaluation import MOST_EVALUATED
 from partnewton.demo.results import MEASURED_BATCHES, Results
 from partnewton.demo.training import PARTITION_NEWTON, Curves
 
-__all__ = ["report"]
+__all__ = ["WIDTH", "report", "seconds_to", "table"]
 
-_WIDTH = 100  # of the tables, in characters
+WIDTH = 100  # of the tables, in characters
 
 
 def report(results: Results) -> str:
@@ -62,7 +62,7 @@ def _optimizer_table(results: Results) -> str:
             f"{curves.train_loss[-1]:.4g}",
             f"{100 * curves.test_accuracy[-1]:.2f} %",
             f"{curves.seconds[-1]:.2f}",
-            _seconds_to(curves, target),
+            seconds_to(curves, target),
             f"{curves.compile_seconds:.2f}",
             f"{curves.gradient_equivalents[-1]:.0f}",
         )
@@ -83,11 +83,11 @@ def _optimizer_table(results: Results) -> str:
     )
     if max(len(dataset.train_images), len(dataset.test_images)) > MOST_EVALUATED:
         notes += f" Evaluated on at most {MOST_EVALUATED} examples of each split."
-    notes = f"{settings}\n\n{textwrap.fill(notes, _WIDTH, break_on_hyphens=False)}"
-    return f"{_table(header, rows, left=(0,))}\n\n{notes}"
+    notes = f"{settings}\n\n{textwrap.fill(notes, WIDTH, break_on_hyphens=False)}"
+    return f"{table(header, rows, left=(0,))}\n\n{notes}"
 
 
-def _seconds_to(curves: Curves, loss: float) -> str:
+def seconds_to(curves: Curves, loss: float) -> str:
     """The seconds until the first evaluation with at most this loss."""
     points = zip(curves.seconds, curves.train_loss, strict=True)
     reached = [seconds for seconds, found in points if found <= loss]
@@ -108,12 +108,12 @@ def _rate_table(results: Results) -> str:
     ]
     header = ("subset", "first step", "median", "last", "zero")
     return (
-        f"{_table(header, rows, left=(0,))}\n\n"
+        f"{table(header, rows, left=(0,))}\n\n"
         "RMS change of the entries of each subset per step, at the refreshes."
     )
 
 
-def _table(
+def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]
 ) -> str:
     """A text table whose columns are aligned right, and left for those in `left`."""
