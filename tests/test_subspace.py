@@ -241,6 +241,24 @@ def test_a_constant_and_a_linear_loss():
     assert np.sum(found[-1]) < 3
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+def test_a_parameter_without_influence_stays_small(x64, make, dtype):
+    """A shift of all logits: its slope and its curvature are rounding errors."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 5)), dtype)
+    target = jax.nn.softmax(jnp.asarray(rng.normal(size=40), dtype))
+    params = {"w": jnp.ones((5, 1), dtype), "shift": jnp.zeros((), dtype)}
+
+    def loss(p):
+        logits = jnp.tanh(x @ p["w"])[:, 0] + p["shift"]
+        return -jnp.sum(target * jax.nn.log_softmax(logits))
+
+    found, _ = trajectory(make(), loss, params, 15)
+    assert max(abs(float(p["shift"])) for p in found) < 1
+    assert loss(found[-1]) < loss(params)
+
+
 @pytest.mark.parametrize("make", [newton, pn.subspace_newton])
 def test_what_is_not_finite_never_reaches_the_parameters(make):
     params, loss = network(jnp.float32)

@@ -28,19 +28,26 @@ class Model(NamedTuple):
     hessian: jax.Array
 
 
-def quadratic_model(value: jax.Array, gradient: jax.Array, hessian: jax.Array) -> Model:
+def quadratic_model(
+    value: jax.Array,
+    gradient: jax.Array,
+    hessian: jax.Array,
+    is_noise: jax.Array | bool = False,
+) -> Model:
     """The model -gradient . eta + 1/2 eta' hessian eta of the loss.
 
     Subset s is measured in units of D_s, the square root of the norm of its diagonal
-    block. A subset without curvature has D_s = |gradient_s| / sqrt(N), where N = sum_s
-    |gradient_s|^2 / D_s^2 over the others is about twice the decrease that the model
-    predicts for them, or the loss if no subset has curvature. So the step does not
-    depend on the scale of a subset.
+    block, so that the step does not depend on the scale of a subset. A subset without
+    curvature stays where it is, unless none has curvature; then D_s = |gradient_s| /
+    sqrt(|value|). So does a subset whose gradient is a rounding error, as that of a
+    parameter that the loss does not depend on: its curvature is one, too, and the
+    ratio of the two may be any number.
 
     Args:
       value: the loss, ().
       gradient: along an orthonormal basis of each subset, (K, S).
       hessian: (K, S, K, S).
+      is_noise: whether the gradient of a subset is a rounding error, (S,).
     """
     K, S = gradient.shape
     largest = jnp.max(jnp.abs(hessian), initial=0)
@@ -48,15 +55,16 @@ def quadratic_model(value: jax.Array, gradient: jax.Array, hessian: jax.Array) -
     blocks = ldexp(jnp.einsum("ksls->kls", hessian), -exponent)
     curvature = ldexp(jnp.sqrt(jnp.sum(blocks**2, (0, 1))), exponent)
     slope = jnp.sqrt(jnp.sum(gradient**2, 0))
-    is_curved = curvature > 0
-    D = jnp.sqrt(jnp.where(is_curved, curvature, 1))
-    N = jnp.sum(jnp.where(is_curved, (slope / D) ** 2, 0))
-    N = jnp.where(N > 0, N, jnp.where(value != 0, jnp.abs(value), 1))
-    D = jnp.where(is_curved, D, jnp.where(slope > 0, slope / jnp.sqrt(N), 1))
-    D = jnp.tile(D, K)
+    is_curved = (curvature > 0) & ~is_noise
+    decrease = jnp.where(value != 0, jnp.abs(value), 1)
+    uncurved = jnp.where(slope > 0, slope / jnp.sqrt(decrease), 1)
+    D = jnp.where(is_curved, jnp.sqrt(jnp.where(is_curved, curvature, 1)), uncurved)
+    moves = (is_curved | ~jnp.any(is_curved)) & ~is_noise
+    D, moves = jnp.tile(jnp.where(moves, D, 1), K), jnp.tile(moves, K)
 
-    g, H = gradient.reshape(K * S), hessian.reshape(K * S, K * S)
-    H = (H + H.T) / 2
+    g = jnp.where(moves, gradient.reshape(K * S), 0)
+    H = hessian.reshape(K * S, K * S)
+    H = jnp.where(moves[:, None] & moves, (H + H.T) / 2, 0)
     eigenvalues, vectors = jnp.linalg.eigh(H / D[:, None] / D[None, :])
     magnitudes = jnp.abs(eigenvalues)
     largest = jnp.max(magnitudes)

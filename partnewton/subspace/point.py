@@ -135,6 +135,11 @@ class Point:
         numbers = summary.value, summary.gradient, summary.hessian
         is_finite = all_finite((active.largest(directions[0]), numbers))
         value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
+        # The same numbers in reverse mode; where they differ, they are rounding errors.
+        grads = self._gradient(self._params)
+        again = jnp.stack([active.inner(grads, q) for q in basis])
+        error = jnp.sum((gradient - again) ** 2, axis=0)
+        is_noise = error > 0.01 * jnp.sum(gradient**2, axis=0)
 
         def step_of(eta: jax.Array) -> list[jax.Array]:
             return self._cast(combine(basis, eta.reshape(gradient.shape), active))
@@ -144,7 +149,7 @@ class Point:
             return self._slope(step, step)
 
         trial = search(
-            quadratic_model(value, gradient, hessian),
+            quadratic_model(value, gradient, hessian, is_noise),
             damping,
             value,
             lambda eta: self._loss_at(self._after(step_of(eta))),
@@ -201,8 +206,11 @@ class Point:
         value = with_error_hints(self._value_fn, self._params)(params)
         return value[0] if self._has_aux else value
 
+    def _gradient(self, params: optax.Params) -> Leaves:
+        arrays = self._partition.take_active(jax.tree.leaves(params))
+        return jax.grad(lambda xs: self._loss_at(self._whole(xs)))(arrays)
+
     def _slope(self, step: Leaves, direction: Leaves) -> jax.Array:
         """The decrease of the loss per unit of a direction, after a step."""
-        arrays = self._partition.take_active(jax.tree.leaves(self._after(step)))
-        grads = jax.grad(lambda xs: self._loss_at(self._whole(xs)))(arrays)
+        grads = self._gradient(self._after(step))
         return jnp.sum(self._active.inner(grads, direction))
