@@ -35,7 +35,7 @@ def subspace_newton(
     Args:
       history: the number of last steps among the directions.
       direction: the quasi-Newton direction; by default :func:`scale_by_broyden` up to
-        4000 parameters, with a matrix of all pairs of parameters in the state, and
+        2500 parameters, with a matrix of all pairs of parameters in the state, and
         L-BFGS with 50 steps for more.
       damping, param_labels, engine, has_aux: as in :func:`scale_by_subspace_newton`.
 
@@ -72,7 +72,7 @@ def subspace_newton(
 
 
 def quasi_newton(
-    max_size: int = 4000, memory_size: int = 50
+    max_size: int = 2500, memory_size: int = 50
 ) -> optax.GradientTransformation:
     """The direction of Broyden's method, or of L-BFGS for many parameters."""
     dense, sparse = scale_by_broyden(max_size), lbfgs_direction(memory_size)
