@@ -39,6 +39,8 @@ class ScaleByBroydenState(NamedTuple):
       params: at the last update, shape (P,).
       gradient: at the last update, shape (P,).
       direction: H times this gradient, shape (P,).
+      other_steps: the number of steps in a row that were not along the last direction,
+        shape (), int32.
     """
 
     count: jax.Array
@@ -46,6 +48,12 @@ class ScaleByBroydenState(NamedTuple):
     params: jax.Array
     gradient: jax.Array
     direction: jax.Array
+    other_steps: jax.Array
+
+
+_MOST_OTHER_STEPS = (
+    5  # in a row; then the directions were not usable, and H starts anew
+)
 
 
 def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
@@ -56,8 +64,9 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
     is the identity, divided by the norm of the gradient if that is above 1. It is meant
     for losses without noise, followed by a line search, or as a direction of
     :func:`partnewton.scale_by_subspace_newton`. All steps count, whatever their length
-    and direction: the change of the parameters between two updates is s. An update
-    costs two passes over a matrix of P x P entries.
+    and direction: the change of the parameters between two updates is s. After five
+    steps in a row that were not along the last update, H starts anew. An update costs
+    two passes over a matrix of P x P entries.
 
     Args:
       max_size: the largest P for which the matrix is stored.
@@ -103,6 +112,7 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
             jnp.full((), -1, jnp.int32),
             zeros(size, size),
             *(zeros(size) for _ in range(3)),
+            jnp.zeros((), jnp.int32),
         )
 
     def update_fn(
@@ -166,8 +176,10 @@ def _updated(
         return jnp.where(is_identity, start * vector, known)
 
     H_g = times(g, state.inverse_hessian @ g)
+    known = times(state.gradient, state.direction)
+    t, is_along = _length_along(s, known)
     columns, weights, tau = _rank_three(
-        s, y, H_g, times(state.gradient, state.direction), state.gradient, is_identity
+        s, y, H_g, known, jnp.where(is_along, t * (s @ state.gradient), 0), is_identity
     )
     # H' = H / tau + [s, Hy, v] diag(weights) [s, Hy, v]'
     weights = jnp.where(is_pair, weights, 0)
@@ -183,8 +195,19 @@ def _updated(
     is_descent = (g @ direction > 0) & jnp.all(jnp.isfinite(direction))
     direction = jnp.where(is_descent, direction, g * start)
     count = jnp.where(is_pair, optax.safe_increment(state.count), state.count)
-    count = jnp.where(is_descent, jnp.maximum(count, 0), 0)
-    return ScaleByBroydenState(count, H, x, g, direction)
+    others = jnp.where(is_along | ~is_pair, 0, state.other_steps + 1)
+    is_kept = is_descent & (others < _MOST_OTHER_STEPS)
+    count = jnp.where(is_kept, jnp.maximum(count, 0), 0)
+    others = jnp.where(is_kept, others, 0)
+    return ScaleByBroydenState(count, H, x, g, direction, others)
+
+
+def _length_along(s: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-t, where t is the multiple of a direction that s is next to, and if it is."""
+    dd = direction @ direction
+    t = (s @ direction) / jnp.where(dd > 0, dd, 1)
+    rest = s - t * direction
+    return t, (t < 0) & (rest @ rest <= 0.01 * (s @ s))
 
 
 def _rank_three(
@@ -192,7 +215,7 @@ def _rank_three(
     y: jax.Array,
     H_g: jax.Array,
     H_old: jax.Array,
-    old: jax.Array,
+    sBs: jax.Array,
     is_identity: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The vectors s, H y and v, their weights in H', and tau.
@@ -200,7 +223,7 @@ def _rank_three(
     Args:
       s, y: the pair.
       H_g, H_old: H times the new and the last gradient.
-      old: the last gradient.
+      sBs: s'B s, or 0 if it is not known.
       is_identity: whether H is a multiple of the identity.
     """
     Hy = H_g - H_old
@@ -208,7 +231,7 @@ def _rank_three(
     eps = jnp.finfo(y.dtype).eps
     is_positive = yHy > eps * jnp.sqrt((y @ y) * (Hy @ Hy))
     yHy = jnp.where(is_positive, yHy, sy)
-    phi, tau = _self_scaling(s, H_old, old, sy, yHy)
+    phi, tau = _self_scaling(sBs / sy, yHy / sy, len(s))
     is_scaled = is_positive & ~is_identity
     phi, tau = jnp.where(is_scaled, phi, 1), jnp.where(is_scaled, tau, 1)
     v = jnp.sqrt(yHy) * (s / sy - Hy / yHy)
@@ -216,12 +239,10 @@ def _rank_three(
     return jnp.stack([s, Hy, v]), weights, tau
 
 
-def _self_scaling(
-    s: jax.Array, direction: jax.Array, old: jax.Array, sy: jax.Array, yHy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """phi and tau; 1 and 1 unless s is a multiple -t of the last direction H g.
+def _self_scaling(b: jax.Array, h: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """phi and tau from the ratios b = s'B s / s'y and h = y'H y / s'y; 1, 1 for b = 0.
 
-    Then B s = -t g. With a = b h - 1 >= 0:
+    With a = b h - 1 >= 0:
 
         rho- = min(1, h (1 - sqrt(a / (1 + a)))),  theta- = (rho- - 1) / a,
         theta+ = 1 / rho-,  theta = max(theta-, min(theta+, (1 - b) / b)),
@@ -229,21 +250,14 @@ def _self_scaling(
         tau = min(rho-, 1) sigma^(1 / (1 - P))      where theta <= 0,
               rho- min(sigma^(1 / (1 - P)), 1 / theta)  elsewhere.
     """
-    size = max(len(s), 2)
-    dd = direction @ direction
-    t = -(s @ direction) / jnp.where(dd > 0, dd, 1)
-    rest = s + t * direction
-    is_along = (t > 0) & (rest @ rest <= 0.01 * (s @ s))
-    b = -t * (s @ old) / sy
-    is_along &= b > 0
-    b = jnp.where(is_along, b, 1)
-    h = yHy / sy
-    a = jnp.maximum(b * h - 1, jnp.finfo(s.dtype).eps)
+    is_known = b > 0
+    b = jnp.where(is_known, b, 1)
+    a = jnp.maximum(b * h - 1, jnp.finfo(b.dtype).eps)
     rho = jnp.minimum(1, h * (1 - jnp.sqrt(a / (1 + a))))
     theta = jnp.clip((1 - b) / b, (rho - 1) / a, 1 / rho)
     sigma = 1 + theta * a
-    root = jnp.abs(sigma) ** (1 / (1 - size))
+    root = jnp.abs(sigma) ** (1 / (1 - max(size, 2)))
     shrunk = rho * jnp.minimum(root, 1 / jnp.where(theta > 0, theta, 1))
     tau = jnp.where(theta <= 0, jnp.minimum(rho * root, root), shrunk)
     phi = (1 - theta) / sigma
-    return jnp.where(is_along, phi, 1), jnp.where(is_along, tau, 1)
+    return jnp.where(is_known, phi, 1), jnp.where(is_known, tau, 1)

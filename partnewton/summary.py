@@ -96,6 +96,7 @@ def summarize(
         the leaf. Raised at trace time.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
       >>> loss = lambda p: jnp.sum(p["a"] ** 2) * p["b"]
       >>> s = summarize(loss, params, jax.grad(loss)(params))
@@ -170,6 +171,7 @@ def derivative_tensors(
       ValueError, TypeError: an argument is invalid.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> params = {"a": jnp.array(2.0), "b": jnp.array(3.0)}
       >>> ones = {"a": jnp.array(1.0), "b": jnp.array(1.0)}
       >>> d1, d2, d3 = derivative_tensors(lambda p: p["a"] ** 2 * p["b"], params, ones)

@@ -138,6 +138,18 @@ def test_without_a_step_or_with_a_wrong_curvature_the_matrix_is_kept(x64):
     np.testing.assert_array_equal(kept.inverse_hessian, state.inverse_hessian)
 
 
+def test_after_five_other_steps_in_a_row_the_matrix_starts_anew(x64):
+    A = quadratic()
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(7, 6)))
+    counts = [int(state.count) for _, state in states(A, points)]
+    assert counts == [0, 1, 2, 3, 4, 0, 1]
+    _, state = states(A, points)[-1]
+    s = points[-1] - points[-2]
+    y = A @ s
+    H = bfgs(np.eye(6) * (s @ y) / (y @ y), np.asarray(s), np.asarray(y))
+    np.testing.assert_allclose(state.inverse_hessian, H, rtol=1e-9, atol=1e-12)
+
+
 def test_a_direction_is_one_of_descent_even_if_the_matrix_is_not_definite():
     tx, x = pn.scale_by_broyden(), jnp.ones(3)
     _, state = tx.update(x, tx.init(x), x)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from support.oracles import types_of
+from support.selection import some
 
 import partnewton as pn
 from partnewton import partitions
@@ -27,6 +28,11 @@ def newton(history=3, **kwargs):
     return optax.chain(
         pn.scale_by_subspace_newton(history, **kwargs), optax.scale(-1.0)
     )
+
+
+each_optimizer = pytest.mark.parametrize(
+    "make", some([newton, pn.subspace_newton], default=[pn.subspace_newton])
+)
 
 
 def trajectory(tx, loss, params, steps):
@@ -168,7 +174,7 @@ def test_a_direction_that_is_too_long_is_shortened(x64):
 # --- descent -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_the_loss_decreases_at_each_step(x64, make):
     params, loss = network(jnp.float64)
     found, state = trajectory(make(), loss, params, 60)
@@ -180,7 +186,7 @@ def test_the_loss_decreases_at_each_step(x64, make):
     np.testing.assert_allclose(state[0].decrease, losses[-2] - losses[-1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_negative_curvature_is_left(x64, make):
     """x = 1e-3, y = 0 is next to the saddle of x^4 / 4 - x^2 / 2 + y^2."""
 
@@ -226,7 +232,7 @@ def test_a_physics_informed_network_in_float32():
 # --- harmless ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_at_a_stationary_point_nothing_moves(make):
     found, state = trajectory(make(), lambda x: jnp.sum(x**2), jnp.zeros(3), 3)
     np.testing.assert_array_equal(found[-1], 0)
@@ -242,7 +248,7 @@ def test_a_constant_and_a_linear_loss():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_a_parameter_without_influence_stays_small(x64, make, dtype):
     """A shift of all logits: its slope and its curvature are rounding errors."""
     rng = np.random.default_rng(0)
@@ -259,7 +265,7 @@ def test_a_parameter_without_influence_stays_small(x64, make, dtype):
     assert loss(found[-1]) < loss(params)
 
 
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_what_is_not_finite_never_reaches_the_parameters(make):
     params, loss = network(jnp.float32)
     tx = make()
@@ -295,7 +301,7 @@ def test_a_step_that_leaves_the_domain_is_shortened(x64):
     assert state[0].notfinite_count == 0
 
 
-@pytest.mark.parametrize("make", [newton, pn.subspace_newton])
+@each_optimizer
 def test_frozen_leaves_and_entries_stay(make):
     mask = np.array([0, -1, 0])
     labels = {"a": mask, "b": 1, "steps": partitions.FROZEN, "f": partitions.FROZEN}

@@ -47,12 +47,11 @@ def subspace_newton(
       ValueError, TypeError: as in :func:`scale_by_subspace_newton`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
       >>> tx = subspace_newton()
       >>> x = jnp.array([-1.2, 1.0])
       >>> state = tx.init(x)
-      >>> for _ in range(30):
+      >>> for _ in range(60):
       ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
       ...     x = optax.apply_updates(x, updates)
       >>> print(bool(loss(x) < 1e-10))
