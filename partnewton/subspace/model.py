@@ -55,11 +55,11 @@ def quadratic_model(
     blocks = ldexp(jnp.einsum("ksls->kls", hessian), -exponent)
     curvature = ldexp(jnp.sqrt(jnp.sum(blocks**2, (0, 1))), exponent)
     slope = jnp.sqrt(jnp.sum(gradient**2, 0))
-    is_curved = (curvature > 0) & ~is_noise
+    is_curved = (curvature > 0) & jnp.logical_not(is_noise)
     decrease = jnp.where(value != 0, jnp.abs(value), 1)
     uncurved = jnp.where(slope > 0, slope / jnp.sqrt(decrease), 1)
     D = jnp.where(is_curved, jnp.sqrt(jnp.where(is_curved, curvature, 1)), uncurved)
-    moves = (is_curved | ~jnp.any(is_curved)) & ~is_noise
+    moves = (is_curved | ~jnp.any(is_curved)) & jnp.logical_not(is_noise)
     D, moves = jnp.tile(jnp.where(moves, D, 1), K), jnp.tile(moves, K)
 
     g = jnp.where(moves, gradient.reshape(K * S), 0)
