@@ -16,7 +16,6 @@ B s is known only for a step along the last direction H g, where it is proportio
 g. After any other step the update is that of BFGS.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ import optax
 
 from partnewton._checks import check_number
 from partnewton._strictness import at_least_float32
+from partnewton.partitions.partition import sharded_like
 
 __all__ = ["ScaleByBroydenState", "scale_by_broyden"]
 
@@ -51,9 +51,8 @@ class ScaleByBroydenState(NamedTuple):
     other_steps: jax.Array
 
 
-_MOST_OTHER_STEPS = (
-    5  # in a row; then the directions were not usable, and H starts anew
-)
+# In a row: then the directions were not usable, and H starts anew.
+_MOST_OTHER_STEPS = 5
 
 
 def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
@@ -96,7 +95,7 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
 
     def init_fn(params: optax.Params) -> ScaleByBroydenState:
         leaves = jax.tree.leaves(params)
-        size = sum(math.prod(jnp.shape(x)) for x in leaves)
+        size = optax.tree.size(params)
         if size > max_size:
             raise ValueError(
                 f"scale_by_broyden: there are {size} parameters, more than max_size = "
@@ -132,8 +131,13 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
 
 
 def _flat(tree: Any, dtype: jnp.dtype) -> jax.Array:
-    """The entries of all leaves, which are gathered if they are sharded."""
-    leaves = [_sharded_as(jax.sharding.PartitionSpec(), x) for x in _arrays(tree)]
+    """The entries of all leaves, which are gathered on a mesh with explicit axes."""
+    leaves = [
+        jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+        if jax.typeof(x).sharding.mesh.explicit_axes
+        else x
+        for x in _arrays(tree)
+    ]
     return jnp.concatenate(
         [jnp.zeros(0, dtype), *(jnp.ravel(x).astype(dtype) for x in leaves)]
     )
@@ -144,19 +148,13 @@ def _unflattened(entries: jax.Array, like: Any) -> Any:
     leaves, start = [], 0
     for x in _arrays(like):
         leaf = entries[start : start + x.size].reshape(x.shape).astype(x.dtype)
-        leaves.append(_sharded_as(jax.typeof(x).sharding.spec, leaf, x))
+        leaves.append(sharded_like(x, leaf))
         start += x.size
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _arrays(tree: Any) -> list[jax.Array]:
     return [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-
-
-def _sharded_as(spec: Any, x: jax.Array, like: jax.Array | None = None) -> jax.Array:
-    """The array with a sharding, on a mesh with explicit axes."""
-    mesh = jax.typeof(x if like is None else like).sharding.mesh
-    return jax.sharding.reshard(x, spec) if mesh.explicit_axes else x
 
 
 def _updated(
@@ -203,7 +201,7 @@ def _updated(
 
 
 def _length_along(s: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-t, where t is the multiple of a direction that s is next to, and if it is."""
+    """The t for which t * direction is next to s, and whether s is minus a multiple."""
     dd = direction @ direction
     t = (s @ direction) / jnp.where(dd > 0, dd, 1)
     rest = s - t * direction

@@ -14,7 +14,7 @@ from partnewton import plot
 from partnewton.demo.results import Results
 from partnewton.demo.training import PARTITION_NEWTON, Curves
 
-__all__ = ["finite", "write"]
+__all__ = ["saved", "write"]
 
 LOSS_FLOOR = 1e-7  # smaller losses are rounding errors in float32
 PROGRESS = 1e-4  # below this fraction of the first loss, lengths are not drawn
@@ -32,12 +32,23 @@ def write(results: Results) -> list[Path]:
     Raises:
       OSError: if a file cannot be written.
     """
-    folder = results.experiment.config.output
+    return saved(
+        results.experiment.config.output,
+        _loss_picture(results),
+        _partition_picture(results),
+        _as_json(results),
+    )
+
+
+def saved(
+    folder: Path, losses: Figure, partition: Figure, content: dict[str, Any]
+) -> list[Path]:
+    """Writes losses.png, partition.png and curves.json, and returns their paths."""
     paths = [folder / x for x in ("losses.png", "partition.png", "curves.json")]
-    _loss_picture(results).savefig(paths[0], dpi=130)
-    _partition_picture(results).savefig(paths[1], dpi=130)
-    content = json.dumps(finite(_as_json(results)), allow_nan=False, indent=1)
-    paths[2].write_text(content + "\n", encoding="utf-8")
+    losses.savefig(paths[0], dpi=130)
+    partition.savefig(paths[1], dpi=130)
+    text = json.dumps(finite(content), allow_nan=False, indent=1)
+    paths[2].write_text(text + "\n", encoding="utf-8")
     return paths
 
 

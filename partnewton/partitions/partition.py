@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,39 +67,43 @@ class Partition:
 
     def inner(self, xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> jax.Array:
         """The inner product <x, y> on each subset, (S,)."""
-        whole_sums, whole_labels = [], []
-        result = jnp.zeros(self.size, self.dtype)
-        for x, y, label in zip(xs, ys, self.labels, strict=True):
-            if is_frozen(label):
-                continue
-            # Not a dot product, which may round its operands (TF32, bfloat16).
-            product = x.astype(self.dtype) * y.astype(self.dtype)
-            if isinstance(label, np.ndarray):
-                slots = np.where(label == FROZEN, self.size, label)
-                result = _reduce_at(result, slots, product, "add")
-            else:
-                whole_sums.append(jnp.sum(product))
-                whole_labels.append(label)
-        if whole_sums:
-            result = result.at[np.array(whole_labels)].add(jnp.stack(whole_sums))
-        return result
+        # Not a dot product, which may round its operands (TF32, bfloat16).
+        return self._reduced(lambda x, y: x * y, jnp.sum, "add", xs, ys)
 
     def largest(self, xs: Sequence[jax.Array]) -> jax.Array:
         """The largest absolute value on each subset, or NaN, (S,)."""
+        return self._reduced(jnp.abs, jnp.max, "max", xs)
+
+    def _reduced(
+        self,
+        function: Callable[..., jax.Array],
+        reduction: Callable[[jax.Array], jax.Array],
+        operation: str,
+        *columns: Sequence[jax.Array],
+    ) -> jax.Array:
+        """A function of each entry, reduced over each subset, starting with 0, (S,).
+
+        Args:
+          function: of an array of each column.
+          reduction: of all entries of an array.
+          operation: the same for two numbers, "add" or "max".
+          columns: lists with an array per leaf.
+        """
         whole, whole_labels = [], []
         result = jnp.zeros(self.size, self.dtype)
-        for x, label in zip(xs, self.labels, strict=True):
+        for *arrays, label in zip(*columns, self.labels, strict=True):
             if is_frozen(label):
                 continue
-            magnitude = jnp.abs(x.astype(self.dtype))
+            terms = function(*(x.astype(self.dtype) for x in arrays))
             if isinstance(label, np.ndarray):
                 slots = np.where(label == FROZEN, self.size, label)
-                result = _reduce_at(result, slots, magnitude, "max")
+                result = _reduce_at(result, slots, terms, operation)
             else:
-                whole.append(jnp.max(magnitude))
+                whole.append(reduction(terms))
                 whole_labels.append(label)
         if whole:
-            result = result.at[np.array(whole_labels)].max(jnp.stack(whole))
+            at = result.at[np.array(whole_labels)]
+            result = getattr(at, operation)(jnp.stack(whole))
         return result
 
     def counts(self, leaves: Sequence[jax.Array]) -> np.ndarray:

@@ -34,7 +34,6 @@ class Step(NamedTuple):
       decrease: of the loss, (); 0 if the step was not accepted.
       predicted_decrease: by the quadratic model, ().
       is_finite: whether the loss and its derivatives were finite, ().
-      is_accepted: whether it decreases the loss, ().
       is_of_subspace: whether it is one in the subspace, ().
     """
 
@@ -45,8 +44,12 @@ class Step(NamedTuple):
     decrease: jax.Array
     predicted_decrease: jax.Array
     is_finite: jax.Array
-    is_accepted: jax.Array
     is_of_subspace: jax.Array
+
+    @property
+    def is_accepted(self) -> jax.Array:
+        """Whether the step decreases the loss, ()."""
+        return self.decrease > 0
 
 
 class Point:
@@ -187,7 +190,6 @@ class Point:
             decrease.astype(dtype),
             predicted_decrease.astype(dtype),
             is_finite,
-            decrease > 0,
             is_of_subspace,
         )
 

@@ -1,9 +1,6 @@
 """`subspace_newton`: the optimizer with its default directions."""
 
-import math
-
 import jax
-import jax.numpy as jnp
 import optax
 
 from partnewton import engines, partitions
@@ -47,6 +44,7 @@ def subspace_newton(
       ValueError, TypeError: as in :func:`scale_by_subspace_newton`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
       >>> tx = subspace_newton()
       >>> x = jnp.array([-1.2, 1.0])
@@ -77,7 +75,7 @@ def quasi_newton(
     dense, sparse = scale_by_broyden(max_size), lbfgs_direction(memory_size)
 
     def is_small(params: optax.Params) -> bool:
-        return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params)) <= max_size
+        return optax.tree.size(params) <= max_size
 
     def init_fn(params: optax.Params) -> optax.OptState:
         return (dense if is_small(params) else sparse).init(params)

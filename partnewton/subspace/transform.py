@@ -93,7 +93,7 @@ def scale_by_subspace_newton(
     loss, the damping is increased further, and if this does not help either, the
     outgoing updates are zero.
 
-    Such a step costs as much as some ten gradients. The updates of `direction`, if they
+    Such a step costs some tens of gradients. The updates of `direction`, if they
     have the length of a Newton step, are tried first, in full and up to four times
     shortened. If one of them decreases the loss sufficiently, it is the step; then an
     update costs one or two evaluations of the loss.

@@ -1,7 +1,6 @@
 """The results as figures and as JSON."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from partnewton import plot
-from partnewton.demo.files import finite
+from partnewton.demo.files import saved
 from partnewton.demo.pinn.problem import true
 from partnewton.demo.pinn.run import SUBSPACE_NEWTON, Results
 
@@ -30,13 +29,12 @@ def write(results: Results) -> list[Path]:
     Raises:
       OSError: if a file cannot be written.
     """
-    folder = results.problem.config.output
-    paths = [folder / x for x in ("losses.png", "partition.png", "curves.json")]
-    _loss_picture(results).savefig(paths[0], dpi=130)
-    _partition_picture(results).savefig(paths[1], dpi=130)
-    content = json.dumps(finite(_as_json(results)), allow_nan=False, indent=1)
-    paths[2].write_text(content + "\n", encoding="utf-8")
-    return paths
+    return saved(
+        results.problem.config.output,
+        _loss_picture(results),
+        _partition_picture(results),
+        _as_json(results),
+    )
 
 
 def _loss_picture(results: Results) -> Figure:
