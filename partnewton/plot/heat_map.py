@@ -15,6 +15,13 @@ __all__ = ["correlation", "hessian"]
 
 _BLANK = "0.88"  # the grey of entries without a correlation
 _MAX_ANNOTATED = 10  # with more subsets, cells are too small for numbers
+_COLOUR_LABELS = (  # of -1, -0.5, 0, 0.5 and 1
+    "−1  steps\nhelp each other",
+    "−0.5",
+    "0  independent",
+    "0.5",
+    "1  steps\ncompete",
+)
 
 
 def correlation(hessian: np.typing.ArrayLike) -> np.ndarray:
@@ -118,8 +125,7 @@ def add_colour_bar(image: Any, axes: Any, extend: str = "neither") -> None:
     """The colour bar of one heat map, or of several, with the meaning of its ends."""
     one = axes[0] if isinstance(axes, list) else axes
     bar = one.figure.colorbar(image, ax=axes, extend=extend, fraction=0.046, pad=0.03)
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
-    bar.set_label("help each other  ←  steps  →  compete", fontsize="small")
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=_COLOUR_LABELS, fontsize="small")
     bar.outline.set_visible(False)
 
 
@@ -148,7 +154,7 @@ def _annotate(ax: "Axes", values: np.ndarray) -> None:
     for (s, t), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if abs(value) > 0.6 else "black"
-            label = ax.text(t, s, f"{value:.2f}", color=color, fontsize=7)
+            label = ax.text(t, s, f"{value:z.2f}", color=color, fontsize=7)
             label.set(ha="center", va="center")
 
 
