@@ -15,6 +15,7 @@ __all__ = ["correlation", "hessian"]
 
 _BLANK = "0.88"  # the grey of entries without a correlation
 _MAX_ANNOTATED = 10  # with more subsets, cells are too small for numbers
+_LEAST_CELL = 0.34  # inches of the axes for a row, below which numbers would overlap
 _COLOUR_LABELS = (  # of -1, -0.5, 0, 0.5 and 1
     "−1  steps\nhelp each other",
     "−0.5",
@@ -91,7 +92,11 @@ def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Ax
     side = min(max(4.5, 2.5 + 0.2 * S), 16.0)
     ax = axes_or_new(ax, (side + 1.0, side), layout="compressed")
     values, image, _ = draw_hessian(summary.hessian, names, ax)
-    if S <= _MAX_ANNOTATED:
+    place, figure = ax.get_position(), ax.figure
+    side = min(
+        place.width * figure.get_figwidth(), place.height * figure.get_figheight()
+    )
+    if S <= _MAX_ANNOTATED and side >= S * _LEAST_CELL:
         _annotate(ax, values)
     ax.set_title("Partition Hessian, scaled to a unit diagonal")
     ax.set_xlabel(_remarks(values), fontsize="small", color="0.35")
@@ -126,6 +131,9 @@ def add_colour_bar(image: Any, axes: Any, extend: str = "neither") -> None:
     one = axes[0] if isinstance(axes, list) else axes
     bar = one.figure.colorbar(image, ax=axes, extend=extend, fraction=0.046, pad=0.03)
     bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=_COLOUR_LABELS, fontsize="small")
+    lowest, *_, highest = bar.ax.get_yticklabels()
+    lowest.set_va("bottom")  # beside the bar, where no title is
+    highest.set_va("top")
     bar.outline.set_visible(False)
 
 
