@@ -17,9 +17,9 @@ _BLANK = "0.88"  # the grey of entries without a correlation
 _MAX_ANNOTATED = 10  # with more subsets, cells are too small for numbers
 _LEAST_CELL = 0.34  # inches of the axes for a row, below which numbers would overlap
 _COLOUR_LABELS = (  # of -1, -0.5, 0, 0.5 and 1
-    "−1  steps\nhelp each other",
+    "−1  steps\nhelp each\nother",
     "−0.5",
-    "0  independent",
+    "0",
     "0.5",
     "1  steps\ncompete",
 )
