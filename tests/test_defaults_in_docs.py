@@ -167,6 +167,18 @@ def test_the_chain_of_the_page_is_that_of_the_preset():
         assert part in source, part
 
 
+def test_the_description_of_the_default_is_that_of_the_preset():
+    # (1 - 1/2) eta + 1/2 t <= 5 t, and at least t / 2: a ratio of ten at most.
+    assert default(rules.robust, "max_ratio") == 5
+    source = " ".join(inspect.getsource(presets.partition_newton).split())
+    assert "rules.robust(shrinkage=0.5)" in source
+    for page in ("README.md", "docs/index.md"):
+        text = text_of(page)
+        assert "at most five times the common one" in text, page
+        assert re.search(r"the mean of the solution of the model and of the best", text)
+    assert "differ by a factor of ten at most" in text_of("README.md")
+
+
 def test_no_page_contradicts_another_one_about_full_batches_and_costs():
     pages = {str(p): text_of(p) for p in documents.pages()}
     for name, page in pages.items():
