@@ -83,6 +83,7 @@ def _loss_picture(results: Results) -> Figure:
 
 def _partition_picture(results: Results) -> Figure:
     figure = Figure(figsize=(14, 6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # inches
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
     matrix.set_title(f"Interactions after {results.snapshot_step} steps")
