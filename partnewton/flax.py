@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 try:
     import optax
     from flax import nnx
@@ -26,31 +28,30 @@ def value_fn(
     model: Any,
     loss_fn: Callable[..., Any],
     *args: Any,
-    wrt: Any = nnx.Param,
     **kwargs: Any,
 ) -> Callable[[Any], Any]:
     """The loss of an NNX model as a pure function of its parameters.
 
     An NNX model contains more variables than its parameters: the running statistics of
     BatchNorm, the random state of Dropout. They are copied here, and again for each
-    call. So all calls of the result use the statistics and the Dropout masks that the
-    model would use next, and no call changes the model.
+    call, and so are other NNX objects among the arguments, such as the `nnx.Rngs` that
+    a loss receives. So all calls of the result use the statistics and the Dropout masks
+    that the model would use next, and no call changes the model.
 
     Call this *before* the gradient is computed: ``nnx.value_and_grad(loss_fn)(model,
-    ...)`` advances the random state of the model, and the summary and the gradient
-    would then have different Dropout masks.
+    ...)`` advances the random state, and the summary and the gradient would then have
+    different Dropout masks.
 
     Args:
       model: the model, or any graph node of NNX.
       loss_fn: the loss, ``loss_fn(model, *args, **kwargs)``.
-      *args: arguments of `loss_fn` after the model, such as a batch.
-      wrt: which variables are the parameters; the same filter as that of
-        `nnx.Optimizer`.
+      *args: arguments of `loss_fn` after the model, such as a batch or an `nnx.Rngs`.
       **kwargs: arguments of `loss_fn` by keyword.
 
     Returns:
-      A function from ``nnx.state(model, wrt)`` to what `loss_fn` returns. If that is a
-      pair ``(loss, aux)``, use ``has_aux=True`` in the optimizer.
+      A function from the parameters, ``nnx.state(model, wrt)`` with the filter `wrt` of
+      `nnx.Optimizer`, to what `loss_fn` returns. If that is a pair ``(loss, aux)``, use
+      ``has_aux=True`` in the optimizer.
 
     Raises:
       TypeError: `loss_fn` is not a function.
@@ -74,14 +75,25 @@ def value_fn(
             "loss_fn must be a function loss_fn(model, ...), got "
             f"{type(loss_fn).__name__}."
         )
-    # A clone: the variables that split returns are those of the model itself.
-    graphdef, _, rest = nnx.split(nnx.clone(model), wrt, ...)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+    places = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
+    # One clone of all of them: variables that they share stay shared.
+    saved = nnx.clone((model, [leaves[i] for i in places]))
 
     def loss_of_params(params: Any) -> Any:
-        # copy: the merged model must not change the variables of `rest`.
-        return loss_fn(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
+        copy, nodes = nnx.clone(saved)
+        nnx.update(copy, params)
+        copied = list(leaves)
+        for i, node in zip(places, nodes, strict=True):
+            copied[i] = node
+        args, kwargs = jax.tree.unflatten(treedef, copied)
+        return loss_fn(copy, *args, **kwargs)
 
     return loss_of_params
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 class TrainState(train_state.TrainState):

@@ -23,6 +23,10 @@ PyTree = Any
 
 _WIDTH = 100  # of the table, in characters
 _MAX_ROWS = 60
+_LEGEND = (
+    "interacts with: subset and value of the strongest interaction.\n"
+    "Positive: the two steps compete. Negative: they help each other."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Report:
         ]
         if self.cost is not None:
             lines.append(f"one summary takes the time of {self.cost:.2g} gradients")
-        lines += ["", *_table(self)]
+        lines += ["", *_table(self), "", _LEGEND]
         return "\n".join(lines)
 
 
@@ -124,6 +128,9 @@ def report(
       s  subset  entries  gradient  curvature   rate  RMS step  interacts with
       0  a             2        74        148  0.263       1.6        1:  0.70
       1  b             1        81        162  0.325      2.92        0:  0.70
+      <BLANKLINE>
+      interacts with: subset and value of the strongest interaction.
+      Positive: the two steps compete. Negative: they help each other.
     """
     rule = rules.robust() if rule is None else rule
     check_rule(rule)

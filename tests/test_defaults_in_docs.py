@@ -167,6 +167,18 @@ def test_the_chain_of_the_page_is_that_of_the_preset():
         assert part in source, part
 
 
+def test_the_description_of_the_default_is_that_of_the_preset():
+    # (1 - 1/2) eta + 1/2 t <= 5 t, and at least t / 2: a ratio of ten at most.
+    assert default(rules.robust, "max_ratio") == 5
+    source = " ".join(inspect.getsource(presets.partition_newton).split())
+    assert "rules.robust(shrinkage=0.5)" in source
+    for page in ("README.md", "docs/index.md"):
+        text = text_of(page)
+        assert "at most five times the common one" in text, page
+        assert re.search(r"the mean of the solution of the model and of the best", text)
+    assert "differ by a factor of ten at most" in text_of("README.md")
+
+
 def test_no_page_contradicts_another_one_about_full_batches_and_costs():
     pages = {str(p): text_of(p) for p in documents.pages()}
     for name, page in pages.items():
@@ -177,3 +189,67 @@ def test_no_page_contradicts_another_one_about_full_batches_and_costs():
     for name in ("README.md", "docs/how_to_choose.md", "docs/published_method.md"):
         text = text_of(name)
         assert "update_interval=1`" in text, name
+
+
+def columns(page, header):
+    """The columns of the first table of a page whose header contains some text."""
+    lines = iter((documents.ROOT / page).read_text(encoding="utf-8").splitlines())
+    titles = next(x for x in lines if header in x and x.startswith("|"))
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    titles = [cell.strip() for cell in titles.strip("|").split("|")]
+    return dict(zip(titles, zip(*rows[1:], strict=True), strict=True))
+
+
+def ratios_of(table, name):
+    """The ratios of `partition_newton`; elsewhere they are 1 or another optimizer's."""
+    optimizers = table.get("optimizer", ["partition_newton"] * len(table[name]))
+    pairs = zip(optimizers, table[name], strict=True)
+    return [float(x) for optimizer, x in pairs if optimizer == "partition_newton"]
+
+
+def test_the_costs_in_the_readme_are_those_of_the_benchmarks():
+    page, readme = "benchmarks/README.md", text_of("README.md")
+    compiled = ratios_of(columns(page, "`muon`: CPU s"), "ratio")
+    steps = ratios_of(columns(page, "over muon"), "over muon")
+    small = columns(page, "| `spirals` | `diabetes` | `digits_cnn` | `transformer` |")
+    for name in ("spirals", "diabetes", "digits_cnn", "transformer"):
+        cells = dict(zip(small[""], small[f"`{name}`"], strict=True))
+        steps.append(float(cells["`partition_newton`"].split()[0]))
+    gpu = columns(page, "compile / Muon's")
+    for pattern, ratios in (
+        (r"a step takes ([\d.]+) to ([\d.]+) times as long as Muon's", steps),
+        (r"and compiling ([\d.]+) to ([\d.]+) times", compiled),
+        (r"training step takes ([\d.]+) to ([\d.]+) times as long to comp", compiled),
+        (r"H200, ([\d.]+) to ([\d.]+)", ratios_of(gpu, "average step / Muon's")),
+        (r"H200, .{0,20} and ([\d.]+) to ([\d.]+)", ratios_of(gpu, "compile / Muon's")),
+    ):
+        (found,) = re.findall(pattern, readme)
+        expected = [min(ratios), max(ratios)]
+        assert [float(x) for x in found] == [round(x, 1) for x in expected], pattern
+
+
+def test_the_counts_in_the_readme_are_those_of_the_benchmarks():
+    page, readme = text_of("benchmarks/README.md"), text_of("README.md")
+    (adam,) = re.findall(r"tuned rate on (\d+ of \d+)", readme)
+    assert f"is at or below tuned Adam on {adam} problems" in page
+    (muon,) = re.findall(r"tuned Muon's or below on (\d+)", readme)
+    (better, equal) = re.findall(r"is better on (\d+) .*? within 1 % on (\d+)", page)[0]
+    assert int(muon) == int(better) + int(equal)
+
+
+def test_the_versions_in_the_readme_are_those_of_the_package():
+    project = (documents.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.findall(
+        r"Python ([\d.]+) or newer, jax ([\d.]+) or newer and optax ([\d.]+) or newer "
+        r".*? flax ([\d.]+) or newer",
+        text_of("README.md"),
+    )
+    python, jax, optax, flax = found[0]
+    assert f'requires-python = ">={python}"' in project
+    assert f'"jax>={jax}.0"' in project
+    assert f'"optax>={optax}"' in project
+    assert f'"flax>={flax}"' in project

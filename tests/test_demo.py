@@ -18,6 +18,7 @@ import partnewton
 from partnewton import demo
 from partnewton.__main__ import main
 from partnewton.demo import files, models, pinn, tables, text, training
+from partnewton.demo.curves import Curves
 from partnewton.demo.evaluation import evaluation
 from partnewton.demo.experiment import BATCH, batch_indices
 from partnewton.demo.pinn import problem as equation
@@ -174,10 +175,13 @@ def test_what_is_printed(no_network, tmp_path, capsys):
     assert re.search("first step +median", out)
     assert str(tmp_path / "losses.png") in out
     assert max(map(len, out.split("Wrote")[0].splitlines())) <= 100
-    assert "to Adam's loss" in out
+    assert "seconds to Adam's loss" in out
     lines = err.splitlines()  # no bar, as it is not a terminal
     names = ("partition_newton", "adam", "sgd")
-    assert [line.split()[:3] for line in lines] == [[x, "12", "steps"] for x in names]
+    phases = [[x, "12", "steps"] for x in names] + [
+        ["measuring", "partition", "Hessian"]
+    ]
+    assert [line.split()[:3] for line in lines] == phases
 
 
 def write_idx(folder):
@@ -252,7 +256,7 @@ def test_the_report_of_the_pinn(pinn_run):
     _, report = pinn_run
     for word in (
         "673 parameters",
-        "to L-BFGS's loss",
+        "seconds to L-BFGS's loss",
         "learning rate 0.03",
         "Of the 40",
     ):
@@ -301,7 +305,7 @@ def test_networks_take_images_of_any_size(model, shape):
 
 
 def test_the_seconds_to_a_loss_are_those_of_the_first_evaluation_below_it():
-    curves = training.Curves("", [0, 1, 2], [3.0, 1.0, 2.0], [], [0.0, 1.5, 2.5])
+    curves = Curves("", train_loss=[3.0, 1.0, 2.0], seconds=[0.0, 1.5, 2.5])
     assert tables.seconds_to(curves, 2.0) == "1.50"
     assert tables.seconds_to(curves, 0.5) == "never"
 

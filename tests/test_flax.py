@@ -78,6 +78,43 @@ def test_the_loss_reads_the_parameters():
     np.testing.assert_allclose(of_params(zeros), jnp.mean(Y**2), rtol=1e-6)
 
 
+def test_nnx_objects_among_the_arguments_are_copied_as_well():
+    model = Network(nnx.Rngs(0))
+    rngs = nnx.Rngs(7)
+    teacher = nnx.Linear(3, 1, rngs=nnx.Rngs(1))
+
+    def loss_fn(model, batch, others):
+        noise = others["rngs"].normal((1,))
+        target = others["teacher"](batch["x"]) + noise
+        return loss_of(model, batch["x"], target), target
+
+    batch, others = {"x": X}, {"rngs": rngs, "teacher": teacher, "name": None}
+    of_params = value_fn(model, loss_fn, batch, others=others)
+    params = nnx.clone(nnx.state(model, nnx.Param))
+    before = arrays_of(rngs)
+    (first, _), (second, _) = of_params(params), of_params(params)
+    jax.tree.map(np.testing.assert_array_equal, arrays_of(rngs), before)
+    grad_fn = nnx.value_and_grad(loss_fn, has_aux=True)
+    (third, _), expected = grad_fn(model, batch, others)
+    assert first == second == third
+    found = jax.grad(lambda params: of_params(params)[0])(params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert third != loss_fn(model, batch, others=others)[0]  # other random numbers
+
+
+def test_variables_that_an_argument_shares_with_the_model_stay_shared():
+    model = Network(nnx.Rngs(0))
+
+    def loss_fn(model, stream, x, y):
+        stream.count[...] += 1  # another mask
+        return loss_of(model, x, y)
+
+    stream = next(x for _, x in nnx.iter_graph(model) if isinstance(x, nnx.RngStream))
+    of_params = value_fn(model, loss_fn, stream, X, Y)
+    found = of_params(nnx.clone(nnx.state(model, nnx.Param)))
+    assert found == loss_fn(model, stream, X, Y)
+
+
 class Adapter(nnx.Param):
     """Variables that alone are trained, in the test below."""
 
@@ -90,7 +127,7 @@ def test_other_variables_than_the_parameters_can_be_chosen():
         return jnp.mean((model.scale[...] * model(x) - y) ** 2)
 
     optimizer = nnx.Optimizer(model, pn.partition_newton(), wrt=Adapter)
-    of_params = value_fn(model, loss_fn, X, Y, wrt=Adapter)
+    of_params = value_fn(model, loss_fn, X, Y)
     grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, Adapter))(model, X, Y)
     kernel = model.kernel[...]
     optimizer.update(model, grads, value_fn=of_params)

@@ -290,3 +290,16 @@ def test_no_summaries_and_an_ambiguous_cut_are_errors():
         pn.suggest_partition([], params_of(3))
     with pytest.raises(ValueError, match="either max_lost or count"):
         pn.suggest_partition(random_summary(3), params_of(3)).cut()
+
+
+def test_a_strong_interaction_is_not_sufficient_for_a_common_rate():
+    hessian = np.array([[1.0, 0.99], [0.99, 1.0]])
+    params = {"a": np.zeros(2), "b": np.zeros(2)}
+    lost = [
+        pn.suggest_partition(
+            pn.Summary(np.array(1.0), np.array(slopes), hessian, None), params, count=1
+        ).lost
+        for slopes in ([1.0, 1.0], [1.0, 0.5])
+    ]
+    assert lost[0] < 1e-6
+    assert lost[1] > 0.9

@@ -113,8 +113,11 @@ def test_beyond_one_there_is_negative_curvature_in_the_plane_of_two_subsets(seed
 def test_the_colour_bar_says_what_the_colours_mean():
     ax = plot.hessian(summary_of(random_hessian(5)), names_of(5))
     (image,) = ax.get_images()
-    label = image.colorbar.ax.get_ylabel()
-    assert label == "help each other  ←  steps  →  compete"
+    ticks = image.colorbar.ax.get_yticks()
+    labels = [x.get_text() for x in image.colorbar.ax.get_yticklabels()]
+    meaning = dict(zip(ticks, (" ".join(x.split()) for x in labels), strict=True))
+    assert meaning[1] == "1 steps compete"
+    assert meaning[-1] == "−1 steps help each other"
 
 
 def test_the_signs_are_those_of_competing_and_helping_steps():

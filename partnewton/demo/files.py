@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from partnewton import plot
+from partnewton.demo.curves import Curves
 from partnewton.demo.results import Results
-from partnewton.demo.training import PARTITION_NEWTON, Curves
+from partnewton.demo.training import PARTITION_NEWTON
 
 __all__ = ["saved", "write"]
 
@@ -54,16 +55,14 @@ def saved(
 
 def _loss_picture(results: Results) -> Figure:
     figure = Figure(figsize=(11, 8), layout="constrained")
-    (by_step, by_work), (accuracy, decreases) = figure.subplots(2, 2)
+    (by_step, by_seconds), (accuracy, decreases) = figure.subplots(2, 2)
     curves = results.curves
     plot.losses({k: (c.steps, c.train_loss) for k, c in curves.items()}, by_step)
     by_step.set_title("Train loss versus steps")
-    by_gradients = {
-        k: (c.gradient_equivalents, c.train_loss) for k, c in curves.items()
-    }
-    plot.losses(by_gradients, by_work)
-    by_work.set(title="Train loss versus work", xlabel="gradient-equivalents")
-    for ax in (by_step, by_work):
+    plot.losses({k: (c.seconds, c.train_loss) for k, c in curves.items()}, by_seconds)
+    title = "Train loss versus training time"
+    by_seconds.set(title=title, xlabel="seconds, without compiling")
+    for ax in (by_step, by_seconds):
         if ax.get_ylim()[0] < LOSS_FLOOR:
             ax.set_ylim(bottom=LOSS_FLOOR)
             ax.set_ylabel(f"train loss (rounding error below {LOSS_FLOOR:g})")
@@ -84,19 +83,19 @@ def _loss_picture(results: Results) -> Figure:
 
 def _partition_picture(results: Results) -> Figure:
     figure = Figure(figsize=(14, 6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # inches
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
-    matrix.set_title(
-        f"Partition Hessian after {results.snapshot_step} steps, unit diagonal"
-    )
+    matrix.set_title(f"Interactions after {results.snapshot_step} steps")
     ours = results.curves[PARTITION_NEWTON]
     shown = slice(_refreshes_with_progress(ours))
     step_sizes = {name: values[shown] for name, values in ours.step_sizes.items()}
     plot.learning_rates((ours.logged["step"][shown], step_sizes), rates)
-    title = "RMS change of the entries of each subset per step"
+    rates.set(
+        title="Step length of each subset", ylabel="RMS change of its entries per step"
+    )
     if shown.stop < len(ours.logged["step"]):
-        title += f",\nuntil the loss is 1/{1 / PROGRESS:.0f} of the first one"
-    rates.set_title(title)
+        rates.set_xlabel(f"step, until the loss is 1/{1 / PROGRESS:.0f} of the first")
     return figure
 
 

@@ -1,6 +1,7 @@
 """Runs the demonstration: training, then the partition Hessian and timings."""
 
 import bisect
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from partnewton.demo.evaluation import compiled, evaluation
 from partnewton.demo.experiment import Experiment
 from partnewton.demo.training import (
     PARTITION_NEWTON,
-    Curves,
+    ImageCurves,
     Images,
     Optimizer,
     Training,
@@ -60,7 +61,7 @@ class Results(NamedTuple):
     """
 
     experiment: Experiment
-    curves: dict[str, Curves]
+    curves: dict[str, ImageCurves]
     summary: pn.Summary
     snapshot_step: int
     names: tuple[str, ...]
@@ -99,7 +100,11 @@ def run(experiment: Experiment) -> Results:
         for name, optimizer in chosen.items()
     }
     ours, optimizer = trained[PARTITION_NEWTON], chosen[PARTITION_NEWTON]
+    begin = time.perf_counter()
     summary, cost = _measure(experiment, images, gradient, ours, optimizer)
+    seconds = time.perf_counter() - begin
+    phase = f"{'measuring':16}  partition Hessian and timings in {seconds:.2f} s"
+    print(phase, file=sys.stderr, flush=True)
     curves = {name: training.curves for name, training in trained.items()}
     for name, curve in curves.items():
         refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0

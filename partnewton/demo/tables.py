@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import jax
 
+from partnewton.demo.curves import Curves
 from partnewton.demo.evaluation import MOST_EVALUATED
 from partnewton.demo.results import MEASURED_BATCHES, Results
-from partnewton.demo.training import PARTITION_NEWTON, Curves
+from partnewton.demo.training import PARTITION_NEWTON
 
 __all__ = ["WIDTH", "report", "seconds_to", "table"]
 
@@ -51,7 +52,7 @@ def _optimizer_table(results: Results) -> str:
         "train loss",
         "test accuracy",
         "seconds",
-        "to Adam's loss",
+        "seconds to Adam's loss",
         "compiling",
         "gradients",
     )

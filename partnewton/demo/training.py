@@ -14,12 +14,13 @@ import optax
 from tqdm import tqdm
 
 import partnewton as pn
+from partnewton.demo.curves import Curves
 from partnewton.demo.evaluation import compiled
 from partnewton.demo.experiment import Experiment
 
 __all__ = [
     "PARTITION_NEWTON",
-    "Curves",
+    "ImageCurves",
     "Optimizer",
     "Training",
     "optimizers",
@@ -72,51 +73,21 @@ def optimizers(experiment: Experiment) -> dict[str, Optimizer]:
 
 
 @dataclasses.dataclass
-class Curves:
-    """The training curves of one optimizer, with one entry per evaluation.
+class ImageCurves(Curves):
+    """The curves of a classification.
+
+    What is logged, of `partition_newton`, is after each refresh, with "step", the
+    number of steps before it, and "predicted" and "actual", the decrease of the loss of
+    the batch for the step that was made, according to the quadratic model of its
+    summary and as measured.
 
     Attributes:
-      settings: its hyperparameters, as text for a table.
-      steps: the number of steps before the evaluation.
-      train_loss: the loss on training images.
       test_accuracy: the fraction of test images that are classified correctly.
-      seconds: the total time of these steps, without compiling.
-      compile_seconds: the compile time of a step.
-      gradient_equivalents: the work of these steps, in gradients of a batch.
-      logged: for `partition_newton`, the values of :func:`partnewton.metrics` after
-        each refresh, under the same names; "step", the number of steps before it; and
-        "predicted" and "actual", the decrease of the loss of the batch for the step
-        that was made, according to the quadratic model of its summary and as measured.
-        Empty for the other optimizers.
+      gradient_equivalents: the work of the steps, in gradients of a batch.
     """
 
-    settings: str
-    steps: list[int] = dataclasses.field(default_factory=list)
-    train_loss: list[float] = dataclasses.field(default_factory=list)
     test_accuracy: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    compile_seconds: float = 0.0
     gradient_equivalents: list[float] = dataclasses.field(default_factory=list)
-    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-    def append(self, step: int, evaluated: tuple[float, float], seconds: float) -> None:
-        """Adds an evaluation, and the seconds of the steps since the last one."""
-        self.steps.append(step)
-        self.train_loss.append(evaluated[0])
-        self.test_accuracy.append(evaluated[1])
-        self.seconds.append(seconds + sum(self.seconds[-1:]))
-
-    @property
-    def step_sizes(self) -> dict[str, list[float]]:
-        """The RMS change of the entries of each subset per step, from `logged`."""
-        prefix, factor = "learning_rate/", self.logged["factor"]
-        return {
-            name.removeprefix(prefix): [
-                FACTOR * x * y for x, y in zip(factor, values, strict=True)
-            ]
-            for name, values in self.logged.items()
-            if name.startswith(prefix)
-        }
 
 
 class Training(NamedTuple):
@@ -130,7 +101,7 @@ class Training(NamedTuple):
         `state`, which consists of the parameters and the optimizer state, are donated.
     """
 
-    curves: Curves
+    curves: ImageCurves
     snapshot_step: int
     params: PyTree
     step: Callable[..., PyTree]
@@ -145,7 +116,7 @@ def train(
     gradient_compile_seconds: float,
 ) -> Training:
     """Trains from the initial weights."""
-    curves = Curves(optimizer.settings)
+    curves = ImageCurves(optimizer.settings, FACTOR)
     steps, batches = experiment.config.steps, jnp.asarray(experiment.batches)
     state = initial_params_and_state(experiment, optimizer)
     refreshes = set(experiment.refreshes)
@@ -164,7 +135,11 @@ def train(
         if name == PARTITION_NEWTON:
             log = _logging(experiment, state, images, batches)
 
-        curves.append(0, evaluate(state[0]), 0.0)
+        def evaluate_after(step: int, seconds: float) -> None:
+            loss, accuracy = evaluate(state[0])
+            curves.append(step, seconds, train_loss=loss, test_accuracy=accuracy)
+
+        evaluate_after(0, 0.0)
         for first, last in itertools.pairwise(_evaluated_steps(steps)):
             seconds, begin = 0.0, time.perf_counter()
             for i in range(first, last):
@@ -172,22 +147,17 @@ def train(
                 if log is not None and i in refreshes:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - begin
-                    for key, value in log(i, state, images, batches).items():
-                        curves.logged.setdefault(key, []).append(float(value))
+                    curves.log(log(i, state, images, batches))
                     begin = time.perf_counter()
             jax.block_until_ready(state)
             seconds += time.perf_counter() - begin
-            curves.append(last, evaluate(state[0]), seconds)
+            evaluate_after(last, seconds)
             if params is None and last >= SNAPSHOT_AFTER * steps:
                 snapshot_step, params = last, jax.tree.map(jnp.copy, state[0])
             bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.3g}")
             bar.update(last - first)
     if bar.disable:
-        line = (
-            f"{name:16}  {steps} steps in {curves.seconds[-1]:.2f} s, compiled in "
-            f"{curves.compile_seconds:.2f} s, train loss {curves.train_loss[-1]:.3g}"
-        )
-        print(line, file=sys.stderr, flush=True)
+        print(curves.line(name), file=sys.stderr, flush=True)
     return Training(curves, snapshot_step, params, step)
 
 

@@ -52,7 +52,7 @@ def learning_rates(
     steps, rates = history
     steps = np.asarray(steps)
     ax = axes_or_new(ax, (7.0, 4.5))
-    finite = np.zeros(0)
+    finite, medians = np.zeros(0), np.zeros(0)
     window = max(1, len(steps) // 8)
     labels, styles = _labels_and_styles(list(rates))
     for (name, values), label, style in zip(rates.items(), labels, styles, strict=True):
@@ -67,9 +67,12 @@ def learning_rates(
         smooth = _running_median(values, window)
         ax.plot(steps, smooth, linewidth=1.9, label=label, **style)
         finite = np.append(finite, values[~np.isnan(values)])
+        medians = np.append(medians, smooth[~np.isnan(smooth)])
     set_log_scale(ax, finite)
     if ax.get_yscale() == "symlog" and finite.min() >= 0:
         ax.set_ylim(bottom=-0.3 * ax.yaxis.get_transform().linthresh)
+    elif ax.get_yscale() == "log":  # a few small rates must not take up the axis
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], medians.min() / 10))
     ax.set_title("Learning rate of each subset")
     ax.set_xlabel("step")
     add_grid(ax)

@@ -15,6 +15,14 @@ __all__ = ["correlation", "hessian"]
 
 _BLANK = "0.88"  # the grey of entries without a correlation
 _MAX_ANNOTATED = 10  # with more subsets, cells are too small for numbers
+_LEAST_CELL = 0.34  # inches of the axes for a row, below which numbers would overlap
+_COLOUR_LABELS = (  # of -1, -0.5, 0, 0.5 and 1
+    "−1  steps\nhelp each\nother",
+    "−0.5",
+    "0",
+    "0.5",
+    "1  steps\ncompete",
+)
 
 
 def correlation(hessian: np.typing.ArrayLike) -> np.ndarray:
@@ -84,7 +92,11 @@ def hessian(summary: Any, names: Sequence[str], ax: "Axes | None" = None) -> "Ax
     side = min(max(4.5, 2.5 + 0.2 * S), 16.0)
     ax = axes_or_new(ax, (side + 1.0, side), layout="compressed")
     values, image, _ = draw_hessian(summary.hessian, names, ax)
-    if S <= _MAX_ANNOTATED:
+    place, figure = ax.get_position(), ax.figure
+    side = min(
+        place.width * figure.get_figwidth(), place.height * figure.get_figheight()
+    )
+    if S <= _MAX_ANNOTATED and side >= S * _LEAST_CELL:
         _annotate(ax, values)
     ax.set_title("Partition Hessian, scaled to a unit diagonal")
     ax.set_xlabel(_remarks(values), fontsize="small", color="0.35")
@@ -118,8 +130,10 @@ def add_colour_bar(image: Any, axes: Any, extend: str = "neither") -> None:
     """The colour bar of one heat map, or of several, with the meaning of its ends."""
     one = axes[0] if isinstance(axes, list) else axes
     bar = one.figure.colorbar(image, ax=axes, extend=extend, fraction=0.046, pad=0.03)
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
-    bar.set_label("help each other  ←  steps  →  compete", fontsize="small")
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=_COLOUR_LABELS, fontsize="small")
+    lowest, *_, highest = bar.ax.get_yticklabels()
+    lowest.set_va("bottom")  # beside the bar, where no title is
+    highest.set_va("top")
     bar.outline.set_visible(False)
 
 
@@ -148,7 +162,7 @@ def _annotate(ax: "Axes", values: np.ndarray) -> None:
     for (s, t), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if abs(value) > 0.6 else "black"
-            label = ax.text(t, s, f"{value:.2f}", color=color, fontsize=7)
+            label = ax.text(t, s, f"{value:z.2f}", color=color, fontsize=7)
             label.set(ha="center", va="center")
 
 

@@ -11,7 +11,7 @@ number of steps asked for, and the others are stopped when they have taken as lo
 
 from partnewton.demo.pinn.files import write
 from partnewton.demo.pinn.problem import Problem, prepare
-from partnewton.demo.pinn.run import Curves, Results, run
+from partnewton.demo.pinn.run import Results, SolutionCurves, run
 from partnewton.demo.pinn.tables import report
 
-__all__ = ["Curves", "Problem", "Results", "prepare", "report", "run", "write"]
+__all__ = ["Problem", "Results", "SolutionCurves", "prepare", "report", "run", "write"]

@@ -72,14 +72,13 @@ def _errors(
 
 def _partition_picture(results: Results) -> Figure:
     figure = Figure(figsize=(14, 6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # inches
     matrix, rates = figure.subplots(1, 2, width_ratios=(1, 1.15))
     plot.hessian(results.summary, results.names, matrix)
-    matrix.set_title(
-        f"Partition Hessian after {results.snapshot_step} steps, unit diagonal"
-    )
+    matrix.set_title(f"Interactions after {results.snapshot_step} steps")
     ours = results.curves[SUBSPACE_NEWTON]
     plot.learning_rates((ours.steps[1:], ours.step_sizes), rates)
-    rates.set_title("RMS change of the entries of each subset in the step")
+    rates.set(title="Step length of each subset", ylabel="RMS change of its entries")
     return figure
 
 

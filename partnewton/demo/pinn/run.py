@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,11 @@ import optax
 from tqdm import tqdm
 
 import partnewton as pn
+from partnewton.demo.curves import Curves
 from partnewton.demo.evaluation import compiled
 from partnewton.demo.pinn.problem import Problem, true
 
-__all__ = ["SUBSPACE_NEWTON", "Curves", "Results", "run"]
+__all__ = ["SUBSPACE_NEWTON", "Results", "SolutionCurves", "run"]
 
 CHUNK = 10  # steps in one compiled loop
 ADAM_RATE = 3e-2  # the best of 1e-3, 3e-3, 1e-2 and 3e-2 for this problem
@@ -29,50 +30,17 @@ PyTree = Any
 
 
 @dataclasses.dataclass
-class Curves:
-    """The curves of one optimizer, with one entry per evaluation.
+class SolutionCurves(Curves):
+    """The curves of a physics-informed network.
+
+    What is logged, of `subspace_newton`, is after the last of the steps, without those
+    of step 0.
 
     Attributes:
-      settings: its hyperparameters, as text for a table.
-      steps: the number of steps before the evaluation.
-      train_loss: the loss.
       error: the relative L2 error of the solution.
-      seconds: the total time of these steps, without compiling.
-      compile_seconds: the compile time of the steps.
-      logged: for `subspace_newton`, the values of :func:`partnewton.metrics` after the
-        last of these steps, without those of step 0, under the same names. Empty for
-        the others.
     """
 
-    settings: str
-    steps: list[int] = dataclasses.field(default_factory=list)
-    train_loss: list[float] = dataclasses.field(default_factory=list)
     error: list[float] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    compile_seconds: float = 0.0
-    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-    def append(self, step: int, evaluated: Sequence[Any], seconds: float) -> None:
-        """Adds an evaluation, and the seconds of the steps since the last one."""
-        self.steps.append(step)
-        self.train_loss.append(float(evaluated[0]))
-        self.error.append(float(evaluated[1]))
-        self.seconds.append(seconds + sum(self.seconds[-1:]))
-
-    def log(self, numbers: Mapping[str, Any]) -> None:
-        """Adds the metrics of the newest evaluation."""
-        for name, value in numbers.items():
-            self.logged.setdefault(name, []).append(float(value))
-
-    @property
-    def step_sizes(self) -> dict[str, list[float]]:
-        """The RMS change of the entries of each subset in a step, from `logged`."""
-        prefix = "learning_rate/"
-        return {
-            name.removeprefix(prefix): values
-            for name, values in self.logged.items()
-            if name.startswith(prefix)
-        }
 
 
 class Results(NamedTuple):
@@ -90,7 +58,7 @@ class Results(NamedTuple):
     """
 
     problem: Problem
-    curves: dict[str, Curves]
+    curves: dict[str, SolutionCurves]
     params: dict[str, PyTree]
     summary: pn.Summary
     snapshot_step: int
@@ -113,7 +81,7 @@ def run(problem: Problem) -> Results:
 
 def _results(problem: Problem) -> Results:
     begin = time.perf_counter()
-    curves: dict[str, Curves] = {}
+    curves: dict[str, SolutionCurves] = {}
     params, snapshot, limit = {}, (0, problem.params), None
     for name, method in _methods(problem).items():
         curves[name], halts = _run(problem, name, method, limit)
@@ -184,7 +152,7 @@ def _methods(problem: Problem) -> dict[str, _Method]:
 
 def _run(
     problem: Problem, name: str, method: _Method, limit: float | None
-) -> tuple[Curves, list[tuple[int, PyTree]]]:
+) -> tuple[SolutionCurves, list[tuple[int, PyTree]]]:
     """Runs one optimizer.
 
     Args:
@@ -198,7 +166,7 @@ def _run(
       Its curves; and the number of steps and the weights at the snapshot and at the
       end.
     """
-    curves, halts = Curves(method.settings), []
+    curves, halts = SolutionCurves(method.settings), []
     steps = problem.config.steps if limit is None else None
     carry = problem.params, method.tx.init(problem.params)
     # No bar if the output is not a terminal, but one line at the end.
@@ -208,7 +176,8 @@ def _run(
         chunk = compiled(_chunk(problem, method), carry, 0, 0.0)
         evaluate = compiled(_evaluation(problem), problem.params)
         curves.compile_seconds = time.perf_counter() - begin
-        curves.append(0, evaluate(problem.params), 0.0)
+        loss, error = evaluate(problem.params)
+        curves.append(0, 0.0, train_loss=loss, error=error)
 
         def is_finished() -> bool:
             if limit is None:
@@ -224,20 +193,17 @@ def _run(
             begin = time.perf_counter()
             carry = jax.block_until_ready(chunk(carry, count, method.scale(fraction)))
             seconds = time.perf_counter() - begin
-            curves.append(curves.steps[-1] + count, evaluate(carry[0]), seconds)
+            loss, error = evaluate(carry[0])
+            last = curves.steps[-1] + count
+            curves.append(last, seconds, train_loss=loss, error=error)
             if name == SUBSPACE_NEWTON:
                 curves.log(jax.device_get(pn.metrics(carry[1])))
-            if not halts and curves.steps[-1] >= SNAPSHOT_AFTER * (steps or 0):
-                halts.append((curves.steps[-1], carry[0]))
+            if not halts and last >= SNAPSHOT_AFTER * (steps or 0):
+                halts.append((last, carry[0]))
             bar.set_postfix_str(f"loss {curves.train_loss[-1]:.3g}")
             bar.update(count)
     if bar.disable:
-        line = (
-            f"{name:16}  {curves.steps[-1]} steps in {curves.seconds[-1]:.2f} s, "
-            f"compiled in {curves.compile_seconds:.2f} s, "
-            f"train loss {curves.train_loss[-1]:.3g}"
-        )
-        print(line, file=sys.stderr, flush=True)
+        print(curves.line(name), file=sys.stderr, flush=True)
     return curves, [*halts, (curves.steps[-1], carry[0])]
 
 

@@ -46,7 +46,7 @@ def _optimizer_table(results: Results) -> str:
         "error",
         "steps",
         "seconds",
-        "to L-BFGS's loss",
+        "seconds to L-BFGS's loss",
         "compiling",
     )
     rows = [
