@@ -70,8 +70,9 @@ def partition_newton(
         with ``shrinkage=0.5``, wrapped in :func:`partnewton.rules.with_noise_floor`.
       average: a running average of the summaries; by default an exponential one with
         decay 0.9, of summaries relative to their own gradients.
-      param_labels: the partition, see :mod:`partnewton.partitions`; by default each
-        leaf is a subset.
+      param_labels: the partition, see :mod:`partnewton.partitions`; by default
+        :func:`partnewton.partitions.auto`: each leaf is a subset, but with more than 16
+        leaves all those with fewer than two axes are one.
       update_interval: the number of updates between two refreshes of the lengths; by
         default it grows from 20 to 5 S, see :func:`scale_by_partition_newton`.
       backtracking: maximal number of times that new lengths are halved until a step
@@ -119,7 +120,7 @@ def partition_newton(
         direction = compiled_direction(directions.equilibrated(orthogonal_momentum()))
     if average is None:
         average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
-    labels = partitions.per_tensor if param_labels is None else param_labels
+    labels = partitions.auto if param_labels is None else param_labels
     return optax.chain(
         directions.skip_nonfinite(direction, param_labels=labels),
         scale_by_partition_newton(

@@ -739,3 +739,30 @@ def test_groupings_into_too_many_or_too_few_raise(grouping):
         pn.subset_names(network(), grouping(7))
     with pytest.raises(TypeError, match=f"{name}: of= must return one label per leaf"):
         pn.subset_names(network(), grouping(2, of=partitions.per_element))
+
+
+# --- many tensors -------------------------------------------------------------------
+
+
+def deep_params(layers):
+    """Two leaves per layer, of which one is a matrix."""
+    return [{"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)} for _ in range(layers)]
+
+
+def test_leaves_with_fewer_than_two_axes_are_one_subset_beside_the_matrices():
+    params = deep_params(2) + [{"scale": jnp.ones(()), "kernel": jnp.ones((2, 2, 2))}]
+    partition = partition_of(params, partitions.per_matrix)
+    assert partition.names == ("vectors", "0/kernel", "1/kernel", "2/kernel")
+
+
+def test_a_matrix_cannot_have_the_name_of_the_vectors():
+    with pytest.raises(ValueError, match="the leaf 'vectors' has two axes"):
+        partitions.per_matrix({"vectors": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(("layers", "size"), [(8, 16), (9, 10)])
+def test_vectors_are_one_subset_if_there_are_more_than_16_leaves(layers, size):
+    params = deep_params(layers)
+    assert partition_of(params, "auto").size == size
+    state = pn.partition_newton().init(params)
+    assert len(pn.learning_rates(state, params)) == size

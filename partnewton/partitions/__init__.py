@@ -22,6 +22,7 @@ are computed when a function is traced, from structures and shapes only.
 """
 
 from partnewton.partitions.direction import checked_direction as checked_direction
+from partnewton.partitions.factories import alternate, blocks, by_path
 from partnewton.partitions.labels import ParamLabels as ParamLabels
 from partnewton.partitions.labels import partition_of as partition_of
 from partnewton.partitions.labels import subset_names
@@ -34,11 +35,10 @@ from partnewton.partitions.paths import is_placeholder as is_placeholder
 from partnewton.partitions.paths import leaf_names as leaf_names
 from partnewton.partitions.paths import listing as listing
 from partnewton.partitions.ready_made import (
-    alternate,
-    blocks,
-    by_path,
+    auto,
     per_element,
     per_layer,
+    per_matrix,
     per_tensor,
     weights_biases,
     whole,
@@ -47,10 +47,12 @@ from partnewton.partitions.ready_made import (
 __all__ = [
     "FROZEN",
     "alternate",
+    "auto",
     "blocks",
     "by_path",
     "per_element",
     "per_layer",
+    "per_matrix",
     "per_tensor",
     "subset_names",
     "weights_biases",

@@ -2,16 +2,13 @@
 
 import collections
 import re
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from partnewton.partitions.partition import FROZEN
 from partnewton.partitions.paths import (
     ROOT,
-    labels_of_leaves,
     leaf_keys,
     leaf_names,
     listing,
@@ -21,7 +18,7 @@ PyTree = Any
 
 
 def per_tensor(params: PyTree) -> PyTree:
-    """One subset per leaf: the default, the "canonical" partition of the paper.
+    """One subset per leaf, the "canonical" partition of the paper.
 
     Args:
       params: a pytree of arrays, or of objects with a shape.
@@ -96,6 +93,72 @@ def weights_biases(params: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, labels)
 
 
+def per_matrix(params: PyTree) -> PyTree:
+    """One subset per leaf with two axes or more; all other leaves are one subset.
+
+    Biases, and the scales of normalisation layers, are many and small, so that the
+    curvature of one of them along its direction is mostly noise of the batch. Together
+    they have one learning rate, as in most optimizers, and a summary of a transformer
+    has a third of the subsets, and costs a third.
+
+    Args:
+      params: a pytree of arrays, or of objects with a shape.
+
+    Returns:
+      A pytree like `params` that contains the key path of each leaf with two axes or
+      more, and the label "vectors" for all others.
+
+    Raises:
+      ValueError: as for `per_tensor`; the path of a leaf with two axes is "vectors".
+
+    Example:
+      >>> per_matrix({"bias": np.zeros(2), "kernel": np.zeros((3, 2)), "scale": 1.0})
+      {'bias': 'vectors', 'kernel': 'kernel', 'scale': 'vectors'}
+    """
+    names, treedef = jax.tree.flatten(per_tensor(params))
+    is_matrix = [np.ndim(leaf) >= 2 for leaf in jax.tree.leaves(params)]
+    labels = [
+        name if two_axes else _VECTORS
+        for name, two_axes in zip(names, is_matrix, strict=True)
+    ]
+    if labels.count(_VECTORS) != is_matrix.count(False):
+        raise ValueError(
+            f"params: the leaf {_VECTORS!r} has two axes or more and the name of the "
+            "subset of all leaves with fewer; pass param_labels with other labels."
+        )
+    return jax.tree.unflatten(treedef, labels)
+
+
+_VECTORS = "vectors"
+
+
+def auto(params: PyTree) -> PyTree:
+    """The default of the optimizers: `per_tensor`, or `per_matrix` of many leaves.
+
+    Up to 16 leaves, each is a subset. Beyond that, all leaves with fewer than two axes
+    are one subset: a summary costs up to half a loss per subset, and the losses of
+    training are lower, see ``docs/design_notes.md``.
+
+    Args:
+      params: a pytree of arrays, or of objects with a shape.
+
+    Returns:
+      A pytree like `params` of labels.
+
+    Raises:
+      ValueError: as for `per_tensor` and `per_matrix`.
+
+    Example:
+      >>> auto({"bias": np.zeros(2), "kernel": np.zeros((3, 2))})
+      {'bias': 'bias', 'kernel': 'kernel'}
+    """
+    is_large = len(jax.tree.leaves(params)) > _MOST_TENSORS
+    return per_matrix(params) if is_large else per_tensor(params)
+
+
+_MOST_TENSORS = 16
+
+
 def per_layer(params: PyTree) -> PyTree:
     """One subset per parent node: the kernel and the bias of a layer form a subset.
 
@@ -136,139 +199,17 @@ def per_element(params: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, labels)
 
 
-def by_path(
-    rules: Iterable[tuple[str, str | int]],
-) -> Callable[[PyTree], PyTree]:
-    """Labels from regular expressions for key paths; the first match applies.
-
-    Args:
-      rules: pairs (regular expression, label). The expression is applied by
-        :func:`re.search` to the path of a leaf, such as "encoder/dense_0/kernel". A
-        label may be :data:`FROZEN`.
-
-    Returns:
-      A function from params to labels, to be passed as `param_labels`.
-
-    Raises:
-      ValueError: raised by that function if an expression matches no leaf, or no
-        expression matches a leaf.
-
-    Example:
-      >>> labels = by_path([("embedding", FROZEN), ("bias$", "biases"), ("", "rest")])
-      >>> labels({"embedding": 0.0, "dense": {"bias": 0.0, "kernel": 0.0}})
-      {'dense': {'bias': 'biases', 'kernel': 'rest'}, 'embedding': -1}
-    """
-    rules = tuple(rules)
-
-    def labels(params: PyTree) -> PyTree:
-        names = leaf_names(params)
-        for pattern, label in rules:
-            if not any(re.search(pattern, name) for name in names):
-                raise ValueError(
-                    f"by_path: the pattern {pattern!r}, label {label!r}, matches no "
-                    f"leaf of params; the leaves are {listing(names)}."
-                )
-
-        def label_of(name: str) -> str | int:
-            for pattern, label in rules:
-                if re.search(pattern, name):
-                    return label
-            raise ValueError(
-                f"by_path: no pattern matches the leaf {name!r} of params; end the "
-                "list with ('', label) or ('', FROZEN) to catch the rest."
-            )
-
-        treedef = jax.tree.structure(params)
-        return jax.tree.unflatten(treedef, [label_of(name) for name in names])
-
-    return labels
-
-
-def blocks(
-    n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
-) -> Callable[[PyTree], PyTree]:
-    """`n` subsets of consecutive tensors, of equal size up to one tensor.
-
-    Args:
-      n: the number of subsets.
-      of: a function from params to labels, such as `per_tensor` or `per_layer`, whose
-        subsets are grouped.
-
-    Returns:
-      A function from params to labels, to be passed as `param_labels`.
-
-    Raises:
-      ValueError: `n` is not positive; raised by that function if `n` is greater than
-        the number of subsets to group.
-
-    Example:
-      >>> blocks(2)({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0})
-      {'a': 'block 0', 'b': 'block 0', 'c': 'block 1', 'd': 'block 1'}
-    """
-    return _grouping("blocks", n, of, lambda i, count: f"block {i * n // count}")
-
-
-def alternate(
-    n: int, of: str | Callable[[PyTree], PyTree] = per_tensor
-) -> Callable[[PyTree], PyTree]:
-    """`n` subsets of alternating tensors: tensor i belongs to subset i modulo `n`.
-
-    Args:
-      n: the number of subsets.
-      of: a function from params to labels, such as `per_tensor` or `per_layer`, whose
-        subsets are grouped.
-
-    Returns:
-      A function from params to labels, to be passed as `param_labels`.
-
-    Raises:
-      ValueError: `n` is not positive; raised by that function if `n` is greater than
-        the number of subsets to group.
-
-    Example:
-      >>> alternate(2)({"a": 0.0, "b": 0.0, "c": 0.0})
-      {'a': 'turn 0', 'b': 'turn 1', 'c': 'turn 0'}
-    """
-    return _grouping("alternate", n, of, lambda i, count: f"turn {i % n}")
-
-
-def _grouping(
-    caller: str,
-    n: int,
-    of: str | Callable[[PyTree], PyTree],
-    label_of: Callable[[int, int], str],
-) -> Callable[[PyTree], PyTree]:
-    """Labels that group the subsets of `of` by their positions."""
-    if n < 1:
-        raise ValueError(f"{caller}: n must be at least 1, got {n}.")
-
-    label_fn = by_name(of)
-
-    def labels(params: PyTree) -> PyTree:
-        leaves, treedef = jax.tree.flatten(params)
-        finer = labels_of_leaves(label_fn(params), params)
-        if not all(isinstance(x, str | int) for x in finer):
-            raise TypeError(
-                f"{caller}: of= must return one label per leaf, not arrays."
-            )
-        order = dict.fromkeys(
-            x
-            for x, leaf in zip(finer, leaves, strict=True)
-            if x != FROZEN and 0 not in np.shape(leaf)
-        )
-        if n > len(order):
-            raise ValueError(
-                f"{caller}: n = {n}, but there are only {len(order)} subsets to group."
-            )
-        coarser = {x: label_of(i, len(order)) for i, x in enumerate(order)}
-        return jax.tree.unflatten(treedef, [coarser.get(x, FROZEN) for x in finer])
-
-    return labels
-
-
 _BY_NAME = {
     fn.__name__: fn
-    for fn in (per_tensor, whole, weights_biases, per_layer, per_element)
+    for fn in (
+        auto,
+        per_tensor,
+        per_matrix,
+        whole,
+        weights_biases,
+        per_layer,
+        per_element,
+    )
 }
 
 
