@@ -117,6 +117,8 @@ SWEEPS: dict[str, Candidate] = {
         lambda rate, steps: pn.partition_newton(update_interval=rate.astype(int)),
         np.array([10.0, 20.0, 30.0, 100.0]),
     ),
+    "per_tensor": _fixed(lambda: pn.partition_newton(param_labels="per_tensor")),
+    "per_matrix": _fixed(lambda: pn.partition_newton(param_labels="per_matrix")),
     "factor": Candidate(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
     "factor_adam": Candidate(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),

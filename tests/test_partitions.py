@@ -750,7 +750,7 @@ def deep_params(layers):
 
 
 def test_leaves_with_fewer_than_two_axes_are_one_subset_beside_the_matrices():
-    params = deep_params(2) + [{"scale": jnp.ones(()), "kernel": jnp.ones((2, 2, 2))}]
+    params = [*deep_params(2), {"scale": jnp.ones(()), "kernel": jnp.ones((2, 2, 2))}]
     partition = partition_of(params, partitions.per_matrix)
     assert partition.names == ("vectors", "0/kernel", "1/kernel", "2/kernel")
 
