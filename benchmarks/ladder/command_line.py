@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.ladder import images, kfac, plan, report, rungs, text
-from benchmarks.ladder.optimizers import DEFAULT, ENTRIES, KFAC, OURS
+from benchmarks.ladder import images, plan, report, rungs, text
+from benchmarks.ladder.optimizers import DEFAULT, ENTRIES, OURS
 from benchmarks.ladder.run import CLOCKS, Job, run
 
 __all__ = ["main"]
@@ -87,7 +87,7 @@ def _complete(name: str, folder: Path, options: argparse.Namespace, end: float) 
     """Makes all runs of a rung in one process, whose crash is stored as a failure."""
     process = reporting.executor()
     steps = process.submit(_steps, name, options.scale).result()
-    settings = _settings(name, max(LEAST_STEPS, steps // options.divide), options)
+    settings = _settings(max(LEAST_STEPS, steps // options.divide), options)
     common = {"clock": options.clock, "scale": options.scale}
     with tqdm(desc=name, unit="run") as bar:
         while jobs := plan.missing(_records(name, folder), settings):
@@ -118,13 +118,9 @@ def _steps(rung: str, scale: int) -> int:
     return rungs.make(rung, scale).steps
 
 
-def _settings(name: str, steps: int, options: argparse.Namespace) -> plan.Settings:
+def _settings(steps: int, options: argparse.Namespace) -> plan.Settings:
     chosen = options.optimizers or (QUICK if options.quick else DEFAULT)
-    if options.optimizers is None and not options.quick and kfac.is_installed():
-        chosen = (*chosen, KFAC)
-    entries = [x for x in chosen if x != KFAC or name in kfac.RUNGS]
-    if plan.REFERENCE not in entries:
-        entries = [plan.REFERENCE, *entries]
+    entries = list(dict.fromkeys((plan.REFERENCE, *chosen)))
     return plan.Settings(steps, entries, options.seeds, options.rates)
 
 
@@ -150,7 +146,7 @@ def _write(names: Sequence[str], folder: Path, options: argparse.Namespace) -> N
         records = _records(name, folder)
         if records:
             steps = next(iter(records.values()))["base_steps"]
-            settings = _settings(name, steps, options)
+            settings = _settings(steps, options)
             shown = {job: r for job, r in records.items() if r["base_steps"] == steps}
             everything = tuple(x for x in ENTRIES if any(j.entry == x for j in shown))
             tables[name] = shown, settings._replace(entries=everything)

@@ -14,7 +14,7 @@ from optax import contrib
 
 import partnewton as pn
 
-__all__ = ["DEFAULT", "ENTRIES", "FAMILIES", "KFAC", "OURS", "VARIANTS", "Entry"]
+__all__ = ["DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
 
 PyTree = Any
 WARM_UP = 0.05  # of the steps
@@ -95,9 +95,6 @@ def _fixed(make: Callable[[], Any]) -> Entry:
     return Entry(lambda rate, steps: make())
 
 
-KFAC = "kfac"
-"""The entry that is not an optax transformation, see :mod:`benchmarks.ladder.kfac`."""
-
 _RIVALS: dict[str, Entry] = {
     **{
         f"{name}_{schedule}": _scheduled(make, schedule_fn, rates)
@@ -111,7 +108,6 @@ _RIVALS: dict[str, Entry] = {
     ),
     "prodigy": _fixed(contrib.prodigy),
     "momo_adam": _fixed(contrib.momo_adam),
-    KFAC: _fixed(optax.identity),
 }
 
 # --- Ours ------------------------------------------------------------------------
@@ -140,10 +136,10 @@ VARIANTS: dict[str, Entry] = {
 """Experiments with ours, which run only if they are named."""
 
 ENTRIES: dict[str, Entry] = OURS | _RIVALS | VARIANTS
-DEFAULT = tuple(x for x in ENTRIES if x not in VARIANTS and x != KFAC)
+DEFAULT = tuple(x for x in ENTRIES if x not in VARIANTS)
 FAMILIES: dict[str, tuple[str, ...]] = {
     **{x: (x,) for x in (*OURS, *VARIANTS)},
     **{name: tuple(f"{name}_{s}" for s in _SCHEDULES) for name in _TUNED},
-    **{x: (x,) for x in ("schedule_free", "prodigy", "momo_adam", KFAC)},
+    **{x: (x,) for x in ("schedule_free", "prodigy", "momo_adam")},
 }
 """Rows of the tables, and their entries, of which the best one is shown."""

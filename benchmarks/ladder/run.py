@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from benchmarks.ladder import rungs, text
-from benchmarks.ladder.optimizers import ENTRIES, KFAC
+from benchmarks.ladder.optimizers import ENTRIES
 from benchmarks.ladder.rung import Batch, Rung
 from benchmarks.training_loop import batches, evenly_spaced
 from benchmarks.training_step import training_step
@@ -118,12 +118,8 @@ def _rung(name: str, scale: int) -> tuple[Rung, Batch]:
 
 
 @functools.lru_cache(1)
-def _program(rung: str, entry: str, clock: str, scale: int) -> Any:
+def _program(rung: str, entry: str, clock: str, scale: int) -> "Program":
     jax.clear_caches()
-    if entry == KFAC:
-        from benchmarks.ladder import kfac
-
-        return kfac.Program(*_rung(rung, scale), CLOCKS[clock])
     return Program(*_rung(rung, scale), entry, CLOCKS[clock])
 
 

@@ -42,8 +42,6 @@ class Rung(NamedTuple):
       steps: the number of steps of a run.
       augment: ``augment(key, batch) -> batch``, applied to batches of training.
       evaluated: how many training and how many test examples are evaluated.
-      outputs: ``outputs(params, x)``, for losses that are a cross entropy or a mean
-        square of them, and networks without statistics; None otherwise.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -56,7 +54,6 @@ class Rung(NamedTuple):
     steps: int
     augment: Callable[[jax.Array, Batch], Batch] | None = None
     evaluated: int = 1024
-    outputs: Callable[[PyTree, jax.Array], jax.Array] | None = None
 
 
 def stateless(network: networks.Network) -> Module:

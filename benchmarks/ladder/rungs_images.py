@@ -29,25 +29,19 @@ def _mlp_digits(scale: int) -> Rung:
     train, test = problems_base.digits()
     widths = [64, *_scaled((128, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(
-        network, train, test, batch=64, steps=1500, outputs=network.apply
-    )
+    return _classifier(network, train, test, batch=64, steps=1500)
 
 
 def _mlp_fashion(scale: int) -> Rung:
     train, test = _rows()
     widths = [784, *_scaled((512, 256), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(
-        network, train, test, batch=128, steps=2000, outputs=network.apply
-    )
+    return _classifier(network, train, test, batch=128, steps=2000)
 
 
 def _lenet_fashion(scale: int) -> Rung:
     network = networks_images.lenet(scale)
-    return _classifier(
-        network, *images.load(), batch=100, steps=2000, outputs=network.apply
-    )
+    return _classifier(network, *images.load(), batch=100, steps=2000)
 
 
 def _cnn_fashion(scale: int) -> Rung:
@@ -74,9 +68,7 @@ def _deep_fashion(scale: int) -> Rung:
     train, test = _rows()
     widths = [784, *_scaled((256,) * DEEP, scale), 10]
     network = networks.mlp(widths, jax.nn.elu, jax.nn.initializers.he_normal())
-    return _classifier(
-        network, train, test, batch=100, steps=2500, outputs=network.apply
-    )
+    return _classifier(network, train, test, batch=100, steps=2500)
 
 
 def _vit_fashion(scale: int) -> Rung:
