@@ -6,6 +6,7 @@ over two of them; the first 256 tokens are the bytes, so that each text can be e
 """
 
 import collections
+import heapq
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -38,21 +39,29 @@ def learn(text: bytes, vocabulary: int) -> list[Merge]:
         for pair in itertools.pairwise(tokens):
             pairs[pair] += counts[n]
             places[pair].add(n)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
     merges: list[Merge] = []
-    while 256 + len(merges) < vocabulary and pairs:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        if pairs[best] < 2:
+    while 256 + len(merges) < vocabulary and heap:
+        count, best = heapq.heappop(heap)
+        if -count != pairs[best]:
+            continue  # it has changed since, and has another entry
+        if -count < 2:
             break
         token = 256 + len(merges)
         merges.append(best)
+        changed = set()
         for n in places.pop(best):
-            for pair in itertools.pairwise(spelled[n]):
+            before, after = spelled[n], _merged(spelled[n], best, token)
+            spelled[n] = after
+            for pair in itertools.pairwise(before):
                 pairs[pair] -= counts[n]
-            spelled[n] = _merged(spelled[n], best, token)
-            for pair in itertools.pairwise(spelled[n]):
+            for pair in itertools.pairwise(after):
                 pairs[pair] += counts[n]
                 places[pair].add(n)
-        del pairs[best]
+            changed.update(itertools.pairwise(before), itertools.pairwise(after))
+        for pair in changed - {best}:
+            heapq.heappush(heap, (-pairs[pair], pair))
     return merges
 
 

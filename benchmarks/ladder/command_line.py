@@ -10,6 +10,7 @@ Each run is stored in a file of its own, and runs that are there are not repeate
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, _ = reporting.started(parser, "benchmarks.ladder", argv)
     if options.clock == "cpu":
         reporting.use_one_thread()
+    # The processes share an accelerator.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _shorten(options)
     text.use_cache(options.output.resolve())
     names = _names(options, parser)

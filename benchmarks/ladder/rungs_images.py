@@ -34,9 +34,9 @@ def _mlp_digits(scale: int) -> Rung:
 
 def _mlp_fashion(scale: int) -> Rung:
     train, test = _rows()
-    widths = [784, *_scaled((512, 256), scale), 10]
+    widths = [784, *_scaled((256, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(network, train, test, batch=128, steps=2000)
+    return _classifier(network, train, test, batch=128, steps=1500)
 
 
 def _lenet_fashion(scale: int) -> Rung:
@@ -66,9 +66,9 @@ def _vgg_fashion(scale: int) -> Rung:
 
 def _deep_fashion(scale: int) -> Rung:
     train, test = _rows()
-    widths = [784, *_scaled((256,) * DEEP, scale), 10]
+    widths = [784, *_scaled((128,) * DEEP, scale), 10]
     network = networks.mlp(widths, jax.nn.elu, jax.nn.initializers.he_normal())
-    return _classifier(network, train, test, batch=100, steps=2500)
+    return _classifier(network, train, test, batch=100, steps=1500)
 
 
 def _vit_fashion(scale: int) -> Rung:
