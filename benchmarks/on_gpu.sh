@@ -24,20 +24,20 @@ export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
     python3 -c "import sys, jax, optax, flax; print(sys.version.split()[0], jax.__version__, optax.__version__, flax.__version__, jax.devices())"
 } > "$output/machine.txt" 2>&1
 
-rungs=(gpt_gpu resnet18_gpu)
+rungs=(gpt_scan_gpu resnet18_gpu)
 ladder=(--clock wall --rates 1 --seeds 1 --scale "${SCALE:-1}" --divide "${DIVIDE:-5}"
-    --optimizers partition_newton total_steps adamw_cosine muon_cosine
+    --optimizers partition_newton adamw_cosine muon_cosine total_steps
     --output "$output/ladder" ${DATA:+--data-dir "$DATA"})
 for rung in "${rungs[@]}"; do
-    timeout 140 python3 -m benchmarks.ladder --rungs "$rung" --minutes 1.8 "${ladder[@]}" > "$output/$rung.log" 2>&1
+    timeout 170 python3 -m benchmarks.ladder --rungs "$rung" --minutes 2.3 "${ladder[@]}" > "$output/$rung.log" 2>&1
 done
-timeout 30 python3 -m benchmarks.ladder --rungs "${rungs[@]}" --report "${ladder[@]}" > "$output/ladder.log" 2>&1
-timeout 140 python3 -m benchmarks.cost --networks "${networks[@]}" \
+timeout 25 python3 -m benchmarks.ladder --rungs "${rungs[@]}" --report "${ladder[@]}" > "$output/ladder.log" 2>&1
+timeout 110 python3 -m benchmarks.cost --networks "${networks[@]}" \
     --optimizers adamw muon partition_newton --turns 1 --seconds 2 --max-seconds 8 \
     --output "$output/cost" > "$output/cost.log" 2>&1
-timeout 80 python3 -m benchmarks.summary --model mlp cnn transformer lstm resnet18 \
+timeout 65 python3 -m benchmarks.summary --model mlp cnn transformer lstm resnet18 \
     --engine adjoint --scale "${SCALE:-1}" --repeats 3 --output "$output/summary" > "$output/summary.log" 2>&1
-timeout 60 python3 -m pytest -q -p no:cacheprovider --tb=short --maxfail=3 tests/test_engines.py \
+timeout 45 python3 -m pytest -q -p no:cacheprovider --tb=short --maxfail=3 tests/test_engines.py \
     > "$output/tests.log" 2>&1
 python3 - "$output" << 'END'
 import json
