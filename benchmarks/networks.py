@@ -12,14 +12,18 @@ from jax import lax
 __all__ = [
     "Network",
     "affine",
+    "attention_block",
+    "attention_block_params",
     "cnn",
     "conv",
     "dense_params",
     "factors",
+    "layer_norm",
     "lecun_normal",
     "lstm",
     "lstm_cell",
     "mlp",
+    "norm_params",
     "residual",
     "transformer",
 ]
@@ -172,6 +176,44 @@ def factors(rows: int, columns: int, rank: int) -> Network:
     return Network(init, apply)
 
 
+def attention_block_params(
+    keys: Sequence[jax.Array],
+    width: int,
+    hidden: int,
+    qkv_bias: bool = True,
+    kernel_init: Init = lecun_normal,
+) -> PyTree:
+    """The parameters of :func:`attention_block`, from four keys."""
+
+    def dense(key: jax.Array, *shape: int) -> PyTree:
+        return dense_params(key, *shape, kernel_init=kernel_init)
+
+    qkv, out, up, down = keys
+    qkv_params = dense(qkv, width, 3 * width)
+    return {
+        "norm1": norm_params(width),
+        "qkv": qkv_params if qkv_bias else qkv_params["kernel"],
+        "out": dense(out, width, width),
+        "norm2": norm_params(width),
+        "up": dense(up, width, hidden * width),
+        "down": dense(down, hidden * width, width),
+    }
+
+
+def attention_block(
+    block: PyTree, x: jax.Array, heads: int, *, is_causal: bool
+) -> jax.Array:
+    """Self-attention and a perceptron with gelu, pre-norm; x is (batch, n, width)."""
+    normed = layer_norm(block["norm1"], x)
+    has_bias = isinstance(block["qkv"], dict)
+    qkv = affine(block["qkv"], normed) if has_bias else normed @ block["qkv"]
+    q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in jnp.split(qkv, 3, axis=-1))
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+    x = x + affine(block["out"], mixed.reshape(x.shape))
+    h = jax.nn.gelu(affine(block["up"], layer_norm(block["norm2"], x)))
+    return x + affine(block["down"], h)
+
+
 def transformer(
     vocabulary: int,
     width: int,
@@ -201,20 +243,12 @@ def transformer(
     def dense(key: jax.Array, *shape: int) -> PyTree:
         return dense_params(key, *shape, kernel_init=kernel_init)
 
-    def init_block(qkv: jax.Array, out: jax.Array, up: jax.Array, down: jax.Array):
-        qkv_params = dense(qkv, width, 3 * width)
-        return {
-            "norm1": norm_params(width),
-            "qkv": qkv_params if qkv_bias else qkv_params["kernel"],
-            "out": dense(out, width, width),
-            "norm2": norm_params(width),
-            "up": dense(up, width, hidden * width),
-            "down": dense(down, hidden * width, width),
-        }
+    def init_block(keys: jax.Array) -> PyTree:
+        return attention_block_params(keys, width, hidden, qkv_bias, kernel_init)
 
     def init(key: jax.Array) -> PyTree:
         embedding, position, head, *keys = jax.random.split(key, 4 * layers + 3)
-        blocks = [init_block(*keys[4 * i : 4 * i + 4]) for i in range(layers)]
+        blocks = [init_block(keys[4 * i : 4 * i + 4]) for i in range(layers)]
         params = {
             "embedding": embedding_init(embedding, (vocabulary, width)),
             "position": embedding_init(position, (length, width)),
@@ -226,15 +260,7 @@ def transformer(
         return params if tied else params | {"head": dense(head, width, vocabulary)}
 
     def apply_block(block: PyTree, x: jax.Array) -> jax.Array:
-        normed = layer_norm(block["norm1"], x)
-        qkv = affine(block["qkv"], normed) if qkv_bias else normed @ block["qkv"]
-        q, k, v = (
-            y.reshape(*y.shape[:-1], heads, -1) for y in jnp.split(qkv, 3, axis=-1)
-        )
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + affine(block["out"], mixed.reshape(x.shape))
-        h = jax.nn.gelu(affine(block["up"], layer_norm(block["norm2"], x)))
-        return x + affine(block["down"], h)
+        return attention_block(block, x, heads, is_causal=True)
 
     def apply(params: PyTree, x: jax.Array) -> jax.Array:
         x = params["embedding"][x] + params["position"]

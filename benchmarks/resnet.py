@@ -42,8 +42,10 @@ class ResidualBlock(nnx.Module):
 class ResNet(nnx.Module):
     """ResNet-18 for images of 32 x 32: the first layer is 3 x 3, without pooling."""
 
-    def __init__(self, widths: Sequence[int], classes: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, widths[0], (3, 3), use_bias=False, rngs=rngs)
+    def __init__(
+        self, widths: Sequence[int], classes: int, rngs: nnx.Rngs, inputs: int = 3
+    ):
+        self.conv = nnx.Conv(inputs, widths[0], (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(widths[0], rngs=rngs)
         blocks, inputs = [], widths[0]
         for stage, width in enumerate(widths):

@@ -13,7 +13,7 @@ import optax
 from benchmarks.problems_base import Problem
 from benchmarks.training_step import training_step
 
-__all__ = ["TrainingCurves", "batches", "seconds_per_step", "train"]
+__all__ = ["TrainingCurves", "batches", "evenly_spaced", "seconds_per_step", "train"]
 
 EVALUATIONS = 25
 MAX_EVALUATED = 1500
@@ -102,8 +102,8 @@ def _run(
     order: jax.Array,
 ) -> tuple[jax.Array, ...]:
     tx = optax.with_extra_args_support(make(rate, problem.steps))
-    train_x, train_y = map(jnp.asarray, _evenly_spaced(problem.train))
-    test_x, test_y = map(jnp.asarray, _evenly_spaced(problem.test))
+    train_x, train_y = map(jnp.asarray, evenly_spaced(problem.train))
+    test_x, test_y = map(jnp.asarray, evenly_spaced(problem.test))
     step = _stepper(problem, tx)
 
     def evaluate(params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -141,10 +141,10 @@ def _stepper(
     return scan_step
 
 
-def _evenly_spaced(
-    data: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MAX_EVALUATED` examples, evenly spaced."""
-    count = min(len(data[0]), MAX_EVALUATED)
+def evenly_spaced(
+    data: tuple[np.ndarray, ...], limit: int = MAX_EVALUATED
+) -> tuple[np.ndarray, ...]:
+    """At most `limit` examples, evenly spaced."""
+    count = min(len(data[0]), limit)
     indices = np.linspace(0, len(data[0]) - 1, count).astype(int)
-    return data[0][indices], data[1][indices]
+    return tuple(x[indices] for x in data)

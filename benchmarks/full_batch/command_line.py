@@ -9,7 +9,6 @@ Each run is stored in a file of its own, and runs that are there are not repeate
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -30,12 +29,6 @@ __all__ = ["main"]
 DTYPES = ("float32", "float64")
 QUICK = ("rosenbrock", "heisenberg_mlp", "poisson_2d")
 ALL = (*OPTIMIZERS, SCIPY)
-ONE_THREAD = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-}
-"""So that CPU seconds are the seconds of an idle machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, _ = reporting.started(parser, "benchmarks.full_batch", argv)
     if options.clock == "cpu":
-        os.environ.update({k: v for k, v in ONE_THREAD.items() if k not in os.environ})
+        reporting.use_one_thread()
     seconds = min(options.seconds, 2.0) if options.quick else options.seconds
     # Runs of other lengths are no substitute.
     folder = options.output / f"runs_{seconds:g}s_{options.clock}"

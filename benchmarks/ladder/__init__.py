@@ -1,0 +1,1 @@
+"""Training on real data, with networks from small to millions of parameters."""
