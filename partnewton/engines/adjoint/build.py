@@ -95,7 +95,7 @@ def _program_of_graph(
     ops = tuple(_op_of(part, flat, active, relevant, singularities) for part in parts)
     all_inputs = (*flat.constants, *flat.inputs)
     fixed = all_inputs[: len(flat.constants) + num_fixed] if is_body else ()
-    program = Program(all_inputs, tuple(flat.outputs), ops, fixed)
+    program = Program(all_inputs, tuple(flat.outputs), ops, fixed, is_body)
     if not final:
         return program
     return dataclasses.replace(

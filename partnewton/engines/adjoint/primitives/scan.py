@@ -83,13 +83,13 @@ class _Scan:
         """The jets of the outputs, and the terms of all iterations."""
         constants, _, _ = self.loop.split(self.loop.inputs)
         fixed = [*self.loop.closed, *(self.values[v] for v in constants)]
-        known = self.loop.body.invariants(fixed)
 
         def iterate(carry: tuple, scanned: tuple) -> tuple:
             rows, *totals = carry
             inside, cotangents, xs = scanned
             jets = self._entering(rows, xs)
-            inside = Residuals({**known, **inside.values}, inside.loops)
+            values = self.loop.body.completed(fixed, inside)
+            inside = Residuals(values, inside.loops)
             ops = enumerate(self.loop.body.ops)
             terms = sweep(ops, inside, cotangents, jets, self.request)
             more = terms.total(self.everyone, self.request.dtype)
