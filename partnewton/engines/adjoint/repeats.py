@@ -31,13 +31,15 @@ class Part:
     Attributes:
       numbers: of the operations in the program.
       ops: the operations.
-      read: the active variables that they read from outside.
+      inputs: the variables that the operations read, each once.
+      read: the active ones that they read from outside.
       written: those that they write and that are read outside.
       kept: the positions of those that are also read after the next part.
     """
 
     numbers: tuple[int, ...]
     ops: tuple[Op, ...]
+    inputs: tuple[Variable, ...]
     read: tuple[Variable, ...]
     written: tuple[Variable, ...]
     kept: tuple[int, ...]
@@ -131,11 +133,11 @@ def _key(program: Program, numbers: Sequence[int]) -> Hashable | None:
     slots: dict[Variable, int] = {}
     key = []
     for op in ops:
+        variables = [v for v in op.inputs if is_variable(v)]
         wiring = tuple(
             inside[v] if v in inside else slots.setdefault(v, len(slots))
-            for v in op.read
+            for v in variables
         )
-        variables = [v for v in op.inputs if is_variable(v)]
         jaxpr = compat.jaxpr_of(op.equations, variables, op.outputs)
         try:
             key.append((op.rule, wiring, key_of_program(jaxpr)))
@@ -172,10 +174,12 @@ def _parts(
     for numbers in stretches:
         ops = tuple(program.ops[n] for n in numbers)
         own = {v for op in ops for v in op.outputs}
+        inputs = dict.fromkeys(v for op in ops for v in filter(is_variable, op.inputs))
         outside = dict.fromkeys(v for op in ops for v in op.read if v not in own)
         yield Part(
             tuple(numbers),
             ops,
+            tuple(inputs),
             tuple(outside),
             tuple(ops[k].outputs[i] for k, i in written),
             tuple(n for n, place in enumerate(written) if place in kept),
