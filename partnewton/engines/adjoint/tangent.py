@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.spans import Span, overlap, segments
 
-__all__ = ["Jet", "Tangent", "add", "densify", "restrict"]
+__all__ = ["Jet", "Tangent", "add", "densify", "densify_jet", "restrict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,11 @@ def densify(
     if after:
         parts.append(_zero_rows(tangent.values[:1], after))
     return jnp.concatenate(parts)
+
+
+def densify_jet(jet: Jet, span: Span, num_orders: int, like: jax.Array) -> Jet:
+    """The jet with all rows of a span, of the first one or two orders, none of None."""
+    return Jet(*(Tangent(densify(x, span, like), span.start) for x in jet[:num_orders]))
 
 
 def add(*terms: Tangent | None) -> Tangent | None:
