@@ -138,7 +138,7 @@ PARTITIONS = {
     "weights_biases": pn.partitions.weights_biases,
     "whole": pn.partitions.whole,
     "alternate": pn.partitions.alternate(3),
-    "one_for_biases": pn.partitions.by_path([("b", "b"), ("(.).*w", r"\1")]),
+    "one_for_biases": pn.partitions.by_path([("b", "b"), (r"(\d+)", r"\1")]),
     "per_element": pn.partitions.per_element,
     "frozen": pn.partitions.by_path(
         [("(0|4).*w", pn.partitions.FROZEN), ("(.)", r"\1")]
@@ -225,16 +225,25 @@ def num_equations(jaxpr):
     return total
 
 
-def size_beyond_the_gradient(num_layers):
-    ps = params(num_layers)
-    summary = functools.partial(pn.summarize, plain, engine="adjoint")
+def size_beyond_the_gradient(loss, name, num_layers):
+    ps, labels = params(num_layers), PARTITIONS[name]
+    summary = functools.partial(pn.summarize, loss, param_labels=labels)
     sizes = [
         num_equations(jax.make_jaxpr(summary)(ps, ps)),
-        num_equations(jax.make_jaxpr(jax.grad(plain))(ps)),
+        num_equations(jax.make_jaxpr(jax.grad(loss))(ps)),
     ]
     return sizes[0] - sizes[1]
 
 
-def test_a_deep_network_is_traced_in_few_operations():
-    few, many = size_beyond_the_gradient(12), size_beyond_the_gradient(36)
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (plain, "per_tensor"),
+        (plain, "weights_biases"),
+        (plain, "one_for_biases"),
+        (with_shared_weights, "per_tensor"),
+    ],
+)
+def test_a_deep_network_is_traced_in_few_operations(loss, name):
+    few, many = (size_beyond_the_gradient(loss, name, n) for n in (12, 36))
     assert many < 1.5 * few

@@ -1,15 +1,15 @@
 """Which repeated parts become one scan, and the rows of their tangents.
 
-See :mod:`partnewton.engines.adjoint.rolled` for an example. The parameters of a part
-must depend on the subsets of those of the part before, shifted by one number for all.
-With one subset for each tensor, it is the number of tensors in a layer; with one subset
-for all weights and another one for all biases, it is 0. What a part reads besides its
-parameters must have been written or read by the part before.
+See :mod:`partnewton.engines.adjoint.rolled` for an example. From one part to the next,
+the subsets of a parameter are the same, or shifted by a number that is the same for all
+parameters. With one subset for each tensor, it is the number of tensors in a layer.
+What a part reads besides its parameters must have been written or read by the part
+before.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -39,42 +39,40 @@ def groups_of(
       Consecutive parts, and their layout, or None if a scan of these is not possible or
       not worthwhile.
     """
-    for run, shift in _with_one_shift(parts, leaves, spans):
+    for run, shifts in _with_equal_shifts(parts, leaves, spans):
         for group in _groups(run):
-            yield group, _layout(group, shift, leaves, spans)
+            yield group, _layout(group, shifts, leaves, spans)
 
 
-def _with_one_shift(
+def _with_equal_shifts(
     parts: Sequence[Part], leaves: Collection[Variable], spans: Spans
-) -> Iterator[tuple[list[Part], int]]:
-    """Consecutive parts with the same shift from one to the next."""
-    run, shift = [parts[0]], None
+) -> Iterator[tuple[list[Part], dict[int, int]]]:
+    """Consecutive parts with the same shifts from one to the next."""
+    run, shifts = [parts[0]], None
     for before, part in itertools.pairwise(parts):
-        new = _shift_between(before, part, leaves, spans)
-        if new is not None and shift in (None, new):
+        new = _shifts(before, part, leaves, spans)
+        if new is not None and shifts in (None, new):
             run.append(part)
-            shift = new
+            shifts = new
         else:
-            yield run, shift or 0
-            run, shift = [part], None
-    yield run, shift or 0
+            yield run, shifts or {}
+            run, shifts = [part], None
+    yield run, shifts or {}
 
 
-def _shift_between(
+def _shifts(
     part: Part, following: Part, leaves: Collection[Variable], spans: Spans
-) -> int | None:
-    """The difference of the subsets of all parameters; None if there is not one."""
-    shifts = set()
-    for v, w in zip(part.read, following.read, strict=True):
+) -> dict[int, int] | None:
+    """By how much the subsets of each parameter differ; None if not by a shift."""
+    shifts = {}
+    for n, (v, w) in enumerate(zip(part.read, following.read, strict=True)):
         if (v in leaves) != (w in leaves):
             return None
         if v in leaves and (v in spans or w in spans):
             if v not in spans or w not in spans or spans[v].count != spans[w].count:
                 return None
-            shifts.add(spans[w].start - spans[v].start)
-    if not shifts:
-        return 0
-    return shifts.pop() if len(shifts) == 1 and min(shifts) >= 0 else None
+            shifts[n] = spans[w].start - spans[v].start
+    return shifts
 
 
 def _groups(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
@@ -91,7 +89,8 @@ class Layout:
 
     Attributes:
       everyone: the rows of all variables.
-      shift: by how many rows they are shifted from one part to the next.
+      num_fixed: how many rows, the first ones, are the same in all parts.
+      shift: by how many rows the others are shifted from one part to the next.
       own: the rows of the parameters, for all those that have a tangent.
       sources: for other variables, where the part before has them: ("written", n) or
         ("read", n).
@@ -99,6 +98,7 @@ class Layout:
     """
 
     everyone: Span
+    num_fixed: int
     shift: int
     own: dict[int, Span]
     sources: dict[int, tuple[str, int]]
@@ -106,36 +106,43 @@ class Layout:
 
 
 def _layout(
-    parts: Sequence[Part], shift: int, leaves: Collection[Variable], spans: Spans
+    parts: Sequence[Part],
+    shifts: dict[int, int],
+    leaves: Collection[Variable],
+    spans: Spans,
 ) -> Layout | None:
     """The layout of parts; None if a scan is not possible or not worthwhile."""
-    if len(parts) < LEAST_PARTS:
-        return None
     first, last = parts[0], parts[-1]
+    steps = sorted({step for step in shifts.values() if step})
+    if len(parts) < LEAST_PARTS or len(steps) > 1 or (steps and steps[0] < 0):
+        return None
     inputs = [n for n, v in enumerate(first.read) if v not in leaves]
     sources = [_sources(*pair, inputs) for pair in itertools.pairwise(parts)]
     if sources[0] is None or any(x != sources[0] for x in sources):
         return None
-    stops = [
-        spans[v].stop + shift * (len(parts) - 1 - k)
+
+    def stops(part: Part, places: Iterable[int]) -> list[int]:
+        return [spans[part.read[n]].stop for n in places if part.read[n] in spans]
+
+    shift = steps[0] if steps else 0
+    num_rows = max(stops(last, range(len(last.read))), default=0)
+    shifted = [spans[first.read[n]].start for n, step in shifts.items() if step]
+    num_fixed = min(shifted, default=num_rows)
+    fixed = stops(first, [*inputs, *(n for n, step in shifts.items() if not step)])
+    has_room = all(
+        stop <= num_fixed or stop + shift * (len(parts) - 1 - k) <= num_rows
         for k, part in enumerate(parts)
-        for v in part.read
-        if v in spans
-    ]
-    stops += [
-        spans[v].stop + shift * len(parts)
-        for n, v in enumerate(first.read)
-        if n in inputs and v in spans
-    ]
-    rows = max((spans[v].stop for v in last.read if v in spans), default=0)
-    if not rows or max(stops) > rows:  # rows would be shifted out at the end
+        for stop in stops(part, range(len(part.read)))
+    )
+    if not num_rows or not has_room or max(fixed, default=0) > num_fixed:
         return None
     linked = {n for how, n in sources[0].values() if how == "written"}
     count = len(first.written)
     return Layout(
-        Span(0, rows),
+        Span(0, num_rows),
+        num_fixed,
         shift,
-        {n: spans[v] for n, v in enumerate(last.read) if v in leaves and v in spans},
+        {n: spans[last.read[n]] for n in shifts},
         sources[0],
         [n for n in range(count) if n not in linked or n in first.kept],
     )

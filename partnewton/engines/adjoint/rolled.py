@@ -16,7 +16,8 @@ zeros in front:
 The subset of a weight then has the same row in each part, so that the parts become one
 function, the body of a `scan`. From one part to the next, rows are shifted by the
 number of subsets of a part, here 1: the first row, which is zero, is dropped, and a row
-of zeros is appended. The sums of terms are shifted in the same way.
+of zeros is appended. The sums of terms are shifted in the same way. The rows of other
+subsets, of earlier operations or common to all parts, come first and stay.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -87,7 +88,8 @@ def _scan(
         return densify_jet(jet, everyone, request.num_orders, like)
 
     def shifted(rows: jax.Array) -> jax.Array:
-        return densify(Tangent(rows[layout.shift :]), everyone)
+        rows = _without_zeros(rows, layout, 1)
+        return densify(Tangent(rows), everyone)
 
     def iterate(carry: tuple, scanned: list) -> tuple:
         carried, hessian, third = jax.tree.map(shifted, carry)
@@ -115,10 +117,7 @@ def _scan(
         [_inputs(some, layout, residuals, cotangents, jets) for some in parts]
     )
     before = {
-        n: all_rows(
-            _later(jets.get(part.read[n], Jet()), layout.shift * len(parts)),
-            residuals.values[part.read[n]],
-        )
+        n: all_rows(jets.get(part.read[n], Jet()), residuals.values[part.read[n]])
         for n in layout.sources
     }
     zeros = Terms().total(everyone, request.dtype)
@@ -143,9 +142,13 @@ def _inputs(
     return values_of(part.inputs, residuals.values), some, own
 
 
-def _later(jet: Jet, count: int) -> Jet:
-    """The jet with its rows shifted to later subsets."""
-    return Jet(*(x and Tangent(x.values, x.start + count) for x in jet))
+def _without_zeros(rows: jax.Array, layout: Layout, count: int) -> jax.Array:
+    """The rows without the zeros after the fixed ones, of `count` shifts."""
+    if not layout.shift * count:
+        return rows
+    fixed = layout.num_fixed
+    rest = rows[fixed + layout.shift * count :]
+    return jnp.concatenate([rows[:fixed], rest]) if fixed else rest
 
 
 def _add_results(
@@ -165,9 +168,12 @@ def _add_results(
     """
     for n, stack in zip(layout.collected, written, strict=True):
         for k, part in enumerate(parts):
-            zeros = layout.shift * (len(parts) - 1 - k)
-            rows = (x and Tangent(x.values[k, zeros:]) for x in stack)
-            jets[part.written[n]] = Jet(*rows)
+            behind = len(parts) - 1 - k
+            orders = (
+                x and Tangent(_without_zeros(x.values[k], layout, behind))
+                for x in stack
+            )
+            jets[part.written[n]] = Jet(*orders)
     for n, (how, m) in layout.sources.items():
         if how == "written":
             jets[parts[-1].written[m]] = after[n]
