@@ -218,3 +218,20 @@ def test_a_summary_with_batched_products_can_be_differentiated():
         expected = quick_jit(jax.grad(reference))(params)
         for x, y in zip(gradient(params), expected, strict=True):
             assert_close(x, np.asarray(y), 1e-12, "gradient")
+
+
+def test_calls_inside_of_the_sweep_are_inlined():
+    """Only the sweep itself is a call of its own; XLA optimizes across all others."""
+
+    def loss(p):
+        def step(h, x):
+            return jnp.where(x > 0, jnp.tanh(h @ p + x), h), None
+
+        h, _ = lax.scan(step, jnp.zeros(3), jnp.ones((4, 3)))
+        return jnp.sum(h**2)
+
+    p = normal(3, 3)
+    lowered = jax.jit(functools.partial(pn.summarize, loss)).lower(p, p).as_text()
+    calls = [line for line in lowered.splitlines() if "call @" in line]
+    separate = [line for line in calls if 'inlineable = "false"' in line]
+    assert len(separate) == 1 < len(calls)

@@ -201,3 +201,57 @@ def test_common_networks_need_no_guards():
     summary = quick_jit(functools.partial(pn.summarize, attention))
     p = params()
     assert np.all(np.isfinite(summary(p, direction_of(p)).third))
+
+
+def recurrent(p, last):
+    """`last` of the final state of a loop, whose state is zero at the beginning."""
+
+    def step(h, x):
+        return jnp.tanh(x @ p["w"] + h * p["b"]), None
+
+    h, _ = lax.scan(step, jnp.zeros(3, p["w"].dtype), X.astype(p["w"].dtype))
+    return last(h)
+
+
+def guarded_in_loops(loss):
+    program, _ = program_of(compat.traced(loss, params())[1])
+    bodies = [op.loop.body for op in program.ops if op.loop]
+    return [op for body in bodies for op in body.ops if op.is_guarded]
+
+
+def test_a_loop_needs_guards_only_if_its_results_have_infinite_cotangents():
+    def harmless(h):
+        return jnp.sum(h**2)
+
+    def masked_root(h):
+        return jnp.sum(jnp.sqrt(jnp.where(h > 0, h, 0)))
+
+    assert not guarded_in_loops(lambda p: recurrent(p, harmless))
+    assert guarded_in_loops(lambda p: recurrent(p, masked_root))
+
+
+def root_of_the_state(p, is_first_unrolled=False):
+    """The root is singular at the initial state, which no parameter changes."""
+    x = X.astype(p["w"].dtype)
+
+    def added(x):
+        return (x @ p["w"]) ** 2 + 0.1
+
+    def step(h, x):
+        return jnp.sqrt(h) * p["b"] ** 2 + added(x), None
+
+    h = jnp.zeros(3, x.dtype)
+    if is_first_unrolled:
+        h, x = added(x[0]), x[1:]
+    return jnp.sum(lax.scan(step, h, x)[0])
+
+
+def test_a_root_of_the_constant_initial_state_of_a_loop():
+    """In the first iteration, its derivative is infinite, and its tangent zero."""
+    p = params()
+    along = direction_of(p)
+    found = pn.summarize(root_of_the_state, p, along, engine="adjoint")
+    regular = functools.partial(root_of_the_state, is_first_unrolled=True)
+    expected = pn.summarize(regular, p, along, engine="jvp_of_grad")
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)

@@ -84,6 +84,16 @@ def with_shared_weights(ps):
     return jnp.sum(x**2)
 
 
+def with_two_masks(ps):
+    """The first layer has one mask twice, the others have two different ones."""
+    x = jnp.asarray(X, ps[0]["w"].dtype)
+    a, b = jnp.array([0.5, 1, 2], x.dtype), jnp.array([2, -1, 1], x.dtype)
+    for n, p in enumerate(ps):
+        x = jnp.tanh(x @ p["w"] + p["b"] * a)
+        x = x - jnp.mean(x, 0) * (b if n else a)
+    return jnp.sum(x**2)
+
+
 def backwards(ps):
     """Weights are met in the other order."""
     return plain(ps[::-1])
@@ -117,6 +127,7 @@ LOSSES = [
     densely_connected,
     with_a_common_input,
     with_shared_weights,
+    with_two_masks,
     backwards,
     with_masks,
     through_scans,
@@ -127,6 +138,7 @@ PARTITIONS = {
     "weights_biases": pn.partitions.weights_biases,
     "whole": pn.partitions.whole,
     "alternate": pn.partitions.alternate(3),
+    "one_for_biases": pn.partitions.by_path([("b", "b"), (r"(\d+)", r"\1")]),
     "per_element": pn.partitions.per_element,
     "frozen": pn.partitions.by_path(
         [("(0|4).*w", pn.partitions.FROZEN), ("(.)", r"\1")]
@@ -213,16 +225,25 @@ def num_equations(jaxpr):
     return total
 
 
-def size_beyond_the_gradient(num_layers):
-    ps = params(num_layers)
-    summary = functools.partial(pn.summarize, plain, engine="adjoint")
+def size_beyond_the_gradient(loss, name, num_layers):
+    ps, labels = params(num_layers), PARTITIONS[name]
+    summary = functools.partial(pn.summarize, loss, param_labels=labels)
     sizes = [
         num_equations(jax.make_jaxpr(summary)(ps, ps)),
-        num_equations(jax.make_jaxpr(jax.grad(plain))(ps)),
+        num_equations(jax.make_jaxpr(jax.grad(loss))(ps)),
     ]
     return sizes[0] - sizes[1]
 
 
-def test_a_deep_network_is_traced_in_few_operations():
-    few, many = size_beyond_the_gradient(12), size_beyond_the_gradient(36)
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (plain, "per_tensor"),
+        (plain, "weights_biases"),
+        (plain, "one_for_biases"),
+        (with_shared_weights, "per_tensor"),
+    ],
+)
+def test_a_deep_network_is_traced_in_few_operations(loss, name):
+    few, many = (size_beyond_the_gradient(loss, name, n) for n in (12, 36))
     assert many < 1.5 * few

@@ -172,7 +172,12 @@ def as_call(function: Callable) -> Callable:
         with set_xla_metadata(inlineable="false"):
             return jitted(*args)
 
-    jitted = jax.jit(function)
+    def inside(*args: Any) -> Any:
+        # The context manager also applies to all that is traced inside of the call.
+        with set_xla_metadata(inlineable="true"):
+            return function(*args)
+
+    jitted = jax.jit(inside)
     return called
 
 

@@ -54,14 +54,17 @@ def program_of(
       values of these constants.
     """
     flat = flattened(jaxpr, branches)
+    active = active_variables(flat, flat.inputs)
+    singularities = singularities_of(flat, active)
     needed = [n == 0 for n in range(len(flat.outputs))]
-    program = _program_of_graph(flat, flat.inputs, needed, opaque=opaque)
+    program = _program_of_graph(flat, active, singularities, needed, opaque=opaque)
     return program, list(flat.constants.values())
 
 
 def _program_of_graph(
     flat: Graph,
-    inputs: Collection[Variable],
+    active: Collection[Variable],
+    singularities: Singularities,
     needed: Sequence[bool],
     num_fixed: int | None = None,
     opaque: Collection[int] = (),
@@ -70,12 +73,12 @@ def _program_of_graph(
 
     Args:
       flat: the jaxpr.
-      inputs: those of its inputs that depend on the parameters.
+      active: the variables that depend on the parameters.
+      singularities: where infinite derivatives may have to be masked.
       needed: for each output whether the loss depends on it.
       num_fixed: for the body of a loop, how many inputs do not change; else None.
       opaque: the places of equations that are left to jax, besides those that must be.
     """
-    active = active_variables(flat, inputs)
     pairs = zip(flat.outputs, needed, strict=True)
     wanted = {v for v, flag in pairs if flag and is_variable(v)}
     relevant = dataflow.needed(flat.equations, wanted & active, active)
@@ -86,15 +89,13 @@ def _program_of_graph(
         before, final, after = dataflow.final_part(
             flat.equations, flat.outputs[0], left
         )
-    outside = (inputs, flat.outputs) if is_body else ((), ())
-    singularities = singularities_of(flat.equations, active, *outside)
     groups = grouped(flat.equations, before, active, relevant, singularities)
     groups = ordered(groups, flat.equations)
     *parts, last, rest = _gathered(flat, [*groups, final, after])
     ops = tuple(_op_of(part, flat, active, relevant, singularities) for part in parts)
     all_inputs = (*flat.constants, *flat.inputs)
     fixed = all_inputs[: len(flat.constants) + num_fixed] if is_body else ()
-    program = Program(all_inputs, tuple(flat.outputs), ops, fixed)
+    program = Program(all_inputs, tuple(flat.outputs), ops, fixed, is_body)
     if not final:
         return program
     return dataclasses.replace(
@@ -185,7 +186,8 @@ def _op_of(
     if not active_inputs or not active_outputs:
         return group.constant_op()
     if is_scan(equations[0]):
-        op = _scan_op(equations[0], flat.bodies[places[0]], active, relevant)
+        body = flat.bodies[places[0]], singularities.bodies[places[0]]
+        op = _scan_op(equations[0], *body, active, relevant)
         return dataclasses.replace(op, places=places)
     read = [inputs[i] for i in active_inputs]
     rule = _rule_of(equations, read, active)
@@ -232,6 +234,7 @@ def _rule_of(
 def _scan_op(
     equation: Equation,
     flat: Graph,
+    singularities: Singularities,
     active: Collection[Variable],
     relevant: Collection[Variable],
 ) -> Op:
@@ -246,8 +249,9 @@ def _scan_op(
         )
     ]
     read = [v for v, flag in zip(flat.inputs, flags, strict=True) if flag]
+    inside = active_variables(flat, read)
     loop = Loop(
-        body=_program_of_graph(flat, read, needed, num_constants),
+        body=_program_of_graph(flat, inside, singularities, needed, num_constants),
         closed=tuple(flat.constants.values()),
         length=equation.params["length"],
         reverse=equation.params["reverse"],

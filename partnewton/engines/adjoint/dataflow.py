@@ -20,7 +20,6 @@ __all__ = [
     "awaited",
     "final_part",
     "has_other_effects",
-    "has_own_rule",
     "is_inexact",
     "is_opaque",
     "is_variable",
@@ -113,28 +112,23 @@ def is_opaque(equation: Equation) -> bool:
     These are equations with a custom rule for reverse mode only, which need not be a
     derivative, and equations with mutable arrays.
     """
-    return has_own_rule(equation) or _has_reference(equation)
+    return _has_own_rule(equation) or _has_reference(equation)
 
 
-def has_own_rule(equation: Equation) -> bool:
-    """Whether an equation contains a custom rule for reverse mode only."""
-    if equation.primitive.name in _REVERSE_RULES:
-        return True
+def _has_own_rule(equation: Equation) -> bool:
     if equation.primitive is primitives.custom_jvp_call_p:
         return False
-    insides = core.jaxprs_in_params(equation.params)
-    return any(
-        has_own_rule(e) for inside in insides for e in compat.open_jaxpr(inside).eqns
-    )
+    is_rule = equation.primitive.name in _REVERSE_RULES
+    return is_rule or any(map(_has_own_rule, _inside(equation)))
 
 
 def _has_reference(equation: Equation) -> bool:
-    if references(equation):
-        return True
+    return bool(references(equation)) or any(map(_has_reference, _inside(equation)))
+
+
+def _inside(equation: Equation) -> list[Equation]:
     insides = core.jaxprs_in_params(equation.params)
-    return any(
-        _has_reference(e) for inside in insides for e in compat.open_jaxpr(inside).eqns
-    )
+    return [e for inside in insides for e in compat.open_jaxpr(inside).eqns]
 
 
 def final_part(

@@ -34,6 +34,11 @@ class Request(NamedTuple):
     dtype: np.dtype
     tangents_are_fixed: bool = False
 
+    @property
+    def num_orders(self) -> int:
+        """How many orders a jet has: first derivatives, or first and second ones."""
+        return 2 if self.third_order else 1
+
 
 class Apply(Protocol):
     """Derivatives of the outputs of an operation z = f(x), and its terms.

@@ -15,6 +15,7 @@ import jax
 from partnewton.engines import compat
 from partnewton.engines.adjoint.dataflow import is_variable, values_of
 from partnewton.engines.adjoint.op import Loop, Op
+from partnewton.engines.adjoint.properties import is_elementwise
 from partnewton.engines.compat import Variable
 
 __all__ = ["Perturbations", "Program", "Residuals"]
@@ -57,6 +58,7 @@ class Program:
       outputs: variables or literals.
       ops: the operations in order of execution.
       fixed: for the body of a loop, the inputs that are the same in each iteration.
+      is_body: whether it is the body of a loop.
       final: the final step: one operation that jax differentiates as a whole, and whose
         first output is the loss; None if there is none.
       rest: operations after the final step, for other outputs or effects.
@@ -65,33 +67,37 @@ class Program:
     inputs: tuple[Variable, ...]
     outputs: tuple[Any, ...]
     ops: tuple[Op, ...]
-    fixed: tuple[Variable, ...]
+    fixed: tuple[Variable, ...] = ()
+    is_body: bool = False
     final: Op | None = None
     rest: tuple[Op, ...] = ()
 
     @functools.cached_property
     def saved(self) -> tuple[Variable, ...]:
         """The variables whose values are residuals."""
-        ops = [op for op in self.ops if op.active_outputs]
-        read = (v for op in ops for v in op.inputs if is_variable(v))
-        return tuple(v for v in dict.fromkeys(read) if v not in self._invariant)
+        needed = dict.fromkeys(
+            v for op in self.ops if op.active_outputs for v in op.inputs
+        )
+        for op in reversed(self._recomputed):
+            if not needed.keys().isdisjoint(op.outputs):
+                needed.update(dict.fromkeys(op.inputs))
+        known = {*self.fixed, *(v for op in self._recomputed for v in op.outputs)}
+        return tuple(v for v in needed if is_variable(v) and v not in known)
 
     @functools.cached_property
-    def _invariant(self) -> frozenset[Variable]:
-        """The variables that depend only on fixed inputs, which are recomputed."""
-        invariant = set(self.fixed)
-        for op in self._invariant_steps:
-            invariant.update(op.outputs)
-        return frozenset(invariant)
+    def _recomputed(self) -> tuple[Op, ...]:
+        """The operations of the body of a loop whose results are not stored.
 
-    @functools.cached_property
-    def _invariant_steps(self) -> tuple[Op, ...]:
-        invariant, ops = set(self.fixed), []
-        for op in self.ops:
-            known = all(v in invariant for v in op.inputs if is_variable(v))
-            effects = any(equation.effects for equation in op.equations)
-            if self.fixed and known and not effects and not op.loop:
-                invariant.update(op.outputs)
+        They are elementwise, or depend only on constants of the loop.
+        """
+        known, ops = set(self.fixed), []
+        for op in self.ops if self.is_body else ():
+            is_invariant = all(v in known for v in op.inputs if is_variable(v))
+            if op.loop or any(equation.effects for equation in op.equations):
+                continue
+            if is_invariant:
+                known.update(op.outputs)
+            if is_invariant or all(map(is_elementwise, op.equations)):
                 ops.append(op)
         return tuple(ops)
 
@@ -104,12 +110,15 @@ class Program:
             {n: body.active_residuals() for n, body in loops.items()},
         )
 
-    def invariants(self, fixed: Sequence[jax.Array]) -> dict[Variable, jax.Array]:
-        """The values of all variables that depend only on the fixed inputs."""
-        values = dict(zip(self.fixed, fixed, strict=True))
-        for op in self._invariant_steps:
-            results = op.function(*values_of(op.inputs, values))
-            values.update(zip(op.outputs, results, strict=True))
+    def completed(
+        self, fixed: Sequence[jax.Array], residuals: Residuals
+    ) -> dict[Variable, jax.Array]:
+        """The values at the inputs of all operations, from those that are stored."""
+        values = {**dict(zip(self.fixed, fixed, strict=True)), **residuals.values}
+        for op in self._recomputed:
+            if all(v in values for v in op.inputs if is_variable(v)):
+                results = op.function(*values_of(op.inputs, values))
+                values.update(zip(op.outputs, results, strict=True))
         return values
 
     def perturbations(self, leading: tuple[int, ...] = ()) -> Perturbations:

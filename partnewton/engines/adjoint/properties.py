@@ -88,15 +88,8 @@ def is_piecewise_linear(equation: Equation) -> bool:
 
 def is_elementwise(equation: Equation) -> bool:
     """Whether each entry of the result depends on the same entry of the operands."""
-    if equation.effects:
-        return False
-    if equation.primitive is primitives.custom_jvp_call_p:
-        inside = equation.params["call_jaxpr"]
-    else:
-        inside = compat.called_jaxpr(equation)
-    if inside is None:
-        return equation.primitive.name in TABLES.elementwise
-    return all(map(is_elementwise, compat.open_jaxpr(inside).eqns))
+    names = {e.primitive.name for e in _elementary(equation)}
+    return not equation.effects and names <= TABLES.elementwise.keys()
 
 
 def is_known(equation: Equation) -> bool:
@@ -141,19 +134,14 @@ def has_power(equation: Equation) -> bool:
 
 
 def _elementary(equation: Equation) -> list[Equation]:
-    """The equations inside an equation, if it is a `custom_jvp`, or the equation."""
-    if equation.primitive is not primitives.custom_jvp_call_p:
-        return [equation]
-    inside = compat.open_jaxpr(equation.params["call_jaxpr"])
-    return [e for inner in inside.eqns for e in _elementary_or_inlined(inner)]
-
-
-def _elementary_or_inlined(equation: Equation) -> list[Equation]:
-    inside = compat.called_jaxpr(equation)
+    """The equations inside of an equation that is a call, or the equation."""
+    if equation.primitive is primitives.custom_jvp_call_p:
+        inside = equation.params["call_jaxpr"]
+    else:
+        inside = compat.called_jaxpr(equation)
     if inside is None:
-        return _elementary(equation)
-    inner = compat.open_jaxpr(inside).eqns
-    return [e for x in inner for e in _elementary_or_inlined(x)]
+        return [equation]
+    return [e for inner in compat.open_jaxpr(inside).eqns for e in _elementary(inner)]
 
 
 def _is_kept_away(equation: Equation, positive: Collection[Variable]) -> bool:

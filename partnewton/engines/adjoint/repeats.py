@@ -1,19 +1,23 @@
 """Parts of a program that repeat, such as the layers of a network.
 
-Two layers have the same operations, on other values. What keeps a compiler from seeing
-that is the number of rows, which grows from layer to layer; see
-:mod:`partnewton.engines.adjoint.rolled` for what is done about it.
+The program is a sequence of operations, in which a part that repeats is a period. For
+example, the operations of a perceptron,
+
+    dot add tanh  dot add tanh  dot add tanh  reduce_sum,
+
+have a period of 3 operations, which occurs three times. Candidates are found by shapes
+and names of operations (:mod:`partnewton.engines.adjoint.periods`). Then the parts are
+compared as functions: by their equations, and by what is connected with what.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 
-import numpy as np
-
 from partnewton.engines import compat
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.op import Op
+from partnewton.engines.adjoint.periods import repetitions
 from partnewton.engines.adjoint.program import Program
 from partnewton.engines.compat import Variable
 from partnewton.engines.keys import NoKeyError, key_of_program
@@ -21,7 +25,7 @@ from partnewton.engines.keys import NoKeyError, key_of_program
 __all__ = ["LEAST_PARTS", "Part", "Repeat", "repeats_in"]
 
 LEAST_PARTS = 3  # with two, padding costs more than the scan saves
-_LEAST_OPERATIONS = 6  # in all parts but one: those that need not be compiled
+_LEAST_OPERATIONS = 6  # in all parts but one: those that are compiled once less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +35,15 @@ class Part:
     Attributes:
       numbers: of the operations in the program.
       ops: the operations.
-      read: the active variables that they read from outside.
+      inputs: the variables that the operations read, each once.
+      read: the active ones that they read from outside.
       written: those that they write and that are read outside.
       kept: the positions of those that are also read after the next part.
     """
 
     numbers: tuple[int, ...]
     ops: tuple[Op, ...]
+    inputs: tuple[Variable, ...]
     read: tuple[Variable, ...]
     written: tuple[Variable, ...]
     kept: tuple[int, ...]
@@ -60,16 +66,12 @@ class Repeat:
         return self.parts[-1].numbers[-1] + 1
 
 
-# --- Which parts repeat --------------------------------------------------------------
-
-
 def repeats_in(program: Program) -> list[Repeat]:
     """The repeated parts of a program, in order."""
     numbers = [n for n, op in enumerate(program.ops) if op.rule]
-    ids: dict[Hashable, int] = {}
-    words = [ids.setdefault(_outline(program.ops[n]), len(ids)) for n in numbers]
+    outlines = [_outline(program.ops[n]) for n in numbers]
     found = []
-    for start, period, count in _periodic(np.array(words), 0):
+    for start, period, count in repetitions(outlines, _LEAST_OPERATIONS):
         stretches = [
             numbers[start + k * period : start + (k + 1) * period] for k in range(count)
         ]
@@ -88,24 +90,6 @@ def _outline(op: Op) -> Hashable:
     )
     flags = op.active_inputs, op.active_outputs, op.is_guarded, op.has_mask
     return op.rule.name, names, atoms, flags
-
-
-def _periodic(words: np.ndarray, offset: int) -> Iterator[tuple[int, int, int]]:
-    """The start, period and count of the largest repetitions, in order."""
-    best, start, period, count = 0, 0, 0, 0
-    for p in range(1, len(words) // 2 + 1):
-        same = np.concatenate([[False], words[:-p] == words[p:], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        for a, b in edges.reshape(-1, 2):
-            saved = (b - a) // p * p
-            if saved > best:
-                best, start, period, count = saved, int(a), p, int(b - a) // p + 1
-    if best < _LEAST_OPERATIONS:
-        return
-    stop = start + period * count
-    yield from _periodic(words[:start], offset)
-    yield offset + start, period, count
-    yield from _periodic(words[stop:], offset + stop)
 
 
 def _repeats_among(
@@ -131,11 +115,11 @@ def _key(program: Program, numbers: Sequence[int]) -> Hashable | None:
     slots: dict[Variable, int] = {}
     key = []
     for op in ops:
+        variables = [v for v in op.inputs if is_variable(v)]
         wiring = tuple(
             inside[v] if v in inside else slots.setdefault(v, len(slots))
-            for v in op.read
+            for v in variables
         )
-        variables = [v for v in op.inputs if is_variable(v)]
         jaxpr = compat.jaxpr_of(op.equations, variables, op.outputs)
         try:
             key.append((op.rule, wiring, key_of_program(jaxpr)))
@@ -172,10 +156,12 @@ def _parts(
     for numbers in stretches:
         ops = tuple(program.ops[n] for n in numbers)
         own = {v for op in ops for v in op.outputs}
+        inputs = dict.fromkeys(v for op in ops for v in filter(is_variable, op.inputs))
         outside = dict.fromkeys(v for op in ops for v in op.read if v not in own)
         yield Part(
             tuple(numbers),
             ops,
+            tuple(inputs),
             tuple(outside),
             tuple(ops[k].outputs[i] for k, i in written),
             tuple(n for n, place in enumerate(written) if place in kept),

@@ -1,297 +1,199 @@
 """Tangents of repeated parts, by a scan that is traced and compiled once.
 
-The rows of some consecutive parts are padded by zeros to the same number, which makes
-the parts one function. What they read from each other is the carry of the scan, with a
-row for every subset up to the last one; the rows of the parameters are narrow, and are
-put at the places of their subsets.
+Parts that repeat, such as the layers of a network, are the same function of their
+inputs, but the tangents have more rows from part to part. For example, let
+
+    h_k = tanh(h_(k-1) @ W_k),   k = 1, 2, 3,
+
+with one subset for each weight. All tangents get as many rows as in the last part, with
+zeros in front:
+
+    k   rows of the tangent of h_k
+    1   0     0     W_1
+    2   0     W_1   W_2
+    3   W_1   W_2   W_3
+
+The subset of a weight then has the same row in each part, so that the parts become one
+function, the body of a `scan`. From one part to the next, rows are shifted by the
+number of subsets of a part, here 1: the first row, which is zero, is dropped, and a row
+of zeros is appended. The sums of terms are shifted in the same way. The rows of other
+subsets, of earlier operations or common to all parts, come first and stay.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from partnewton.engines import compat
-from partnewton.engines.adjoint.dataflow import is_variable, values_of
+from partnewton.engines.adjoint.dataflow import values_of
+from partnewton.engines.adjoint.layout import Layout, groups_of
 from partnewton.engines.adjoint.op import Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
-from partnewton.engines.adjoint.repeats import LEAST_PARTS, Part, Repeat
-from partnewton.engines.adjoint.spans import DynamicIndex, Span, overlap
+from partnewton.engines.adjoint.repeats import Part, Repeat
 from partnewton.engines.adjoint.support import Spans
 from partnewton.engines.adjoint.sweep import Jets, sweep
-from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
+from partnewton.engines.adjoint.tangent import Jet, Tangent, densify, densify_jet
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Variable
 
 __all__ = ["sweep_repeat"]
 
-# Consecutive parts form groups, and are padded to the number of rows of the last part
-# of their group, which has at least `LEAST_PARTS`. Larger groups compile faster, and
-# compute more with zeros.
-_MOST_SIZES = 4  # groups with different numbers of rows
-
 
 def sweep_repeat(
     repeat: Repeat,
-    leaves: frozenset[Variable],
+    leaves: Collection[Variable],
     spans: Spans,
     residuals: Residuals,
     cotangents: Perturbations,
     jets: Jets,
     request: Request,
 ) -> Terms:
-    """Passes jets through all parts, as a sweep does.
+    """Propagates jets through all parts, as a sweep does.
 
     Args:
       repeat: the parts.
       leaves: the variables of the parameters.
-      spans: the subsets that move each variable.
+      spans: the subsets that each variable depends on.
       residuals, cotangents, jets, request: as for a sweep.
     """
+    common = residuals, cotangents, jets, request
     terms = Terms()
-    for parts, layout in _alike(repeat.parts, leaves, spans):
-        for some in _in_sizes(parts):
-            moving = [spans[v] for part in some for v in part.read if v in spans]
-            is_scan = moving and layout and len(some) >= LEAST_PARTS
-            links = _links(some, layout) if is_scan else None
-            if links is None:
-                for part in some:
-                    ops = zip(part.numbers, part.ops, strict=True)
-                    terms += sweep(ops, residuals, cotangents, jets, request)
-            else:
-                everyone = Span(0, max(span.stop for span in moving))
-                scan = _ScanOfParts(some, layout, links, everyone, request)
-                terms += scan.run(residuals, cotangents, jets)
+    for parts, layout in groups_of(repeat.parts, leaves, spans):
+        if layout:
+            terms += _scan(parts, layout, *common)
+        else:
+            for part in parts:
+                terms += sweep(zip(part.numbers, part.ops, strict=True), *common)
     return terms
 
 
-# For each variable that is read: None if it has no tangent, -1 if its tangent has a row
-# for every subset, else the number of rows and the earlier variables with the same
-# subsets.
-_Layout = tuple[Any, ...]
+def _scan(
+    parts: Sequence[Part],
+    layout: Layout,
+    residuals: Residuals,
+    cotangents: Perturbations,
+    jets: Jets,
+    request: Request,
+) -> Terms:
+    """Propagates jets through parts, in one scan.
 
-
-def _alike(
-    parts: Sequence[Part], leaves: frozenset[Variable], spans: Spans
-) -> Iterator[tuple[list[Part], _Layout | None]]:
-    """Consecutive parts with the same layout of what they read."""
-    run: list[Part] = []
-    layout: _Layout | None = None
-    for part in parts:
-        new = _layout(part, leaves, spans)
-        if run and (new is None or new != layout):
-            yield run, layout
-            run = []
-        run.append(part)
-        layout = new
-    yield run, layout
-
-
-def _layout(part: Part, leaves: frozenset[Variable], spans: Spans) -> _Layout | None:
-    """The rows of each variable that a part reads; None if some subsets overlap."""
-    narrow: list[Span] = []
-    layout: list[Any] = []
-    for v in part.read:
-        span = spans.get(v)
-        if v not in leaves:
-            # Also without a tangent, since zeros do not change anything.
-            layout.append(-1)
-        elif span is None:
-            layout.append(None)
-        else:
-            if any(other != span and overlap(other, span) for other in narrow):
-                return None
-            if span not in narrow:
-                narrow.append(span)
-            layout.append((span.count, narrow.index(span)))
-    return tuple(layout)
-
-
-def _in_sizes(parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
-    """Parts that are padded to the same number of rows."""
-    sizes = max(1, min(_MOST_SIZES, len(parts) // LEAST_PARTS))
-    edges = np.linspace(0, len(parts), sizes + 1).round().astype(int)
-    for a, b in itertools.pairwise(edges):
-        yield parts[a:b]
-
-
-def _links(parts: Sequence[Part], layout: _Layout) -> dict[int, tuple[str, int]] | None:
-    """The sources of the carry: variables of a part computed by the part before.
-
-    Returns:
-      For each variable that is read with a row for every subset, by its place:
-      ("written", place) or ("read", place) among the variables of the part before; None
-      if this is not the same for all parts.
+    What the parts read from each other is carried. Primals, cotangents and the rows of
+    the parameters are scanned over.
     """
-    links: dict[int, tuple[str, int]] | None = None
-    for before, part in itertools.pairwise(parts):
-        new = {}
-        for n, v in enumerate(part.read):
-            if layout[n] != -1:
-                continue
-            if v in before.written:
-                new[n] = "written", before.written.index(v)
-            elif v in before.read and layout[before.read.index(v)] == -1:
-                new[n] = "read", before.read.index(v)
-            else:
-                return None
-        if links is not None and new != links:
-            return None
-        links = new
-    return links
+    part, everyone = parts[0], layout.everyone
 
+    def all_rows(jet: Jet, like: jax.Array) -> Jet:
+        return densify_jet(jet, everyone, request.num_orders, like)
 
-class _ScanOfParts:
-    """A scan of tangents over parts of a program.
+    def shifted(rows: jax.Array) -> jax.Array:
+        rows = _without_zeros(rows, layout, 1)
+        return densify(Tangent(rows), everyone)
 
-    What the parts read from each other is the carry, with a row for every subset; the
-    rows of parameters, primals and cotangents are what is scanned over.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        layout: _Layout,
-        links: dict[int, tuple[str, int]],
-        everyone: Span,
-        request: Request,
-    ):
-        self.parts, self.part, self.layout = parts, parts[0], layout
-        self.links, self.everyone, self.request = links, everyone, request
-        linked = {n for how, n in links.values() if how == "written"}
-        self.collected = [
-            n
-            for n in range(len(self.part.written))
-            if n not in linked or n in self.part.kept
-        ]
-
-    def run(self, residuals: Residuals, cotangents: Perturbations, jets: Jets) -> Terms:
-        """Passes jets through all parts."""
-        primals = [
-            [x for op in part.ops for x in values_of(op.inputs, residuals.values)]
-            for part in self.parts
-        ]
-        some = [[cotangents.get(n) for n in part.numbers] for part in self.parts]
-        rows = [
-            [
-                jets[v].first.values if how not in (None, -1) else None
-                for v, how in zip(part.read, self.layout, strict=True)
-            ]
-            for part in self.parts
-        ]
-        starts = np.array([self._starts(part, jets) for part in self.parts], np.int32)
-        fixed, xs = _scan_inputs((primals, some, rows))
-
-        def iterate(carry: tuple, scanned: tuple) -> tuple:
-            carried, *totals = carry
-            x, places = scanned
-            primals, cotangents, rows = fixed(x)
-            found, more = self._pass(primals, cotangents, rows, places, carried)
-            totals = [a + b for a, b in zip(totals, more, strict=True)]
-            after = {
-                n: found[m] if how == "written" else carried[m]
-                for n, (how, m) in self.links.items()
-            }
-            return (after, *totals), [found[n] for n in self.collected]
-
-        before = {
-            n: self._dense(jets.get(v, Jet()), residuals.values[v])
-            for n, v in enumerate(self.part.read)
-            if self.layout[n] == -1
-        }
-        zeros = Terms().total(self.everyone, self.request.dtype)
-        (after, *totals), ys = jax.lax.scan(iterate, (before, *zeros), (xs, starts))
-        self._enter(jets, after, ys)
-        return Terms.of_totals(self.everyone, *totals)
-
-    def _starts(self, part: Part, jets: Jets) -> list[int]:
-        """The first subset of each group of parameters."""
-        pairs = zip(part.read, self.layout, strict=True)
-        starts = {
-            how[1]: jets[v].first.start for v, how in pairs if how not in (None, -1)
-        }
-        return [starts[n] for n in sorted(starts)]
-
-    def _dense(self, jet: Jet, like: jax.Array) -> list[jax.Array]:
-        """A row for every subset, for each requested order."""
-        orders = 2 if self.request.third_order else 1
-        return [densify(x, self.everyone, like) for x in jet[:orders]]
-
-    def _pass(
-        self,
-        primals: Sequence[Any],
-        cotangents: Sequence[Any],
-        rows: Sequence[jax.Array | None],
-        places: jax.Array,
-        carried: dict[int, list[jax.Array]],
-    ) -> tuple[list[list[jax.Array]], tuple[jax.Array, jax.Array]]:
-        """The rows of the results of one part, and the sums of its terms."""
-        starts = [DynamicIndex(x, self.everyone.count) for x in places]
-        jets: Jets = {}
-        for n, (v, how) in enumerate(zip(self.part.read, self.layout, strict=True)):
-            if how == -1:
-                jets[v] = Jet(*(Tangent(x) for x in carried[n]))
-            elif how is not None:
-                jets[v] = Jet(Tangent(rows[n], starts[how[1]]))
-        inputs = [v for op in self.part.ops for v in op.inputs]
-        pairs = zip(inputs, primals, strict=True)
-        values = {v: x for v, x in pairs if is_variable(v)}
-        numbers = self.part.numbers
+    def iterate(carry: tuple, scanned: list) -> tuple:
+        carried, hessian, third = jax.tree.map(shifted, carry)
+        primals, cotangents, own = inputs_of(scanned)
+        found = {part.read[n]: jet for n, jet in {**carried, **own}.items()}
         terms = sweep(
-            zip(numbers, self.part.ops, strict=True),
-            Residuals(values, {}),
-            dict(zip(numbers, cotangents, strict=True)),
-            jets,
-            self.request,
+            zip(part.numbers, part.ops, strict=True),
+            Residuals(dict(zip(part.inputs, primals, strict=True)), {}),
+            dict(zip(part.numbers, cotangents, strict=True)),
+            found,
+            request,
         )
-        found = [
-            self._dense(jets.get(v, Jet()), compat.zeros(v, ()))
-            for v in self.part.written
+        written = [
+            all_rows(found.get(v, Jet()), compat.zeros(v, ())) for v in part.written
         ]
-        return found, terms.total(self.everyone, self.request.dtype)
+        after = {
+            n: written[m] if how == "written" else carried[m]
+            for n, (how, m) in layout.sources.items()
+        }
+        more = terms.total(everyone, request.dtype)
+        totals = shifted(hessian.T).T + more[0], third + more[1]
+        return (after, *totals), [written[n] for n in layout.collected]
 
-    def _enter(
-        self,
-        jets: Jets,
-        after: dict[int, list[jax.Array]],
-        ys: list[list[jax.Array]],
-    ) -> None:
-        """Adds the jets of the results of all parts to `jets`."""
-        for n, stacks in zip(self.collected, ys, strict=True):
-            for k, part in enumerate(self.parts):
-                jets[part.written[n]] = Jet(*(Tangent(x[k]) for x in stacks))
-        for n, (how, m) in self.links.items():
-            if how == "written":
-                jets[self.parts[-1].written[m]] = Jet(*map(Tangent, after[n]))
+    inputs_of, scanned = _stacked(
+        [_inputs(some, layout, residuals, cotangents, jets) for some in parts]
+    )
+    before = {
+        n: all_rows(jets.get(part.read[n], Jet()), residuals.values[part.read[n]])
+        for n in layout.sources
+    }
+    zeros = Terms().total(everyone, request.dtype)
+    (after, *totals), written = jax.lax.scan(iterate, (before, *zeros), scanned)
+    _add_results(jets, parts, layout, after, written)
+    return Terms.of_totals(everyone, *totals)
 
 
-def _scan_inputs(columns: Any) -> tuple[Callable[[list], Any], list[jax.Array]]:
-    """Stacked values of all parts, the input of a scan.
+def _inputs(
+    part: Part,
+    layout: Layout,
+    residuals: Residuals,
+    cotangents: Perturbations,
+    jets: Jets,
+) -> tuple[list[jax.Array], list[Any], dict[int, Jet]]:
+    """Primals, cotangents, and the jets of the parameters by their positions."""
+    own = {
+        n: Jet(Tangent(jets[part.read[n]].first.values, span.start))
+        for n, span in layout.own.items()
+    }
+    some = [cotangents.get(n) for n in part.numbers]
+    return values_of(part.inputs, residuals.values), some, own
+
+
+def _without_zeros(rows: jax.Array, layout: Layout, count: int) -> jax.Array:
+    """The rows without the zeros after the fixed ones, of `count` shifts."""
+    if not layout.shift * count:
+        return rows
+    fixed = layout.num_fixed
+    rest = rows[fixed + layout.shift * count :]
+    return jnp.concatenate([rows[:fixed], rest]) if fixed else rest
+
+
+def _add_results(
+    jets: Jets,
+    parts: Sequence[Part],
+    layout: Layout,
+    after: dict[int, Jet],
+    written: Sequence[Jet],
+) -> None:
+    """Adds the jets of what the parts write, without the zeros in front.
 
     Args:
-      columns: a pytree in which each subtree is a list with an entry for each part.
+      jets: those of all variables.
+      parts, layout: of the scan.
+      after: the final carry of the scan.
+      written: its stacked results.
+    """
+    for n, stack in zip(layout.collected, written, strict=True):
+        for k, part in enumerate(parts):
+            behind = len(parts) - 1 - k
+            orders = (
+                x and Tangent(_without_zeros(x.values[k], layout, behind))
+                for x in stack
+            )
+            jets[part.written[n]] = Jet(*orders)
+    for n, (how, m) in layout.sources.items():
+        if how == "written":
+            jets[parts[-1].written[m]] = after[n]
+
+
+def _stacked(inputs: Sequence[Any]) -> tuple[Callable[[list], Any], list[jax.Array]]:
+    """Stacks pytrees of one structure.
 
     Returns:
-      From the values of one iteration to those of one part, and the stacks.
+      From the stacked arrays at one iteration to the pytree of this iteration, and the
+      stacked arrays; those that are the same in all pytrees are not stacked.
     """
-    parts = list(zip(*columns, strict=True))
-    flat = [jax.tree.flatten(part, is_leaf=lambda x: x is None) for part in parts]
-    treedef = flat[0][1]
-    rows = list(zip(*(leaves for leaves, _ in flat), strict=True))
-    is_fixed = [all(x is row[0] for x in row) for row in rows]
-    stacks = [
-        jnp.stack(row) for row, flag in zip(rows, is_fixed, strict=True) if not flag
-    ]
+    columns = list(zip(*map(jax.tree.leaves, inputs), strict=True))
+    treedef = jax.tree.structure(inputs[0])
+    is_same = [all(x is column[0] for x in column) for column in columns]
+    pairs = list(zip(columns, is_same, strict=True))
 
     def of_part(some: list[jax.Array]) -> Any:
         rest = iter(some)
-        leaves = [
-            row[0] if flag else next(rest)
-            for row, flag in zip(rows, is_fixed, strict=True)
-        ]
+        leaves = [column[0] if same else next(rest) for column, same in pairs]
         return jax.tree.unflatten(treedef, leaves)
 
-    return of_part, stacks
+    return of_part, [jnp.stack(column) for column, same in pairs if not same]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partnewton.engines.adjoint.spans import Span, hull, overlap, segments
+from partnewton.engines.adjoint.spans import Span, overlap, segments
 from partnewton.engines.adjoint.tangent import Tangent, add
 
 __all__ = ["apply", "group_by_support", "push", "with_zeros"]
@@ -16,11 +16,7 @@ def group_by_support(
     tangents: Sequence[Tangent | None],
 ) -> Iterator[tuple[Span, tuple[int, ...]]]:
     """Spans on which the same tangents have rows, and the positions of these."""
-    spans = [x.span for x in tangents if x is not None]
-    if not all(span.is_static for span in spans):
-        yield hull(spans), tuple(n for n, x in enumerate(tangents) if x is not None)
-        return
-    for span in segments(spans):
+    for span in segments([x.span for x in tangents if x is not None]):
         members = tuple(
             n for n, x in enumerate(tangents) if x is not None and overlap(x.span, span)
         )

@@ -1,62 +1,51 @@
 """Operations at which an infinite derivative may be multiplied by a zero tangent.
 
-In ``sqrt(where(mask, 0, x))``, the derivative of the square root is infinite at the
-masked entries. The gradient is finite, since `where` replaces the cotangents there by
-zeros. Tangents are zero there, and their products with the infinite derivative have to
-be zero. Such products are masked, at the operations that are found here.
+In ``z = sqrt(y)`` with ``y = where(mask, 0, x)``, the derivative of the square root is
+infinite at the masked entries, and the tangent of y is zero there. The gradient is
+finite: the infinite cotangent of y is replaced by zero when it passes `where`. In a
+summary, such a product has to be zero, too. The operations in which these products are
+masked are those that satisfy two conditions:
+
+- An operand is *masked*: each path from the parameters to it contains a `where` or a
+  similar operation. Otherwise, the gradient would be infinite as well.
+- A derivative is infinite at some number, that of a square root at zero for example,
+  or the cotangent of the result may be infinite, since the result is *endangered*.
+
+Cotangents are propagated backwards, and so are infinite ones: the operands of a
+function with an infinite derivative are endangered, and those of any operation with an
+endangered result, as far as they are masked. In the example, y is endangered.
 """
 
 import dataclasses
-import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from partnewton.engines import compat
 from partnewton.engines.adjoint import dataflow, properties
-from partnewton.engines.adjoint.dataflow import is_variable
+from partnewton.engines.adjoint.dataflow import is_inexact, is_variable
+from partnewton.engines.adjoint.graph import Graph
+from partnewton.engines.adjoint.signs import positive_variables
 from partnewton.engines.compat import Equation, Variable
 
 __all__ = ["Singularities", "singularities_of"]
 
-_POSITIVE = frozenset(["cosh", "exp", "exp2", "logistic"])
-_EVEN = frozenset(["abs", "square"])
-# The sign of the result is that of all operands.
-_KEEPING_SIGN = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "cumsum",
-        "div",
-        "mul",
-        "reduce_max",
-        "reduce_min",
-        "reduce_sum",
-        "reshape",
-        "rsqrt",
-        "sqrt",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Singularities:
-    """Properties of the variables of a jaxpr.
+    """Properties of the variables of a flattened jaxpr.
 
     Attributes:
       positive: those that are known to be greater than zero.
-      masked: the active ones that depend on the parameters only through a mask.
+      masked: those that depend on the parameters only through a mask.
       endangered: those of the masked ones whose cotangent may be infinite.
+      bodies: the properties in the body of each `scan`, by the position of its
+        equation.
     """
 
     positive: frozenset[Variable]
     masked: frozenset[Variable]
     endangered: frozenset[Variable]
+    bodies: dict[int, "Singularities"]
 
     def is_singular(self, equation: Equation) -> bool:
         """Whether an elementwise function may have an infinite derivative."""
@@ -93,83 +82,67 @@ class Singularities:
         return not self.endangered.isdisjoint(written)
 
 
-def singularities_of(
-    equations: Sequence[Equation],
-    active: Collection[Variable],
-    from_outside: Iterable[Variable],
-    to_outside: Iterable[Any],
-) -> Singularities:
-    """The properties of the variables of a jaxpr.
+def singularities_of(flat: Graph, active: Collection[Variable]) -> Singularities:
+    """The properties of the variables of a flattened jaxpr.
 
     Args:
-      equations: its equations in order.
+      flat: the jaxpr.
       active: the active variables.
-      from_outside: variables that count as masked: the inputs of a loop.
-      to_outside: variables whose cotangents count as infinite: the results of a loop.
     """
-    masked = frozenset(_masked(equations, active, from_outside))
-    positive = frozenset(_positive(equations))
-    endangered = masked.intersection(filter(is_variable, to_outside))
-    for equation in reversed(equations):
-        if (
-            properties.is_singular(equation, positive)
-            or not properties.is_known(equation)
-            or not endangered.isdisjoint(equation.outvars)
-        ):
-            endangered |= masked.intersection(dataflow.operands(equation))
-    return Singularities(positive, masked, endangered)
+    return _propagated_backwards(flat, frozenset(_masked(flat, active)), ())
 
 
-def _masked(
-    equations: Sequence[Equation],
-    active: Collection[Variable],
-    from_outside: Iterable[Variable],
-) -> set[Variable]:
-    """The active variables that depend on the parameters only through a mask.
-
-    An infinite cotangent makes the gradient infinite, unless each path to the
-    parameters contains a `where` or a similar operation. Only then, the summary can be
-    finite.
-    """
-    masked = set(from_outside)
-    for equation in equations:
+def _masked(flat: Graph, active: Collection[Variable]) -> set[Variable]:
+    """The active variables that depend on the parameters only through a mask."""
+    masked: set[Variable] = set()
+    for equation in flat.equations:
         read = [v for v in dataflow.operands(equation) if v in active]
         if read and (properties.may_mask(equation) or masked.issuperset(read)):
             masked.update(v for v in equation.outvars if v in active)
     return masked
 
 
-def _positive(equations: Sequence[Equation]) -> set[Variable]:
-    """The variables that are greater than zero, except for underflow."""
-    positive: set[Variable] = set()
-    at_least_zero: set[Variable] = set()
-
-    def is_in(atom: Any, some: Collection[Variable], holds: Callable) -> bool:
-        if is_variable(atom):
-            return atom in some
-        return atom.aval.shape == () and bool(holds(atom.val, 0))
-
-    for equation in equations:
-        name, read = equation.primitive.name, equation.invars
-        are_positive = [is_in(x, positive, operator.gt) for x in read]
-        are_not_negative = [
-            flag or is_in(x, at_least_zero, operator.ge)
-            for x, flag in zip(read, are_positive, strict=True)
-        ]
-        has_sign = name in _KEEPING_SIGN
-        if (
-            name in _POSITIVE
-            or (has_sign and all(are_positive))
-            or (name == "max" and any(are_positive))
-            or (name == "add" and any(are_positive) and all(are_not_negative))
-        ):
-            positive.update(equation.outvars)
+def _propagated_backwards(
+    flat: Graph, masked: frozenset[Variable], results: Collection[Any]
+) -> Singularities:
+    """The properties of variables, given the endangered ones among the results."""
+    positive = positive_variables(flat.equations)
+    endangered, bodies = masked.intersection(filter(is_variable, results)), {}
+    for place, equation in reversed(list(enumerate(flat.equations))):
+        if not properties.is_differentiable(equation):
+            continue
+        if place in flat.bodies:
+            bodies[place], reached = _in_loop(equation, flat.bodies[place], endangered)
+            endangered |= masked.intersection(reached)
         elif (
-            name in _EVEN
-            or (name == "integer_pow" and equation.params["y"] % 2 == 0)
-            or (name == "mul" and read[0] is read[1])
-            or (has_sign and all(are_not_negative))
-            or (name == "max" and any(are_not_negative))
+            properties.is_singular(equation, positive)
+            or not properties.is_known(equation)
+            or not endangered.isdisjoint(equation.outvars)
         ):
-            at_least_zero.update(equation.outvars)
-    return positive
+            endangered |= masked.intersection(dataflow.operands(equation))
+    return Singularities(positive, masked, endangered, bodies)
+
+
+def _in_loop(
+    equation: Equation, body: Graph, endangered: Collection[Variable]
+) -> tuple[Singularities, list[Variable]]:
+    """The properties in the body of a `scan`, and the operands that are endangered.
+
+    All variables of the body count as masked: in the first iteration, the carry may be
+    constant. The carry is endangered if it is in any iteration.
+    """
+    written = [v for e in body.equations for v in e.outvars]
+    masked = frozenset(filter(is_inexact, (*body.inputs, *written)))
+    num_constants, num_carry = compat.arity(equation)
+    flags = [v in endangered for v in equation.outvars]
+    while True:
+        results = [v for v, flag in zip(body.outputs, flags, strict=True) if flag]
+        found = _propagated_backwards(body, masked, results)
+        reached = [v in found.endangered for v in body.inputs]
+        carried = reached[num_constants : num_constants + num_carry]
+        grown = [a or b for a, b in zip(flags, carried, strict=False)]
+        if grown == flags[:num_carry]:
+            break
+        flags[:num_carry] = grown
+    pairs = zip(equation.invars, reached, strict=True)
+    return found, [v for v, flag in pairs if flag and is_variable(v)]

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
-from partnewton.engines.adjoint.spans import DynamicIndex, Span, hull, overlap, segments
+from partnewton.engines.adjoint.spans import Span, overlap, segments
 
-__all__ = ["Jet", "Tangent", "add", "densify", "restrict"]
+__all__ = ["Jet", "Tangent", "add", "densify", "densify_jet", "restrict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Tangent:
     """
 
     values: jax.Array
-    start: int | DynamicIndex = 0
+    start: int = 0
 
     @property
     def span(self) -> Span:
@@ -69,11 +69,7 @@ def restrict(tangent: Tangent, span: Span) -> jax.Array:
     """
     if tangent.span == span:
         return tangent.values
-    if not span.is_static and tangent.span.is_static:
-        start = span.start.index
-        return jax.lax.dynamic_slice_in_dim(tangent.values, start, span.count)
-    common = overlap(tangent.span, span)
-    if common != span:
+    if overlap(tangent.span, span) != span:
         return densify(tangent, span)
     start = span.start - tangent.start
     return jax.lax.slice_in_dim(tangent.values, start, start + span.count)
@@ -103,9 +99,6 @@ def densify(
         return _zero_rows(like[None], span.count)
     if tangent.span == span:
         return tangent.values
-    if not tangent.span.is_static:
-        empty = _zero_rows(tangent.values[:1], span.count)
-        return _with_rows_added(empty, tangent, span)
     before, after = tangent.start - span.start, span.stop - tangent.span.stop
     if min(before, after) < 0:
         raise ValueError(f"the rows of {tangent.span} are not all inside of {span}.")
@@ -115,6 +108,11 @@ def densify(
     if after:
         parts.append(_zero_rows(tangent.values[:1], after))
     return jnp.concatenate(parts)
+
+
+def densify_jet(jet: Jet, span: Span, num_orders: int, like: jax.Array) -> Jet:
+    """The jet with all rows of a span, of the first one or two orders, none of None."""
+    return Jet(*(Tangent(densify(x, span, like), span.start) for x in jet[:num_orders]))
 
 
 def add(*terms: Tangent | None) -> Tangent | None:
@@ -139,24 +137,11 @@ def add(*terms: Tangent | None) -> Tangent | None:
         Tangent(sum((x.values for x in some[1:]), start=some[0].values), span.start)
         for span, some in by_span.items()
     ]
-    return _assembled(sums) if sums else None
-
-
-def _assembled(tangents: list[Tangent]) -> Tangent:
-    """The sum of tangents with different spans."""
-    if len(tangents) == 1:
-        return tangents[0]
-    spans = [x.span for x in tangents]
-    span = hull(spans)
-    if all(x.is_static for x in spans):
-        parts = [_sum_on(some, tangents) for some in segments(spans)]
-        return Tangent(lowerings.concatenate(parts), span.start)
-    largest = max(tangents, key=lambda x: x.span.count)
-    total = densify(largest, span)
-    for x in tangents:
-        if x is not largest:
-            total = _with_rows_added(total, x, span)
-    return Tangent(total, span.start)
+    if len(sums) < 2:
+        return sums[0] if sums else None
+    spans = list(by_span)
+    parts = [_sum_on(some, sums) for some in segments(spans)]
+    return Tangent(lowerings.concatenate(parts), min(span.start for span in spans))
 
 
 def _sum_on(span: Span, tangents: list[Tangent]) -> jax.Array:
@@ -165,16 +150,6 @@ def _sum_on(span: Span, tangents: list[Tangent]) -> jax.Array:
     if not rows:
         return _zero_rows(tangents[0].values[:1], span.count)
     return sum(rows[1:], start=rows[0])
-
-
-def _with_rows_added(total: jax.Array, tangent: Tangent, span: Span) -> jax.Array:
-    """Adds rows to those of the same subsets."""
-    if tangent.span.is_static:
-        start = tangent.start - span.start
-    else:
-        start = tangent.start.index
-    some = jax.lax.dynamic_slice_in_dim(total, start, tangent.span.count)
-    return jax.lax.dynamic_update_slice_in_dim(total, some + tangent.values, start, 0)
 
 
 def _zero_rows(row: jax.Array, count: int) -> jax.Array:

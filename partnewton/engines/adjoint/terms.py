@@ -15,7 +15,7 @@ import numpy as np
 from partnewton.engines import compat
 from partnewton.engines.adjoint.inner import gram
 from partnewton.engines.adjoint.spans import Span
-from partnewton.engines.adjoint.tangent import Tangent, densify
+from partnewton.engines.adjoint.tangent import Tangent
 
 __all__ = ["Terms", "over_all_devices", "placed"]
 
@@ -33,10 +33,6 @@ class _Block:
     values: jax.Array
     spans: tuple[Span, ...]
     factor: float = 1.0
-
-    @property
-    def is_static(self) -> bool:
-        return all(span.is_static for span in self.spans)
 
     def places(self, within: Span) -> np.ndarray:
         """The flat indices of the values in an array over the subsets of a span."""
@@ -127,47 +123,19 @@ def _total(
     blocks: Sequence[_Block], ndim: int, span: Span, dtype: np.dtype
 ) -> jax.Array:
     """The sum of blocks over a span, with few scatter operations."""
-    full, known, others = [], [], []
-    for block in blocks:
-        if all(x == span for x in block.spans):
-            full.append(block.factor * block.values.astype(dtype))
-        else:
-            (known if block.is_static else others).append(block)
-    shape = (span.count,) * ndim
-    total = sum(full[1:], start=full[0]) if full else jnp.zeros(shape, dtype)
-    return _add_rows(_add_known(total, known, span), others, span)
-
-
-def _add_known(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
-    """Adds blocks whose subsets are known at trace time, in one scatter per factor."""
-    flat = total.ravel()
-    for factor in sorted({block.factor for block in blocks}):
-        some = [block for block in blocks if block.factor == factor]
+    is_full = [all(x == span for x in block.spans) for block in blocks]
+    pairs = list(zip(blocks, is_full, strict=True))
+    sums = [x.factor * x.values.astype(dtype) for x, flag in pairs if flag]
+    zeros = jnp.zeros((span.count,) * ndim, dtype)
+    flat = sum(sums[1:], start=sums[0] if sums else zeros).ravel()
+    others = [x for x, flag in pairs if not flag]
+    for factor in sorted({block.factor for block in others}):
+        some = [block for block in others if block.factor == factor]
         places = np.concatenate([block.places(span) for block in some])
-        values = [block.values.ravel().astype(total.dtype) for block in some]
+        values = [block.values.ravel().astype(dtype) for block in some]
         more = factor * jnp.concatenate(values)
         flat = flat.at[places].add(more, mode="promise_in_bounds")
-    return flat.reshape(total.shape)
-
-
-def _add_rows(total: jax.Array, blocks: Sequence[_Block], span: Span) -> jax.Array:
-    """Adds blocks whose subsets are known at run time, as rows of the total."""
-    if not blocks:
-        return total
-    index, rows = [], []
-    for block in blocks:
-        values = block.factor * block.values.astype(total.dtype)
-        spans = block.spans
-        if len(spans) == 2:
-            if spans[0].is_static:  # only the symmetric part is used
-                values, spans = values.T, spans[::-1]
-            columns = Tangent(values.T, spans[1].start)
-            values = densify(columns, span).T
-        index.append(spans[0].start.index + np.arange(spans[0].count))
-        rows.append(values)
-    return total.at[jnp.concatenate(index)].add(
-        jnp.concatenate(rows), mode="promise_in_bounds"
-    )
+    return flat.reshape(zeros.shape)
 
 
 def over_all_devices(x: jax.Array) -> jax.Array:

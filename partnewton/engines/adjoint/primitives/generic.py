@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from partnewton.engines.adjoint.inner import dots, where_moved
 from partnewton.engines.adjoint.op import Op, OpRule, Request
-from partnewton.engines.adjoint.primitives.linear import jets_of
-from partnewton.engines.adjoint.rows import apply, group_by_support, push, with_zeros
+from partnewton.engines.adjoint.primitives.linear import jets_of, linearized
+from partnewton.engines.adjoint.rows import apply, group_by_support, push
 from partnewton.engines.adjoint.spans import Span, overlap
 from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
 from partnewton.engines.adjoint.terms import Terms
@@ -35,7 +35,7 @@ def generic(
         _, pull = jax.vjp(function, *x)
         return pull(list(cotangents))
 
-    jvp, hvp = _linearized(function, active), _linearized(gradient, active)
+    jvp, hvp = linearized(function, active), linearized(gradient, active)
     first, second = ([x[n] for x in jets] for n in (0, 1))
     terms = Terms()
     bent: list[list[Tangent]] = [[] for _ in op.active_outputs]  # D2f[xdot, xdot]
@@ -56,14 +56,6 @@ def generic(
     pushed = push(jvp, second) or [None] * len(bent)
     second = [add(*column, x) for column, x in zip(bent, pushed, strict=True)]
     return jets_of(op, push(jvp, first), second), terms
-
-
-def _linearized(
-    function: Callable, active: Sequence[jax.Array]
-) -> Callable[[tuple[int, ...]], Callable]:
-    """The derivative with respect to some operands, from a single linearization."""
-    _, jvp = jax.linearize(function, *active)
-    return with_zeros(jvp, active)
 
 
 def _hessian_terms(products: Sequence[jax.Array], first: Sequence, span: Span) -> Terms:

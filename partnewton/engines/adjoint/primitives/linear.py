@@ -16,7 +16,7 @@ from partnewton.engines.adjoint.rows import push, with_zeros
 from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
 from partnewton.engines.adjoint.terms import Terms
 
-__all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of"]
+__all__ = ["LINEAR", "PIECEWISE_LINEAR", "jets_of", "linearized"]
 
 # fmt: off
 register_linear(
@@ -55,11 +55,7 @@ def linear(
     by_rows, takes_rows = lowerings.function_of_rows(op)
     function = op.function_of_active(primals, function=by_rows)
     of_members = with_zeros(function, op.take_active(primals))
-    first, second = (
-        push(of_members, column, takes_rows=takes_rows)
-        for column in zip(*jets, strict=True)
-    )
-    return jets_of(op, first, second), Terms()
+    return _pushed(op, of_members, jets, takes_rows), Terms()
 
 
 def piecewise_linear(
@@ -71,14 +67,24 @@ def piecewise_linear(
 ) -> tuple[list[Jet], Terms]:
     """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
     del cotangents, request
-    active = op.take_active(primals)
+    jvp = linearized(op.function_of_active(primals), op.take_active(primals))
+    return _pushed(op, jvp, jets), Terms()
 
-    def of_members(members: tuple[int, ...]) -> Callable:
-        function = op.function_of_active(primals, members)
-        return jax.linearize(function, *(active[n] for n in members))[1]
 
-    first, second = (push(of_members, column) for column in zip(*jets, strict=True))
-    return jets_of(op, first, second), Terms()
+def linearized(
+    function: Callable, at: Sequence[jax.Array]
+) -> Callable[[tuple[int, ...]], Callable]:
+    """The derivative with respect to some operands, for :func:`push`."""
+    _, jvp = jax.linearize(function, *at)
+    return with_zeros(jvp, at)
+
+
+def _pushed(
+    op: Op, of_members: Callable, jets: Sequence[Jet], takes_rows: bool = False
+) -> list[Jet]:
+    """The jets of A x, from those of x."""
+    columns = zip(*jets, strict=True)
+    return jets_of(op, *(push(of_members, x, takes_rows=takes_rows) for x in columns))
 
 
 def jets_of(

@@ -1,4 +1,15 @@
-"""A `scan`, whose tangents and terms are computed by another scan."""
+"""A `scan`, whose tangents and terms are computed by another scan.
+
+Each iteration (carry, y) = f(constants, carry, x) is a sweep through the operations of
+f, with the jets of the carry from the iteration before, and the sums of all terms are
+carried, too. For example, the carry of
+
+    scan(lambda h, x: (tanh(h @ W + x @ U), None), h_0, xs)
+
+has no tangent at the beginning, and one row for W and one for U after the first
+iteration. Since the carry of a scan has one shape, it has all rows from the beginning,
+with zeros: those of the subsets that reach it in any iteration.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +23,11 @@ from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.program import Perturbations, Residuals
 from partnewton.engines.adjoint.spans import Span, hull
 from partnewton.engines.adjoint.support import spans_in_loop
-from partnewton.engines.adjoint.sweep import Jets, sweep
-from partnewton.engines.adjoint.tangent import Jet, Tangent, densify
+from partnewton.engines.adjoint.sweep import sweep
+from partnewton.engines.adjoint.tangent import Jet, densify_jet
 from partnewton.engines.adjoint.terms import Terms
-from partnewton.engines.compat import Variable
 
 __all__ = ["SCAN"]
-
-Columns = list[list[jax.Array]]  # for each order, the rows of some variables
 
 
 def scan(
@@ -38,122 +46,65 @@ def scan(
       jets: of the active inputs.
       request: what the rules compute.
     """
-    *values, residuals = primals
-    return _Scan(op, values, jets, request).run(residuals, cotangents)
+    loop, body, (*values, residuals) = op.loop, op.loop.body, primals
+    inputs, outputs, start = loop.inputs, body.outputs, loop.num_constants
+    stop = start + loop.num_carry
+    orders = request.num_orders
+    moved = {n: x for n, x in zip(op.active_inputs, jets, strict=True) if x.first}
+    spans = spans_in_loop(loop, {inputs[n]: x.first.span for n, x in moved.items()})
+    everyone = hull([x.first.span for x in moved.values()])
+    fixed = [*loop.closed, *values[:start]]
+    # By their positions among the inputs, and among the outputs.
+    constants = {n: x for n, x in moved.items() if n < start}
+    xs = {n: _iterations_first(x) for n, x in moved.items() if n >= stop}
+    carried = [n for n in range(start, stop) if inputs[n] in spans]
+    ys = [n for n in op.active_outputs if n >= loop.num_carry]
+    ys = [n for n in ys if is_variable(outputs[n]) and outputs[n] in spans]
 
+    def iterate(carry: tuple, scanned: tuple) -> tuple:
+        jets, *totals = carry
+        inside, cotangents, xs = scanned
+        inside = Residuals(body.completed(fixed, inside), inside.loops)
+        found = {inputs[n]: x for n, x in {**constants, **jets, **xs}.items()}
+        terms = sweep(enumerate(body.ops), inside, cotangents, found, request)
+        more = terms.total(everyone, request.dtype)
+        totals = [x + y for x, y in zip(totals, more, strict=True)]
 
-class _Scan:
-    """The scan of the tangents of a scan.
+        def all_rows(atom: Any, span: Span, like: jax.Array) -> Jet:
+            jet = found.get(atom, Jet()) if is_variable(atom) else Jet()
+            return densify_jet(jet, span, orders, like)
 
-    The tangent of the carry has the same span in each iteration, the hull of those of
-    all iterations.
-    """
-
-    def __init__(
-        self, op: Op, values: Sequence[Any], jets: Sequence[Jet], request: Request
-    ):
-        self.op, self.loop, self.request = op, op.loop, request
-        self.orders = 2 if request.third_order else 1
-        inputs = op.loop.inputs
-        self.values = dict(zip(inputs, values, strict=True))
-        self.jets = {
-            inputs[i]: x for i, x in zip(op.active_inputs, jets, strict=True) if x.first
+        after = {
+            n: all_rows(outputs[n - start], spans[inputs[n]], values[n])
+            for n in carried
         }
-        spans = {v: x.first.span for v, x in self.jets.items()}
-        self.spans = spans_in_loop(op.loop, spans)
-        self.everyone = hull(list(spans.values()))
+        written = {
+            n: all_rows(outputs[n], spans[outputs[n]], compat.zeros(outputs[n], ()))
+            for n in ys
+        }
+        return (after, *totals), written
 
-        constants, carry, xs = op.loop.split(inputs)
-        outputs = op.loop.body.outputs
-        self.constants = [v for v in constants if v in self.jets]
-        self.xs = [[v for v in xs if self._of(v, n)] for n in range(self.orders)]
-        pairs = zip(carry, outputs[: op.loop.num_carry], strict=True)
-        self.carry = [(v, w) for v, w in pairs if v in self.spans]
-        ys = [i for i in op.active_outputs if i >= op.loop.num_carry]
-        self.ys = [
-            i for i in ys if is_variable(outputs[i]) and outputs[i] in self.spans
-        ]
+    before = {
+        n: densify_jet(moved.get(n, Jet()), spans[inputs[n]], orders, values[n])
+        for n in carried
+    }
+    (after, *totals), written = jax.lax.scan(
+        iterate,
+        (before, *Terms().total(everyone, request.dtype)),
+        (residuals, cotangents, xs),
+        length=loop.length,
+        reverse=loop.reverse,
+        unroll=loop.unroll,
+    )
+    found = {n - start: x for n, x in after.items()}
+    found.update((n, _iterations_first(x)) for n, x in written.items())
+    terms = Terms.of_totals(everyone, *totals)
+    return [found.get(n, Jet()) for n in op.active_outputs], terms
 
-    def _of(self, v: Variable, order: int) -> Tangent | None:
-        return self.jets[v][order] if v in self.jets else None
 
-    def run(
-        self, residuals: Residuals, cotangents: Perturbations
-    ) -> tuple[list[Jet], Terms]:
-        """The jets of the outputs, and the terms of all iterations."""
-        constants, _, _ = self.loop.split(self.loop.inputs)
-        fixed = [*self.loop.closed, *(self.values[v] for v in constants)]
-        known = self.loop.body.invariants(fixed)
-
-        def iterate(carry: tuple, scanned: tuple) -> tuple:
-            rows, *totals = carry
-            inside, cotangents, xs = scanned
-            jets = self._entering(rows, xs)
-            inside = Residuals({**known, **inside.values}, inside.loops)
-            ops = enumerate(self.loop.body.ops)
-            terms = sweep(ops, inside, cotangents, jets, self.request)
-            more = terms.total(self.everyone, self.request.dtype)
-            totals = [x + y for x, y in zip(totals, more, strict=True)]
-            after = [(w, self.spans[v], self.values[v]) for v, w in self.carry]
-            outputs = [self.loop.body.outputs[i] for i in self.ys]
-            ys = [(w, self.spans[w], compat.zeros(w, ())) for w in outputs]
-            return (self._rows(jets, after), *totals), self._rows(jets, ys)
-
-        before = [(v, self.spans[v], self.values[v]) for v, _ in self.carry]
-        xs = [
-            [jnp.moveaxis(self.jets[v][n].values, 1, 0) for v in self.xs[n]]
-            for n in range(self.orders)
-        ]
-        (rows, *totals), ys = jax.lax.scan(
-            iterate,
-            (
-                self._rows(self.jets, before),
-                *Terms().total(self.everyone, self.request.dtype),
-            ),
-            (residuals, cotangents, xs),
-            length=self.loop.length,
-            reverse=self.loop.reverse,
-            unroll=self.loop.unroll,
-        )
-        return self._leaving(rows, ys), Terms.of_totals(self.everyone, *totals)
-
-    def _rows(
-        self, jets: Jets, wanted: Sequence[tuple[Variable, Span, jax.Array]]
-    ) -> Columns:
-        """All rows of some variables, of each order."""
-        return [
-            [
-                densify((jets.get(v, Jet()) if is_variable(v) else Jet())[n], span, x)
-                for v, span, x in wanted
-            ]
-            for n in range(self.orders)
-        ]
-
-    def _entering(self, carry: Columns, xs: Columns) -> Jets:
-        """The jets at the beginning of an iteration."""
-        tangents: list[dict[Variable, Tangent]] = [{}, {}]
-        for n in range(self.orders):
-            known = {v: self.jets[v][n] for v in self.constants}
-            tangents[n].update((v, x) for v, x in known.items() if x)
-            for (v, _), x in zip(self.carry, carry[n], strict=True):
-                tangents[n][v] = Tangent(x, self.spans[v].start)
-            for v, x in zip(self.xs[n], xs[n], strict=True):
-                tangents[n][v] = Tangent(x, self.jets[v][n].start)
-        first, second = tangents
-        return {v: Jet(x, second.get(v)) for v, x in first.items()}
-
-    def _leaving(self, carry: Columns, ys: Columns) -> list[Jet]:
-        """The jets of the active outputs."""
-        _, carried, _ = self.loop.split(self.loop.inputs)
-        columns: list[dict[int, Tangent]] = [{}, {}]
-        for n in range(self.orders):
-            for (v, _), x in zip(self.carry, carry[n], strict=True):
-                columns[n][carried.index(v)] = Tangent(x, self.spans[v].start)
-            for i, x in zip(self.ys, ys[n], strict=True):
-                start = self.spans[self.loop.body.outputs[i]].start
-                columns[n][i] = Tangent(jnp.moveaxis(x, 1, 0), start)
-        first, second = columns
-        return [Jet(first.get(i), second.get(i)) for i in self.op.active_outputs]
+def _iterations_first(jet: Jet) -> Jet:
+    """Exchanges the first two axes, those of the rows and of the iterations."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), jet)
 
 
 SCAN = OpRule("scan", scan)
