@@ -24,7 +24,7 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: the optimizer as a user calls it.
-      refreshes: from a number of steps and of tensors, S, to the steps that refresh.
+      refreshes: from a number of steps and of subsets, S, to the steps that refresh.
     """
 
     make: Callable[[], optax.GradientTransformation]
@@ -40,12 +40,13 @@ TRANSFORMATIONS: dict[str, Optimizer] = {
     "direction": Optimizer(
         lambda: directions.skip_nonfinite(
             directions.equilibrated(presets.orthogonal_momentum()),
-            param_labels=pn.partitions.per_tensor,
+            param_labels=pn.partitions.auto,
         )
     ),
     "rates": Optimizer(
         lambda: pn.scale_by_partition_newton(
             rules.with_noise_floor(rules.robust(shrinkage=0.5)),
+            param_labels=pn.partitions.auto,
             normalize="rms",
             update_interval=None,
             average=_average(),

@@ -20,7 +20,7 @@ class Row:
     Attributes:
       network: a key of `benchmarks.cost_cases.NETWORKS`.
       optimizer: as on the command line.
-      tensors: S, the number of leaves of the parameters.
+      subsets: S, of the default partition of `partition_newton`.
       parameters: the number of their entries.
       init_seconds: CPU seconds of ``tx.init``, outside of jit.
       trace_seconds: CPU seconds of tracing and lowering the step.
@@ -36,7 +36,7 @@ class Row:
 
     network: str
     optimizer: str
-    tensors: int
+    subsets: int
     parameters: int
     init_seconds: float
     trace_seconds: float
@@ -137,7 +137,7 @@ update, `optax.apply_updates`. "compile" is tracing, lowering and compiling, in 
 seconds of a process of its own with empty caches. An average step is the mean of the
 first 1000, computed from the mean of those with and of those without a refresh; each is
 waited for and is itself the median of its repetitions. "CPU" is the same in CPU seconds
-of all threads, which depends less on other load. S is the number of tensors.
+of all threads, which depends less on other load. S is the number of subsets.
 """
 
 
@@ -176,7 +176,7 @@ def _cells(row: Row, reference: Row | None) -> tuple[str, ...]:
 
     return (
         row.network,
-        str(row.tensors),
+        str(row.subsets),
         row.optimizer,
         *(number(ratio(quantity), 1, 2) for quantity, _, _ in QUANTITIES.values()),
         *(number(get(row), unit, digits) for get, unit, digits in QUANTITIES.values()),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import partnewton as pn
 from benchmarks import cost_cases, reporting
 from benchmarks.cost_report import LONG_RUN, Row
 from benchmarks.training_step import training_step
@@ -49,9 +50,9 @@ class Training:
         model = cost_cases.NETWORKS[network](scale=scale)
         chosen = cost_cases.optimizer(name)
         tx = optax.with_extra_args_support(chosen.make())
-        leaves = jax.tree.leaves(model.params)
         self._is_brief = True
-        self._refreshes = lambda steps: chosen.refreshes(steps, len(leaves))
+        subsets = pn.subset_names(model.params, pn.partitions.auto)
+        self._refreshes = lambda steps: chosen.refreshes(steps, len(subsets))
         self._batch = model.batch
         begin = time.process_time()
         state = jax.block_until_ready(tx.init(model.params))
@@ -70,8 +71,8 @@ class Training:
         self.row = Row(
             network,
             name,
-            len(leaves),
-            sum(leaf.size for leaf in leaves),
+            len(subsets),
+            optax.tree.size(model.params),
             init_seconds,
             trace_seconds,
             compile_seconds,

@@ -257,7 +257,7 @@ def test_a_wrong_argument_is_one_line(arguments, word, capsys):
 def test_a_training_step_is_measured():
     training = cost_training.Training("spirals", "adamw")
     row = training.row
-    assert (row.tensors, row.parameters) == (6, 2 * 32 + 32 * 32 + 32 * 2 + 66)
+    assert (row.subsets, row.parameters) == (6, 2 * 32 + 32 * 32 + 32 * 2 + 66)
     assert row.state_bytes == 2 * 4 * row.parameters + 4  # two moments and a count
     assert row.compile_seconds > row.trace_seconds > 0
     assert training.steps(1e-9) == cost_training.LEAST_STEPS
@@ -326,7 +326,7 @@ def test_the_state_of_the_preset_is_that_of_its_parts():
 
 
 def row_of(optimizer, **fields):
-    sizes = {"tensors": 8, "parameters": 100, "state_bytes": 800, "init_seconds": 0.1}
+    sizes = {"subsets": 8, "parameters": 100, "state_bytes": 800, "init_seconds": 0.1}
     times = {"trace_seconds": 1.0, "compile_seconds": 2.0}
     return cost_report.Row("cnn", optimizer, **(sizes | times | fields))
 
