@@ -11,6 +11,7 @@ from support.oracles import assert_close, quick_jit
 from support.selection import some
 
 import partnewton as pn
+from benchmarks import models
 from partnewton.engines import compat
 from partnewton.engines.adjoint.build import program_of
 from partnewton.engines.adjoint.repeats import repeats_in
@@ -247,3 +248,26 @@ def size_beyond_the_gradient(loss, name, num_layers):
 def test_a_deep_network_is_traced_in_few_operations(loss, name):
     few, many = (size_beyond_the_gradient(loss, name, n) for n in (12, 36))
     assert many < 1.5 * few
+
+
+@pytest.mark.slow
+def test_one_subset_of_a_deep_transformer_against_directional_derivatives():
+    """jaxlib 0.10 has crashed in a loop over these layers, with one row per value."""
+    model = models.make("transformer_6", scale=8)
+
+    def phi(t):
+        moved = jax.tree.map(lambda x: (1 - t) * x, model.params)
+        return model.loss(moved, model.batch)
+
+    first = jax.jvp(phi, (0.0,), (1.0,))[1]
+    second = jax.jvp(jax.grad(phi), (0.0,), (1.0,))[1]
+    summary = quick_jit(
+        functools.partial(
+            pn.summarize,
+            lambda x: model.loss(x, model.batch),
+            param_labels=pn.partitions.whole,
+            engine="adjoint",
+        )
+    )(model.params, model.params)
+    np.testing.assert_allclose(summary.gradient, [-first], rtol=1e-3)
+    np.testing.assert_allclose(summary.hessian, [[second]], rtol=1e-3)
