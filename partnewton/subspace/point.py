@@ -111,7 +111,7 @@ class Point:
             )
 
         def in_subspace() -> Step:
-            return self.subspace_step(directions, damping, engine)
+            return self.subspace_step(directions, damping, engine, value)
 
         return jax.lax.cond(line.decrease > 0, along_line, in_subspace)
 
@@ -120,14 +120,20 @@ class Point:
         directions: Sequence[Leaves],
         damping: jax.Array,
         engine: str | engines.Engine,
+        value: jax.Array | None = None,
     ) -> Step:
-        """The step in the span of all directions on each subset."""
-        active = self._active
-        basis = [self._cast(q) for q in orthonormal(directions, active)]
+        """The step in the span of all directions on each subset.
+
+        Args:
+          directions, damping, engine: as for `step`.
+          value: the loss, if it is known.
+        """
+        active, count = self._active, len(directions)
+        basis = self._cast(orthonormal(directions, active))
         summary = summarize(
             self._value_fn,
             self._params,
-            [self._whole(q) for q in basis],
+            [self._whole([q[k] for q in basis]) for k in range(count)],
             param_labels=self._partition,
             third_order=False,
             engine=engine,
@@ -135,13 +141,18 @@ class Point:
         )
         if self._has_aux:
             summary = summary[0]
-        numbers = summary.value, summary.gradient, summary.hessian
+        if value is None:
+            value = self._loss_at(self._params)
+        # The rounding errors of the value in the summary are not those of the trials.
+        numbers = value, summary.gradient, summary.hessian
         is_finite = all_finite((active.largest(directions[0]), numbers))
         value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
-        # The same numbers in reverse mode; where they differ, they are rounding errors.
-        grads = self._gradient(self._params)
-        again = jnp.stack([active.inner(grads, q) for q in basis])
-        error = jnp.sum((gradient - again) ** 2, axis=0)
+        # The gradient is the first direction. Where they differ, by more than one factor
+        # for all subsets, they are rounding errors.
+        given = jax.vmap(lambda q: active.inner(directions[0], q))(basis)
+        square = jnp.sum(given**2)
+        factor = jnp.sum(given * gradient) / jnp.where(square > 0, square, 1)
+        error = jnp.sum((gradient - factor * given) ** 2, axis=0)
         is_noise = error > 0.01 * jnp.sum(gradient**2, axis=0)
 
         def step_of(eta: jax.Array) -> list[jax.Array]:
