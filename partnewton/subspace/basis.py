@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from partnewton.cubic._powers import exponent_of, ldexp
+from partnewton.cubic._powers import exponent_of, ldexp, power_of_two
 from partnewton.partitions import Partition
 from partnewton.partitions.partition import sharded_like
 
@@ -63,17 +63,15 @@ def _normalized(v: Leaves, partition: Partition) -> tuple[Leaves, jax.Array]:
     """v / ||v|| on each subset, and the norms; without overflow or underflow."""
     largest = partition.largest(v)
     is_usable = jnp.isfinite(largest) & (largest > 0)
-    # By a power of two, which is exact.
+    # By a power of two, which is exact; in two steps, as it alone may be out of range.
     exponent = exponent_of(jnp.where(is_usable, largest, 1))
+    half = exponent >> 1
     v = [
-        jnp.where(sharded_like(x, ok), ldexp(x, sharded_like(x, -e)), 0)
-        for x, e, ok in zip(
-            v,
-            partition.broadcast_to_leaves(exponent),
-            partition.broadcast_to_leaves(is_usable),
-            strict=True,
-        )
+        jnp.where(sharded_like(x, ok), x, 0)
+        for x, ok in zip(v, partition.broadcast_to_leaves(is_usable), strict=True)
     ]
+    for e in (half, exponent - half):
+        v = partition.scaled(v, power_of_two(-e, partition.dtype))
     norms = jnp.sqrt(partition.inner(v, v))
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     v = partition.scaled(v, inverse)

@@ -147,8 +147,8 @@ class Point:
         numbers = value, summary.gradient, summary.hessian
         is_finite = all_finite((active.largest(directions[0]), numbers))
         value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
-        # The gradient is the first direction. Where they differ, by more than one factor
-        # for all subsets, they are rounding errors.
+        # The first direction is the gradient, up to one factor. Where they differ,
+        # they are rounding errors.
         given = jax.vmap(lambda q: active.inner(directions[0], q))(basis)
         square = jnp.sum(given**2)
         factor = jnp.sum(given * gradient) / jnp.where(square > 0, square, 1)

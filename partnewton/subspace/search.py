@@ -40,8 +40,9 @@ def search(
 ) -> Trial:
     """The step with the largest decrease of the loss among several dampings.
 
-    A decrease that may be mostly rounding errors of the loss is replaced by the integral of the slope along the step, from the cubic polynomial with the exact
-    first and second derivative at its start and the exact first derivative at its end.
+    A decrease that may be mostly rounding errors of the loss is replaced by the
+    integral of the slope along the step, from the cubic polynomial with the exact first
+    and second derivative at its start and the exact first derivative at its end.
 
     Args:
       model: the model of the loss.
@@ -96,9 +97,9 @@ def search(
 def is_lost_in_rounding(difference: jax.Array, value: jax.Array) -> jax.Array:
     """Whether a difference of two values of the loss may be mostly rounding errors.
 
-    It has lost half of its digits or more, or is below 1e6 eps |value|: derivatives with
-    respect to coordinates, as in the residual of a differential equation, amplify
-    rounding errors by factors of up to 1e5. That is 12 % of the loss in float32.
+    It has lost half of its digits or more, or is below 1e6 eps |value|, in float32 12 %
+    of the loss: derivatives with respect to coordinates, as in the residual of a
+    differential equation, amplify rounding errors by factors of up to 1e5.
     """
     eps = jnp.finfo(value.dtype).eps
     return jnp.abs(difference) <= max(eps**0.5, 1e6 * eps) * jnp.abs(value)
