@@ -208,6 +208,24 @@ def test_slopes_decide_where_the_loss_has_no_digits_left():
     np.testing.assert_allclose(found[-1], np.linalg.solve(A, b), rtol=1e-3, atol=1e-4)
 
 
+@jax.custom_jvp
+def with_errors(x):
+    """x with relative errors of 2 %, as rounding errors of a residual can be."""
+    return x * (1 + 0.02 * jnp.sin(1e6 * x))
+
+
+with_errors.defjvp(lambda x, dx: (with_errors(*x), *dx))
+
+
+@each_optimizer
+def test_slopes_decide_below_rounding_errors_that_a_residual_amplifies(make):
+    """Near the minimum, differences of the loss are errors only."""
+    A, b, loss = quadratic()
+    hidden = lambda x: with_errors(10 + loss(x))  # noqa: E731
+    found, _ = trajectory(make(), hidden, jnp.zeros(len(b)), 40)
+    np.testing.assert_allclose(found[-1], np.linalg.solve(A, b), rtol=1e-3, atol=1e-4)
+
+
 def test_a_physics_informed_network_in_float32():
     """u'' = -sin(x) on [0, pi] with u = 0 at both ends."""
     x = jnp.linspace(0, jnp.pi, 41)
