@@ -196,6 +196,20 @@ def test_updates_that_are_not_finite_do_not_change_the_state(x64, steps):
         jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 
+def test_nothing_selects_between_two_matrices():
+    """A selection would read the old matrix and write the new one once more."""
+    x = jnp.ones(7)
+
+    def selections(tx):
+        update = jax.make_jaxpr(tx.update)(x, tx.init(x), x)
+        return str(update).count("f32[7,7] = select_n")
+
+    alone = pn.scale_by_broyden()
+    assert selections(alone) == 1  # of the matrix and the identity
+    wrapped = pn.directions.skip_nonfinite(alone, param_labels=pn.partitions.per_tensor)
+    assert selections(wrapped) == 1
+
+
 def test_the_factor_resolves_condition_numbers_that_float32_does_not():
     """A quadratic function whose curvatures differ by 1e10, in float32."""
     rng = np.random.default_rng(0)

@@ -445,3 +445,12 @@ def test_the_direction_of_lbfgs_is_that_of_optax(x64):
             np.testing.assert_allclose(direction["x"], expected["x"], rtol=1e-8)
         step = {"x": 0.01 * jnp.cos(i + jnp.arange(len(b)))}
         x = jax.tree.map(lambda p, u, v: p - 0.02 * u + v, x, grads, step)
+
+
+def test_updates_that_are_not_finite_do_not_change_the_state_of_lbfgs():
+    tx, x = lbfgs_direction(2), jnp.arange(1.0, 4.0)
+    state = tx.init(x)
+    for t in (1.0, 0.5):
+        _, state = tx.update(t * x, state, t * x)
+    _, kept = tx.update(x.at[1].set(jnp.nan), state, 0.2 * x)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
