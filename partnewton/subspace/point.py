@@ -22,6 +22,8 @@ __all__ = ["Point", "Step"]
 
 Leaves = Sequence[jax.Array]
 
+_NOISE_INTERVAL = 10  # updates
+
 
 class Step(NamedTuple):
     """A step, with the sign of a gradient, and what is known of it.
@@ -68,11 +70,34 @@ class Point:
         self._likes = partition.take_active(self._leaves)
         self._active = partition.of_active()
 
+    def noise(self, last: jax.Array, count: jax.Array) -> jax.Array:
+        """The rounding errors of the loss, measured every ten updates.
+
+        They are its change if all parameters change by a few eps.
+
+        Args:
+          last: the last result. One change can be small by chance, so the result is at
+            least 0.9 times the last one.
+          count: the number of updates, from which the number of eps follows, so that
+            not all changes are the same if the parameters are.
+        """
+
+        def measured() -> jax.Array:
+            size = 1 + count // _NOISE_INTERVAL % 7
+            eps = size.astype(last.dtype) * jnp.finfo(last.dtype).eps
+            nearby = self._after(self._cast([-eps * x for x in self._likes]))
+            change = self._loss_at(nearby) - self._loss_at(self._params)
+            change = jnp.nan_to_num(jnp.abs(change), posinf=0).astype(last.dtype)
+            return jnp.maximum(change, 0.9 * last)
+
+        return jax.lax.cond(count % _NOISE_INTERVAL == 0, measured, lambda: last)
+
     def step(
         self,
         directions: Sequence[Leaves],
         damping: jax.Array,
         engine: str | engines.Engine,
+        noise: jax.Array,
         skips_second: jax.Array,
     ) -> Step:
         """A multiple of the second direction, or else a step in the subspace.
@@ -81,6 +106,7 @@ class Point:
           directions: the gradient, one with the length of a Newton step, and others.
           damping: of the last step in the subspace.
           engine: computes the summary.
+          noise: the rounding errors of the loss.
           skips_second: whether the second direction is not to be tried by itself.
         """
         active, (gradient, direction, *_) = self._active, directions
@@ -96,6 +122,7 @@ class Point:
             jnp.where(skips, 0, slope),
             lambda t: self._loss_at(self._after(scaled(t))),
             lambda t: self._slope(scaled(t), direction),
+            noise,
         )
 
         def along_line() -> Step:
@@ -111,7 +138,7 @@ class Point:
             )
 
         def in_subspace() -> Step:
-            return self.subspace_step(directions, damping, engine, value)
+            return self.subspace_step(directions, damping, engine, noise, value)
 
         return jax.lax.cond(line.decrease > 0, along_line, in_subspace)
 
@@ -120,12 +147,13 @@ class Point:
         directions: Sequence[Leaves],
         damping: jax.Array,
         engine: str | engines.Engine,
+        noise: jax.Array,
         value: jax.Array | None = None,
     ) -> Step:
         """The step in the span of all directions on each subset.
 
         Args:
-          directions, damping, engine: as for `step`.
+          directions, damping, engine, noise: as for `step`.
           value: the loss, if it is known.
         """
         active, count = self._active, len(directions)
@@ -168,6 +196,7 @@ class Point:
             value,
             lambda eta: self._loss_at(self._after(step_of(eta))),
             slope_at,
+            noise,
         )
         is_accepted = is_finite & (trial.decrease > 0)
         return self._described(
