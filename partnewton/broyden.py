@@ -12,8 +12,16 @@ both from the ratios b = s'B s / s'y and h = y'H y / s'y, so that eigenvalues of
 are too small grow faster than by BFGS. On the ill-conditioned losses of
 physics-informed networks it is faster by orders of magnitude.
 
-B s is known only for a step along the last direction H g, where it is proportional to
-g. After any other step the update is that of BFGS.
+Not H is stored but a factor Z of H = Z Z', whose condition number is the square root
+of that of H. In float32, H itself would lose all digits of large curvatures if those
+differ by more than 1e7. With w = Z'y and u = Z^-1 s, the update is
+
+    Z' = (Z - H y w'/(y'H y) + kappa v z') / sqrt(tau) + s w' / sqrt(s'y y'H y),
+    z = sqrt(y'H y) (u / (s'y) - w / (y'H y)),  kappa = phi / (1 + sqrt(1 + phi z'z)).
+
+u is known only for a step along the last direction H g = Z (Z'g), where it is
+proportional to Z'g. After any other step phi is 0 and tau is 1. That is the update of
+Davidon, Fletcher and Powell, which does not need u.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +32,8 @@ import optax
 
 from partnewton._checks import check_number
 from partnewton._strictness import at_least_float32
+from partnewton._tree import select
+from partnewton.directions import KeepsFinite
 from partnewton.partitions.partition import sharded_like
 
 __all__ = ["ScaleByBroydenState", "scale_by_broyden"]
@@ -35,18 +45,20 @@ class ScaleByBroydenState(NamedTuple):
     Attributes:
       count: the number of pairs (s, y) in the matrix since it was last the identity,
         shape (), int32; -1 before the first update.
-      inverse_hessian: H, shape (P, P).
+      factor: Z, where Z Z' = H is the approximate inverse Hessian, shape (P, P).
       params: at the last update, shape (P,).
       gradient: at the last update, shape (P,).
+      weights: Z' times this gradient, shape (P,).
       direction: H times this gradient, shape (P,).
       other_steps: the number of steps in a row that were not along the last direction,
         shape (), int32.
     """
 
     count: jax.Array
-    inverse_hessian: jax.Array
+    factor: jax.Array
     params: jax.Array
     gradient: jax.Array
+    weights: jax.Array
     direction: jax.Array
     other_steps: jax.Array
 
@@ -65,7 +77,8 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
     :func:`partnewton.scale_by_subspace_newton`. All steps count, whatever their length
     and direction: the change of the parameters between two updates is s. After five
     steps in a row that were not along the last update, H starts anew. An update costs
-    two passes over a matrix of P x P entries.
+    three passes over a matrix of P x P entries. Updates that are not finite do not
+    change the state.
 
     Args:
       max_size: the largest P for which the matrix is stored.
@@ -110,7 +123,7 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
         return ScaleByBroydenState(
             jnp.full((), -1, jnp.int32),
             zeros(size, size),
-            *(zeros(size) for _ in range(3)),
+            *(zeros(size) for _ in range(4)),
             jnp.zeros((), jnp.int32),
         )
 
@@ -124,10 +137,10 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
         if params is None:
             raise ValueError("params: scale_by_broyden needs the parameters.")
         g = _flat(updates, state.gradient.dtype)
-        new = _updated(state, _flat(params, g.dtype), g)
-        return _unflattened(new.direction, updates), new
+        direction, new = _updated(state, _flat(params, g.dtype), g)
+        return _unflattened(direction, updates), new
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return KeepsFinite(init_fn, update_fn)
 
 
 def _flat(tree: Any, dtype: jnp.dtype) -> jax.Array:
@@ -159,37 +172,51 @@ def _arrays(tree: Any) -> list[jax.Array]:
 
 def _updated(
     state: ScaleByBroydenState, x: jax.Array, g: jax.Array
-) -> ScaleByBroydenState:
-    """The state at the parameters x with the gradient g."""
+) -> tuple[jax.Array, ScaleByBroydenState]:
+    """The direction and the state at the parameters x with the gradient g."""
     s, y = x - state.params, g - state.gradient
     sy, yy = s @ y, y @ y
     eps = jnp.finfo(g.dtype).eps
-    is_pair = (state.count >= 0) & (sy > eps * jnp.sqrt((s @ s) * yy))
+    is_finite = jnp.isfinite(g @ g) & jnp.isfinite(x @ x)
+    is_pair = (state.count >= 0) & (sy > eps * jnp.sqrt((s @ s) * yy)) & is_finite
     # H of the first pair is the multiple of the identity with y'H y = s'y.
     start = jnp.where(is_pair, sy / jnp.where(is_pair, yy, 1), 1)
-    start = jnp.where(state.count < 0, 1 / jnp.maximum(jnp.sqrt(g @ g), 1), start)
+    is_first = (state.count < 0) & is_finite
+    start = jnp.where(is_first, 1 / jnp.maximum(jnp.sqrt(g @ g), 1), start)
     is_identity = state.count <= 0
+    root = jnp.sqrt(start)
 
-    def times(vector: jax.Array, known: jax.Array) -> jax.Array:
-        return jnp.where(is_identity, start * vector, known)
-
-    H_g = times(g, state.inverse_hessian @ g)
-    known = times(state.gradient, state.direction)
-    t, is_along = _length_along(s, known)
-    columns, weights, tau = _rank_three(
-        s, y, H_g, known, jnp.where(is_along, t * (s @ state.gradient), 0), is_identity
+    w = jnp.where(is_identity, root * g, g @ state.factor)
+    H_g = jnp.where(is_identity, start * g, state.factor @ w)
+    w_old = jnp.where(is_identity, root * state.gradient, state.weights)
+    H_g_old = jnp.where(is_identity, start * state.gradient, state.direction)
+    t, is_along = _length_along(s, H_g_old)
+    Zy, Hy = w - w_old, H_g - H_g_old
+    yHy = Zy @ Zy
+    is_pair &= yHy > 0
+    # Where there is no pair, any numbers that are not zero.
+    s, u, Zy, Hy, sy, yHy = (
+        jnp.where(is_pair, a, 1) for a in (s, t * w_old, Zy, Hy, sy, yHy)
     )
-    # H' = H / tau + [s, Hy, v] diag(weights) [s, Hy, v]'
-    weights = jnp.where(is_pair, weights, 0)
+    phi, tau = _self_scaling(u @ u / sy, yHy / sy, len(s))
+    phi, tau = jnp.where(is_identity, 1, phi), jnp.where(is_identity, 1, tau)
+    phi, tau = jnp.where(is_along, phi, 0), jnp.where(is_along, tau, 1)
+    z, v = (jnp.sqrt(yHy) * (a / sy - b / yHy) for a, b in ((u, Zy), (s, Hy)))
+    kappa = phi / (1 + jnp.sqrt(jnp.maximum(1 + phi * (z @ z), 0)))
+    # Z' = scale Z + sum of column row', and the products of Z with the rows.
+    scale = jnp.where(is_pair, 1 / jnp.sqrt(tau), 1)
+    columns = jnp.stack([s / jnp.sqrt(sy * yHy) - scale * Hy / yHy, scale * kappa * v])
     columns = jnp.where(is_pair, columns, 0)
-    tau = jnp.where(is_pair, tau, 1)
-    direction = H_g / tau + (weights * (columns @ g)) @ columns
+    rows, products = jnp.stack([Zy, z]), jnp.stack([Hy, v])
     is_diagonal = jnp.arange(len(g))[:, None] == jnp.arange(len(g))
-    H = jnp.where(is_identity, start * is_diagonal, state.inverse_hessian) / tau
+    Z = scale * jnp.where(is_identity, root * is_diagonal, state.factor)
     # Not a matrix product, so that there is one pass over the matrix.
-    for weight, column in zip(weights, columns, strict=True):
-        H += (weight * column)[:, None] * column
-    # Rounding errors can destroy definiteness.
+    for column, row in zip(columns, rows, strict=True):
+        Z += column[:, None] * row
+    slopes = columns @ g
+    weights = scale * w + slopes @ rows  # Z'' g
+    direction = scale * (scale * H_g + slopes @ products) + (rows @ weights) @ columns
+
     is_descent = (g @ direction > 0) & jnp.all(jnp.isfinite(direction))
     direction = jnp.where(is_descent, direction, g * start)
     count = jnp.where(is_pair, optax.safe_increment(state.count), state.count)
@@ -197,7 +224,10 @@ def _updated(
     is_kept = is_descent & (others < _MOST_OTHER_STEPS)
     count = jnp.where(is_kept, jnp.maximum(count, 0), 0)
     others = jnp.where(is_kept, others, 0)
-    return ScaleByBroydenState(count, H, x, g, direction, others)
+    new = ScaleByBroydenState(count, Z, x, g, weights, direction, others)
+    # If g is not finite, Z is the old one. Another `where` of it would take time.
+    kept = select(is_finite, new._replace(factor=()), state._replace(factor=()))
+    return direction, kept._replace(factor=Z)
 
 
 def _length_along(s: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,35 +236,6 @@ def _length_along(s: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Ar
     t = (s @ direction) / jnp.where(dd > 0, dd, 1)
     rest = s - t * direction
     return t, (t < 0) & (rest @ rest <= 0.01 * (s @ s))
-
-
-def _rank_three(
-    s: jax.Array,
-    y: jax.Array,
-    H_g: jax.Array,
-    H_old: jax.Array,
-    sBs: jax.Array,
-    is_identity: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The vectors s, H y and v, their weights in H', and tau.
-
-    Args:
-      s, y: the pair.
-      H_g, H_old: H times the new and the last gradient.
-      sBs: s'B s, or 0 if it is not known.
-      is_identity: whether H is a multiple of the identity.
-    """
-    Hy = H_g - H_old
-    sy, yHy = s @ y, y @ Hy
-    eps = jnp.finfo(y.dtype).eps
-    is_positive = yHy > eps * jnp.sqrt((y @ y) * (Hy @ Hy))
-    yHy = jnp.where(is_positive, yHy, sy)
-    phi, tau = _self_scaling(sBs / sy, yHy / sy, len(s))
-    is_scaled = is_positive & ~is_identity
-    phi, tau = jnp.where(is_scaled, phi, 1), jnp.where(is_scaled, tau, 1)
-    v = jnp.sqrt(yHy) * (s / sy - Hy / yHy)
-    weights = jnp.array([1 / sy, -1 / (tau * yHy), phi / tau])
-    return jnp.stack([s, Hy, v]), weights, tau
 
 
 def _self_scaling(b: jax.Array, h: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

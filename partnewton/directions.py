@@ -22,6 +22,14 @@ from partnewton.engines.compat import as_call
 __all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
 
 
+class KeepsFinite(optax.GradientTransformation):
+    """A transformation whose state does not change by updates that are not finite.
+
+    :func:`skip_nonfinite` then does not select between two states, which for a state
+    with a large matrix takes time.
+    """
+
+
 def skip_nonfinite(
     direction: optax.GradientTransformation,
     *,
@@ -56,6 +64,7 @@ def skip_nonfinite(
       [7.]
     """
     check_transformation("direction", direction)
+    keeps_finite = isinstance(direction, KeepsFinite)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> optax.OptState:
@@ -95,7 +104,7 @@ def skip_nonfinite(
         )
         if partition is not None:
             outgoing = partition.put(everything, outgoing)
-        return outgoing, select(is_finite, new, state)
+        return outgoing, new if keeps_finite else select(is_finite, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import partnewton as pn
@@ -33,6 +34,16 @@ def states(A, points, tx=None):
     return found
 
 
+def inverse_hessian(state):
+    return np.asarray(state.factor @ state.factor.T)
+
+
+def dfp(H, s, y):
+    """The update of Nocedal and Wright, Numerical Optimization, (6.15)."""
+    Hy = H @ y
+    return H - np.outer(Hy, Hy) / (y @ Hy) + np.outer(s, s) / (s @ y)
+
+
 def bfgs(H, s, y):
     """The update of Nocedal and Wright, Numerical Optimization, (6.17)."""
     rho, identity = 1 / (s @ y), np.eye(len(s))
@@ -40,7 +51,19 @@ def bfgs(H, s, y):
     return left @ H @ left.T + rho * np.outer(s, s)
 
 
-def test_other_steps_than_its_own_are_pairs_of_bfgs(x64):
+def test_the_first_pair_of_its_own_steps_is_one_of_bfgs(x64):
+    A = quadratic()
+    x = jnp.ones(6)
+    tx = pn.scale_by_broyden()
+    direction, state = tx.update(A @ x, tx.init(x), x)
+    step = -0.1 * direction
+    _, state = tx.update(A @ (x + step), state, x + step)
+    s, y = np.asarray(step), np.asarray(A @ step)
+    H = bfgs(np.eye(6) * (s @ y) / (y @ y), s, y)
+    np.testing.assert_allclose(inverse_hessian(state), H, rtol=1e-9, atol=1e-12)
+
+
+def test_other_steps_than_its_own_are_pairs_of_davidon_fletcher_powell(x64):
     A = quadratic()
     points = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6)))
     found = states(A, points)
@@ -48,9 +71,9 @@ def test_other_steps_than_its_own_are_pairs_of_bfgs(x64):
     H = np.eye(6) * (s @ y) / (y @ y)
     for n in range(1, 5):
         s = points[n] - points[n - 1]
-        H = bfgs(H, np.asarray(s), np.asarray(A @ s))
+        H = dfp(H, np.asarray(s), np.asarray(A @ s))
         direction, state = found[n]
-        np.testing.assert_allclose(state.inverse_hessian, H, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(inverse_hessian(state), H, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(direction, H @ (A @ points[n]), rtol=1e-8)
 
 
@@ -72,7 +95,7 @@ def test_pairs_of_its_own_steps_satisfy_the_secant_equation(x64, t):
     A = quadratic()
     found = own_steps(A, [0.1, 1.0, t, t, t])
     for (x, _, _), (z, direction, state) in itertools.pairwise(found):
-        H, s = state.inverse_hessian, z - x
+        H, s = inverse_hessian(state), z - x
         np.testing.assert_allclose(H @ (A @ s), s, rtol=1e-7, atol=1e-12)
         np.testing.assert_allclose(H, H.T, rtol=1e-10, atol=1e-14)
         assert np.linalg.eigvalsh(H).min() > 0
@@ -84,9 +107,9 @@ def test_the_update_of_its_own_steps_is_in_broydens_class(x64):
     A = quadratic()
     found = own_steps(A, [0.1, 1.0, 0.4, 0.4])
     (x, _, old), (z, _, new) = found[2], found[3]
-    H, s = np.asarray(old.inverse_hessian), np.asarray(z - x)
+    H, s = inverse_hessian(old), np.asarray(z - x)
     y = np.asarray(A) @ s
-    rest = np.asarray(new.inverse_hessian) - np.outer(s, s) / (s @ y)
+    rest = inverse_hessian(new) - np.outer(s, s) / (s @ y)
     Hy, yHy = H @ y, y @ H @ y
     v = np.sqrt(yHy) * (s / (s @ y) - Hy / yHy)
     basis = [H - np.outer(Hy, Hy) / yHy, np.outer(v, v)]
@@ -123,7 +146,7 @@ def test_a_curved_valley_is_followed_to_its_end(x64, dtype):
     x, state = minimised(dtype, 150)
     tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
     np.testing.assert_allclose(x, 1, rtol=tolerance)
-    assert state[0].direction.inverse_hessian.dtype == dtype
+    assert state[0].direction.factor.dtype == dtype
 
 
 def test_without_a_step_or_with_a_wrong_curvature_the_matrix_is_kept(x64):
@@ -132,10 +155,10 @@ def test_without_a_step_or_with_a_wrong_curvature_the_matrix_is_kept(x64):
     tx = pn.scale_by_broyden()
     state = states(A, points, tx)[-1][1]
     again, kept = tx.update(A @ points[-1], state, points[-1])
-    np.testing.assert_array_equal(kept.inverse_hessian, state.inverse_hessian)
+    np.testing.assert_array_equal(kept.factor, state.factor)
     np.testing.assert_allclose(again, state.direction, rtol=1e-12)
     _, kept = tx.update(-A @ points[0], state, points[0])
-    np.testing.assert_array_equal(kept.inverse_hessian, state.inverse_hessian)
+    np.testing.assert_array_equal(kept.factor, state.factor)
 
 
 def test_after_five_other_steps_in_a_row_the_matrix_starts_anew(x64):
@@ -146,17 +169,69 @@ def test_after_five_other_steps_in_a_row_the_matrix_starts_anew(x64):
     _, state = states(A, points)[-1]
     s = points[-1] - points[-2]
     y = A @ s
-    H = bfgs(np.eye(6) * (s @ y) / (y @ y), np.asarray(s), np.asarray(y))
-    np.testing.assert_allclose(state.inverse_hessian, H, rtol=1e-9, atol=1e-12)
+    H = dfp(np.eye(6) * (s @ y) / (y @ y), np.asarray(s), np.asarray(y))
+    np.testing.assert_allclose(inverse_hessian(state), H, rtol=1e-9, atol=1e-12)
 
 
-def test_a_direction_is_one_of_descent_even_if_the_matrix_is_not_definite():
+def test_a_direction_is_one_of_descent_even_if_the_matrix_is_not_finite():
     tx, x = pn.scale_by_broyden(), jnp.ones(3)
     _, state = tx.update(x, tx.init(x), x)
-    state = state._replace(count=jnp.int32(5), inverse_hessian=-jnp.eye(3))
+    state = state._replace(count=jnp.int32(5), factor=jnp.full((3, 3), jnp.nan))
     direction, state = tx.update(x, state, x)
     assert direction @ x > 0
     assert state.count == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_updates_that_are_not_finite_do_not_change_the_state(x64, steps):
+    A = quadratic()
+    points = jnp.asarray(np.random.default_rng(1).normal(size=(steps + 1, 6)))
+    tx, state = pn.scale_by_broyden(), None
+    state = states(A, points, tx)[-1][1] if steps else tx.init(points[0])
+    for bad in (jnp.nan, jnp.inf):
+        _, kept = tx.update(points[-1].at[2].set(bad), state, points[-1] + 1)
+        assert np.all(np.isfinite(kept.factor))
+        if state.count <= 0:  # then a multiple of the identity, not read from the state
+            kept = kept._replace(factor=state.factor)
+        jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+def test_nothing_selects_between_two_matrices():
+    """A selection would read the old matrix and write the new one once more."""
+    x = jnp.ones(7)
+
+    def selections(tx):
+        update = jax.make_jaxpr(tx.update)(x, tx.init(x), x)
+        return str(update).count("f32[7,7] = select_n")
+
+    alone = pn.scale_by_broyden()
+    assert selections(alone) == 1  # of the matrix and the identity
+    wrapped = pn.directions.skip_nonfinite(alone, param_labels=pn.partitions.per_tensor)
+    assert selections(wrapped) == 1
+
+
+def test_the_factor_resolves_condition_numbers_that_float32_does_not():
+    """A quadratic function whose curvatures differ by 1e10, in float32."""
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    roots = jnp.asarray(vectors * np.geomspace(1, 1e-5, 12), jnp.float32).T
+    tx = pn.scale_by_broyden()
+    x = jnp.asarray(vectors @ np.geomspace(1, 1e5, 12), jnp.float32)  # loss 12
+
+    def loss(x):
+        return jnp.sum((roots @ x) ** 2)
+
+    @jax.jit
+    def step(x, state):
+        direction, state = tx.update(jax.grad(loss)(x), state, x)
+        sizes = 0.5 ** jnp.arange(12)
+        losses = jax.vmap(lambda t: loss(x - t * direction))(sizes)
+        return x - sizes[jnp.argmin(losses)] * direction, state
+
+    state = tx.init(x)
+    for _ in range(150):
+        x, state = step(x, state)
+    assert loss(x) < 1e-3
 
 
 def test_trees_of_several_dtypes(x64):
@@ -166,7 +241,7 @@ def test_trees_of_several_dtypes(x64):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), direction) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
-    assert state.inverse_hessian.shape == (7, 7)
+    assert state.factor.shape == (7, 7)
 
 
 def test_wrong_arguments():
@@ -183,3 +258,15 @@ def test_many_parameters_have_the_memory_of_lbfgs():
     state = pn.subspace_newton().init({"w": jnp.zeros((100, 41))})
     sizes = [x.size for x in jax.tree.leaves(state)]
     assert max(sizes) == 50 * 4100
+
+
+@pytest.mark.parametrize("size", [10, 2600])
+def test_map_params_visits_the_direction_of_both_kinds(size):
+    tx, params = pn.subspace_newton(), {"w": jnp.ones((size, 1))}
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x + 1, state)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), state, doubled)
+    for step in doubled[0].steps:
+        np.testing.assert_array_equal(step["w"], 1)
+    if size > 2500:
+        np.testing.assert_array_equal(doubled[0].direction.lbfgs.params["w"], 1)

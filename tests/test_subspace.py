@@ -208,6 +208,24 @@ def test_slopes_decide_where_the_loss_has_no_digits_left():
     np.testing.assert_allclose(found[-1], np.linalg.solve(A, b), rtol=1e-3, atol=1e-4)
 
 
+@jax.custom_jvp
+def with_errors(x):
+    """x with relative errors of 2 %, as rounding errors of a residual can be."""
+    return x * (1 + 0.02 * jnp.sin(1e6 * x))
+
+
+with_errors.defjvp(lambda x, dx: (with_errors(*x), *dx))
+
+
+@each_optimizer
+def test_slopes_decide_below_rounding_errors_that_a_residual_amplifies(make):
+    """Near the minimum, differences of the loss are errors only."""
+    A, b, loss = quadratic()
+    hidden = lambda x: with_errors(10 + loss(x))  # noqa: E731
+    found, _ = trajectory(make(), hidden, jnp.zeros(len(b)), 40)
+    np.testing.assert_allclose(found[-1], np.linalg.solve(A, b), rtol=1e-3, atol=1e-4)
+
+
 def test_a_physics_informed_network_in_float32():
     """u'' = -sin(x) on [0, pi] with u = 0 at both ends."""
     x = jnp.linspace(0, jnp.pi, 41)
@@ -358,7 +376,8 @@ def test_a_basis_is_orthonormal_per_subset_and_drops_dependent_vectors():
     )
     close = [x + 1e-4 * y for x, y in zip(u, v, strict=True)]
     double = [2e-30 * x for x in u]
-    basis = orthonormal([u, close, double, v], partition)
+    stacked = orthonormal([u, close, double, v], partition)
+    basis = [[x[k] for x in stacked] for k in range(4)]
     gram = np.array([[partition.inner(p, q) for p in basis] for q in basis])
     for s in range(3):
         # What is left of the second vector spans v; u, twice u and v are dependent.
@@ -426,3 +445,12 @@ def test_the_direction_of_lbfgs_is_that_of_optax(x64):
             np.testing.assert_allclose(direction["x"], expected["x"], rtol=1e-8)
         step = {"x": 0.01 * jnp.cos(i + jnp.arange(len(b)))}
         x = jax.tree.map(lambda p, u, v: p - 0.02 * u + v, x, grads, step)
+
+
+def test_updates_that_are_not_finite_do_not_change_the_state_of_lbfgs():
+    tx, x = lbfgs_direction(2), jnp.arange(1.0, 4.0)
+    state = tx.init(x)
+    for t in (1.0, 0.5):
+        _, state = tx.update(t * x, state, t * x)
+    _, kept = tx.update(x.at[1].set(jnp.nan), state, 0.2 * x)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from partnewton.cubic._powers import exponent_of, ldexp
+from partnewton.cubic._powers import exponent_of, ldexp, power_of_two
 from partnewton.partitions import Partition
 from partnewton.partitions.partition import sharded_like
 
@@ -14,10 +14,10 @@ __all__ = ["combine", "orthonormal"]
 Leaves = list[jax.Array]
 
 
-def orthonormal(directions: Sequence[Leaves], partition: Partition) -> list[Leaves]:
+def orthonormal(directions: Sequence[Leaves], partition: Partition) -> Leaves:
     """Vectors that are orthonormal, or zero, on each subset, with the same span.
 
-    Classical Gram-Schmidt with one reorthogonalisation of the vectors themselves. A
+    Classical Gram-Schmidt with two reorthogonalisations of the vectors themselves. A
     Gram matrix of the vectors would lose half of the digits. A vector of which the
     first pass leaves only rounding error, a fraction of 4 K eps, is zero on that
     subset. The result does not depend on the scale of a vector on a subset. Vectors
@@ -28,50 +28,50 @@ def orthonormal(directions: Sequence[Leaves], partition: Partition) -> list[Leav
       partition: of these leaves, none of which is frozen.
 
     Returns:
-      K lists of arrays in `partition.dtype`.
+      The leaves of all vectors in `partition.dtype`, with a leading axis of length K.
     """
     rounding = 4 * len(directions) * jnp.finfo(partition.dtype).eps
-    basis: list[Leaves] = []
-    for direction in directions:
-        v, _ = _normalized([x.astype(partition.dtype) for x in direction], partition)
-        if basis:
-            v, left = _normalized(_without(v, basis, partition), partition)
-            v, _ = _normalized(_without(v, basis, partition), partition)
-            v = partition.scaled(v, (left > rounding).astype(partition.dtype))
-        basis.append(v)
-    return basis
+    stacked = [
+        jnp.stack([x.astype(partition.dtype) for x in leaf])
+        for leaf in zip(*directions, strict=True)
+    ]
+
+    def add(i: jax.Array, basis: Leaves) -> Leaves:
+        def without_basis(v: Leaves, _: None) -> tuple[Leaves, jax.Array]:
+            v, norms = _normalized(v, partition)
+            coefficients = jax.vmap(lambda q: partition.inner(q, v))(basis)
+            projection = combine(basis, coefficients, partition)
+            return [x - y for x, y in zip(v, projection, strict=True)], norms
+
+        v, norms = jax.lax.scan(without_basis, [x[i] for x in stacked], length=3)
+        is_kept = (norms[0] > 0) & (norms[1] > rounding)
+        v = partition.scaled(v, is_kept.astype(partition.dtype))
+        return [q.at[i].set(x) for q, x in zip(basis, v, strict=True)]
+
+    # A loop, of which the body is compiled once.
+    zeros = [jnp.zeros_like(x) for x in stacked]
+    return jax.lax.fori_loop(0, len(directions), add, zeros)
 
 
-def combine(
-    basis: Sequence[Leaves], coefficients: jax.Array, partition: Partition
-) -> Leaves:
+def combine(basis: Leaves, coefficients: jax.Array, partition: Partition) -> Leaves:
     """sum_k coefficients[k, s] * basis[k] on each subset s."""
-    terms = [partition.scaled(q, c) for q, c in zip(basis, coefficients, strict=True)]
-    return [sum(leaf[1:], leaf[0]) for leaf in zip(*terms, strict=True)]
-
-
-def _without(v: Leaves, basis: Sequence[Leaves], partition: Partition) -> Leaves:
-    """v minus its projection on the basis."""
-    coefficients = jnp.stack([partition.inner(q, v) for q in basis])
-    projection = combine(basis, coefficients, partition)
-    return [x - y for x, y in zip(v, projection, strict=True)]
+    terms = jax.vmap(partition.scaled)(basis, coefficients)
+    return [jnp.sum(x, axis=0) for x in terms]
 
 
 def _normalized(v: Leaves, partition: Partition) -> tuple[Leaves, jax.Array]:
     """v / ||v|| on each subset, and the norms; without overflow or underflow."""
     largest = partition.largest(v)
     is_usable = jnp.isfinite(largest) & (largest > 0)
-    # By a power of two, which is exact.
+    # By a power of two, which is exact; in two steps, as it alone may be out of range.
     exponent = exponent_of(jnp.where(is_usable, largest, 1))
+    half = exponent >> 1
     v = [
-        jnp.where(sharded_like(x, ok), ldexp(x, sharded_like(x, -e)), 0)
-        for x, e, ok in zip(
-            v,
-            partition.broadcast_to_leaves(exponent),
-            partition.broadcast_to_leaves(is_usable),
-            strict=True,
-        )
+        jnp.where(sharded_like(x, ok), x, 0)
+        for x, ok in zip(v, partition.broadcast_to_leaves(is_usable), strict=True)
     ]
+    for e in (half, exponent - half):
+        v = partition.scaled(v, power_of_two(-e, partition.dtype))
     norms = jnp.sqrt(partition.inner(v, v))
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     v = partition.scaled(v, inverse)

@@ -8,6 +8,7 @@ import optax
 
 from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
+from partnewton.directions import KeepsFinite
 
 __all__ = ["LbfgsDirectionState", "lbfgs_direction"]
 
@@ -38,8 +39,8 @@ def lbfgs_direction(memory_size: int = 20) -> optax.GradientTransformation:
     """The gradient times the inverse Hessian of L-BFGS, with the sign of a gradient.
 
     It differs from :func:`optax.scale_by_lbfgs` in that pairs of negative curvature are
-    not stored, so that the direction is one of descent, and in that its state can be
-    donated and sharded.
+    not stored, so that the direction is one of descent, in that updates that are not
+    finite do not change its state, and in that the state can be donated and sharded.
     """
 
     def init_fn(params: optax.Params) -> LbfgsDirectionState:
@@ -86,7 +87,8 @@ def lbfgs_direction(memory_size: int = 20) -> optax.GradientTransformation:
         )
         product, square = inner(step, difference), inner(difference, difference)
         bound = jnp.finfo(dtype).eps * jnp.sqrt(inner(step, step)) * jnp.sqrt(square)
-        is_stored = (state.count > 0) & (product > bound)
+        is_finite = jnp.isfinite(inner(updates, updates) + inner(params, params))
+        is_stored = is_finite & (state.count > 0) & (product > bound)
         inverse = 1 / jnp.where(is_stored, product, 1)
 
         def pushed(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -111,8 +113,9 @@ def lbfgs_direction(memory_size: int = 20) -> optax.GradientTransformation:
         q = plus(q, scale - 1, q)
         q, _ = jax.lax.scan(forwards, q, (memory, alphas), reverse=True)
         like = state.params, state.updates
-        last = select(jnp.array(True), (params, updates), like)
+        last = select(is_finite, (params, updates), like)
         count = optax.safe_increment(state.count)
+        count = jnp.where(is_finite, count, state.count)
         return q, LbfgsDirectionState(count, *last, *memory, scale)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return KeepsFinite(init_fn, update_fn)

@@ -31,6 +31,7 @@ def line_step(
     slope: jax.Array,
     value_at: Callable[[jax.Array], jax.Array],
     slope_at: Callable[[jax.Array], jax.Array],
+    noise: jax.Array,
 ) -> LineStep:
     """A step t * direction with a sufficient decrease of the loss, from t = 1 on.
 
@@ -45,6 +46,7 @@ def line_step(
         tried.
       value_at: the loss at t.
       slope_at: the decrease of the loss per unit of t, at t.
+      noise: the rounding errors of the loss, ().
 
     Returns:
       A :class:`LineStep`.
@@ -57,7 +59,9 @@ def line_step(
             return (t * (slope + slope_at(t)) / 2).astype(value.dtype)
 
         decrease = jax.lax.cond(
-            is_lost_in_rounding(difference, value), from_slopes, lambda: difference
+            is_lost_in_rounding(difference, value, noise),
+            from_slopes,
+            lambda: difference,
         )
         return jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
 

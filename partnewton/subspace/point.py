@@ -22,6 +22,8 @@ __all__ = ["Point", "Step"]
 
 Leaves = Sequence[jax.Array]
 
+_NOISE_INTERVAL = 10  # updates
+
 
 class Step(NamedTuple):
     """A step, with the sign of a gradient, and what is known of it.
@@ -68,11 +70,34 @@ class Point:
         self._likes = partition.take_active(self._leaves)
         self._active = partition.of_active()
 
+    def noise(self, last: jax.Array, count: jax.Array) -> jax.Array:
+        """The rounding errors of the loss, measured every ten updates.
+
+        They are its change if all parameters change by a few eps.
+
+        Args:
+          last: the last result. One change can be small by chance, so the result is at
+            least 0.9 times the last one.
+          count: the number of updates, from which the number of eps follows, so that
+            not all changes are the same if the parameters are.
+        """
+
+        def measured() -> jax.Array:
+            size = 1 + count // _NOISE_INTERVAL % 7
+            eps = size.astype(last.dtype) * jnp.finfo(last.dtype).eps
+            nearby = self._after(self._cast([-eps * x for x in self._likes]))
+            change = self._loss_at(nearby) - self._loss_at(self._params)
+            change = jnp.nan_to_num(jnp.abs(change), posinf=0).astype(last.dtype)
+            return jnp.maximum(change, 0.9 * last)
+
+        return jax.lax.cond(count % _NOISE_INTERVAL == 0, measured, lambda: last)
+
     def step(
         self,
         directions: Sequence[Leaves],
         damping: jax.Array,
         engine: str | engines.Engine,
+        noise: jax.Array,
         skips_second: jax.Array,
     ) -> Step:
         """A multiple of the second direction, or else a step in the subspace.
@@ -81,6 +106,7 @@ class Point:
           directions: the gradient, one with the length of a Newton step, and others.
           damping: of the last step in the subspace.
           engine: computes the summary.
+          noise: the rounding errors of the loss.
           skips_second: whether the second direction is not to be tried by itself.
         """
         active, (gradient, direction, *_) = self._active, directions
@@ -96,6 +122,7 @@ class Point:
             jnp.where(skips, 0, slope),
             lambda t: self._loss_at(self._after(scaled(t))),
             lambda t: self._slope(scaled(t), direction),
+            noise,
         )
 
         def along_line() -> Step:
@@ -111,7 +138,7 @@ class Point:
             )
 
         def in_subspace() -> Step:
-            return self.subspace_step(directions, damping, engine)
+            return self.subspace_step(directions, damping, engine, noise, value)
 
         return jax.lax.cond(line.decrease > 0, along_line, in_subspace)
 
@@ -120,14 +147,21 @@ class Point:
         directions: Sequence[Leaves],
         damping: jax.Array,
         engine: str | engines.Engine,
+        noise: jax.Array,
+        value: jax.Array | None = None,
     ) -> Step:
-        """The step in the span of all directions on each subset."""
-        active = self._active
-        basis = [self._cast(q) for q in orthonormal(directions, active)]
+        """The step in the span of all directions on each subset.
+
+        Args:
+          directions, damping, engine, noise: as for `step`.
+          value: the loss, if it is known.
+        """
+        active, count = self._active, len(directions)
+        basis = self._cast(orthonormal(directions, active))
         summary = summarize(
             self._value_fn,
             self._params,
-            [self._whole(q) for q in basis],
+            [self._whole([q[k] for q in basis]) for k in range(count)],
             param_labels=self._partition,
             third_order=False,
             engine=engine,
@@ -135,13 +169,18 @@ class Point:
         )
         if self._has_aux:
             summary = summary[0]
-        numbers = summary.value, summary.gradient, summary.hessian
+        if value is None:
+            value = self._loss_at(self._params)
+        # The rounding errors of the value in the summary are not those of the trials.
+        numbers = value, summary.gradient, summary.hessian
         is_finite = all_finite((active.largest(directions[0]), numbers))
         value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
-        # The same numbers in reverse mode; where they differ, they are rounding errors.
-        grads = self._gradient(self._params)
-        again = jnp.stack([active.inner(grads, q) for q in basis])
-        error = jnp.sum((gradient - again) ** 2, axis=0)
+        # The first direction is the gradient, up to one factor. Where they differ,
+        # they are rounding errors.
+        given = jax.vmap(lambda q: active.inner(directions[0], q))(basis)
+        square = jnp.sum(given**2)
+        factor = jnp.sum(given * gradient) / jnp.where(square > 0, square, 1)
+        error = jnp.sum((gradient - factor * given) ** 2, axis=0)
         is_noise = error > 0.01 * jnp.sum(gradient**2, axis=0)
 
         def step_of(eta: jax.Array) -> list[jax.Array]:
@@ -157,6 +196,7 @@ class Point:
             value,
             lambda eta: self._loss_at(self._after(step_of(eta))),
             slope_at,
+            noise,
         )
         is_accepted = is_finite & (trial.decrease > 0)
         return self._described(

@@ -1,11 +1,15 @@
 """`subspace_newton`: the optimizer with its default directions."""
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from partnewton import engines, partitions
 from partnewton.broyden import ScaleByBroydenState, scale_by_broyden
-from partnewton.subspace.lbfgs import lbfgs_direction
+from partnewton.directions import KeepsFinite
+from partnewton.subspace.lbfgs import LbfgsDirectionState, lbfgs_direction
 from partnewton.subspace.transform import scale_by_subspace_newton
 
 __all__ = ["subspace_newton"]
@@ -68,24 +72,43 @@ def subspace_newton(
     )
 
 
+class QuasiNewtonState(NamedTuple):
+    """State of :func:`quasi_newton`; arrays of the unused method have no entries.
+
+    So all states have the same structure, as :func:`optax.tree.map_params` needs.
+
+    Attributes:
+      broyden: the state of :func:`scale_by_broyden`.
+      lbfgs: the state of :func:`lbfgs_direction`.
+    """
+
+    broyden: ScaleByBroydenState
+    lbfgs: LbfgsDirectionState
+
+
 def quasi_newton(
     max_size: int = 2500, memory_size: int = 50
 ) -> optax.GradientTransformation:
     """The direction of Broyden's method, or of L-BFGS for many parameters."""
     dense, sparse = scale_by_broyden(max_size), lbfgs_direction(memory_size)
 
-    def is_small(params: optax.Params) -> bool:
-        return optax.tree.size(params) <= max_size
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        return (dense if is_small(params) else sparse).init(params)
+    def init_fn(params: optax.Params) -> QuasiNewtonState:
+        empty = jax.tree.map(lambda x: jnp.zeros(0, jnp.result_type(x)), params)
+        is_dense = optax.tree.size(params) <= max_size
+        return QuasiNewtonState(
+            dense.init(params if is_dense else empty),
+            sparse.init(empty if is_dense else params),
+        )
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: QuasiNewtonState,
         params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        is_dense = isinstance(state, ScaleByBroydenState)
-        return (dense if is_dense else sparse).update(updates, state, params)
+    ) -> tuple[optax.Updates, QuasiNewtonState]:
+        if state.broyden.params.size:
+            updates, broyden = dense.update(updates, state.broyden, params)
+            return updates, state._replace(broyden=broyden)
+        updates, lbfgs = sparse.update(updates, state.lbfgs, params)
+        return updates, state._replace(lbfgs=lbfgs)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return KeepsFinite(init_fn, update_fn)

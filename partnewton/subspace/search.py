@@ -37,12 +37,13 @@ def search(
     value: jax.Array,
     value_at: Callable[[jax.Array], jax.Array],
     slope_at: Callable[[jax.Array], jax.Array],
+    noise: jax.Array,
 ) -> Trial:
     """The step with the largest decrease of the loss among several dampings.
 
-    A decrease below sqrt(eps) * |value| has lost half of its digits. It is replaced by
-    the integral of the slope along the step, from the cubic polynomial with the exact
-    first and second derivative at its start and the exact first derivative at its end.
+    A decrease that may be mostly rounding errors of the loss is replaced by the
+    integral of the slope along the step, from the cubic polynomial with the exact first
+    and second derivative at its start and the exact first derivative at its end.
 
     Args:
       model: the model of the loss.
@@ -50,6 +51,7 @@ def search(
       value: the loss, ().
       value_at: the loss after a step.
       slope_at: -d/dt of the loss after the step ``t * eta`` at t = 1.
+      noise: the rounding errors of the loss, ().
 
     Returns:
       A :class:`Trial`. If no step decreases the loss, it has the damping with which to
@@ -68,7 +70,7 @@ def search(
             return (2 / 3 * start - curvature / 6 + end / 3).astype(eta.dtype)
 
         decrease = jax.lax.cond(
-            is_lost_in_rounding(difference, value),
+            is_lost_in_rounding(difference, value, noise),
             integrated_slope,
             lambda: difference,
         )
@@ -94,6 +96,13 @@ def search(
     return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), start))[1]
 
 
-def is_lost_in_rounding(difference: jax.Array, value: jax.Array) -> jax.Array:
-    """Whether a difference of two values has lost half of its digits or more."""
-    return jnp.abs(difference) <= jnp.sqrt(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+def is_lost_in_rounding(
+    difference: jax.Array, value: jax.Array, noise: jax.Array
+) -> jax.Array:
+    """Whether a difference of two values of the loss may be mostly rounding errors.
+
+    It has lost half of its digits or more, or is below ten times the measured rounding
+    errors of the loss.
+    """
+    half = jnp.sqrt(jnp.finfo(value.dtype).eps) * jnp.abs(value)
+    return jnp.abs(difference) <= jnp.maximum(half, 10 * noise)

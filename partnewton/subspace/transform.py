@@ -39,6 +39,7 @@ class ScaleBySubspaceNewtonState(NamedTuple):
       decrease: the decrease of the loss by the last update, shape (); 0 if its step
         was refused.
       predicted_decrease: the same by the quadratic model, shape ().
+      noise: the rounding errors of the loss, measured every ten updates, shape ().
       summary_count: the number of updates at which the subspace was used, shape (),
         int32.
       refused_count: the number of updates at which no step decreased the loss, which
@@ -58,6 +59,7 @@ class ScaleBySubspaceNewtonState(NamedTuple):
     damping: jax.Array
     decrease: jax.Array
     predicted_decrease: jax.Array
+    noise: jax.Array
     summary_count: jax.Array
     refused_count: jax.Array
     notfinite_count: jax.Array
@@ -77,9 +79,10 @@ def scale_by_subspace_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method in a subspace of each subset, for losses without noise.
 
-    The incoming updates are the gradient of the loss. The gradient, the updates that
-    `direction` makes of it, and the last steps are K directions. Let q^k_s be an
-    orthonormal basis of their span on subset s. The outgoing updates are
+    The incoming updates are the gradient of the loss, or a multiple of it. The
+    gradient, the updates that `direction` makes of it, and the last steps are K
+    directions. Let q^k_s be an orthonormal basis of their span on subset s. The
+    outgoing updates are
     sum_ks eta_ks q^k_s, with the sign of a gradient. The coefficients minimise
 
         - gradient . eta + 1/2 eta' |hessian| eta + damping/2 ||D eta||^2
@@ -98,8 +101,10 @@ def scale_by_subspace_newton(
     shortened. If one of them decreases the loss sufficiently, it is the step; then an
     update costs one or two evaluations of the loss.
 
-    Where a decrease is too small to be seen in the loss, it is computed from slopes. So
-    the loss decreases at each step, also in float32, and no line search is needed.
+    Where a decrease may be one of rounding errors, it is computed from slopes, with one
+    more gradient. The rounding errors are measured: they are the change of the loss if
+    the last digit of all parameters changes. So the loss decreases at each step, also
+    in float32, and no line search is needed.
 
     It is meant for the whole data set, or a large fixed part of it. The loss may change
     between updates. The update function needs `params` and `value_fn`, see
@@ -173,6 +178,7 @@ def scale_by_subspace_newton(
             damping=jnp.full((), damping, dtype),
             decrease=zero(),
             predicted_decrease=zero(),
+            noise=zero(),
             summary_count=jnp.zeros((), jnp.int32),
             refused_count=jnp.zeros((), jnp.int32),
             notfinite_count=jnp.zeros((), jnp.int32),
@@ -202,10 +208,12 @@ def scale_by_subspace_newton(
             *(jax.tree.leaves(step) for step in state.steps),
         ]
         point = Point(lambda x: value_fn(x, **loss_args), params, partition, has_aux)
+        noise = point.noise(state.noise, state.count)
+        arguments = directions, state.damping, engine, noise
         if source is None:
-            found = point.subspace_step(directions, state.damping, engine)
+            found = point.subspace_step(*arguments)
         else:
-            found = point.step(directions, state.damping, engine, state.count == 0)
+            found = point.step(*arguments, skips_second=state.count == 0)
         steps = state.steps
         if steps:
             treedef = jax.tree.structure(steps[0])
@@ -223,6 +231,7 @@ def scale_by_subspace_newton(
             damping=jnp.where(found.is_finite, found.damping, state.damping),
             decrease=found.decrease,
             predicted_decrease=found.predicted_decrease,
+            noise=noise,
             summary_count=_incremented(state.summary_count, found.is_of_subspace),
             refused_count=_incremented(state.refused_count, is_refused),
             notfinite_count=_incremented(state.notfinite_count, ~found.is_finite),
