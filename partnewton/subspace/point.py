@@ -70,27 +70,32 @@ class Point:
         self._likes = partition.take_active(self._leaves)
         self._active = partition.of_active()
 
-    def noise(self, last: jax.Array, count: jax.Array) -> jax.Array:
-        """The rounding errors of the loss, measured every ten updates.
+    def noise(
+        self, last: jax.Array, count: jax.Array, was_refused: jax.Array
+    ) -> jax.Array:
+        """The rounding errors of the loss, measured at every tenth update.
 
-        They are its change if all parameters change by a few eps.
+        They are its change if all parameters change by a few eps. They are measured
+        after a step that was refused too, since rounding errors may be the reason.
 
         Args:
           last: the last result. One change can be small by chance, so the result is at
             least 0.9 times the last one.
           count: the number of updates, from which the number of eps follows, so that
             not all changes are the same if the parameters are.
+          was_refused: whether no step was accepted at the last update.
         """
 
         def measured() -> jax.Array:
-            size = 1 + count // _NOISE_INTERVAL % 7
+            size = 1 + (count + count // _NOISE_INTERVAL) % 7
             eps = size.astype(last.dtype) * jnp.finfo(last.dtype).eps
             nearby = self._after(self._cast([-eps * x for x in self._likes]))
             change = self._loss_at(nearby) - self._loss_at(self._params)
             change = jnp.nan_to_num(jnp.abs(change), posinf=0).astype(last.dtype)
             return jnp.maximum(change, 0.9 * last)
 
-        return jax.lax.cond(count % _NOISE_INTERVAL == 0, measured, lambda: last)
+        is_due = (count % _NOISE_INTERVAL == 0) | was_refused
+        return jax.lax.cond(is_due, measured, lambda: last)
 
     def step(
         self,

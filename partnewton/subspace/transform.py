@@ -39,7 +39,8 @@ class ScaleBySubspaceNewtonState(NamedTuple):
       decrease: the decrease of the loss by the last update, shape (); 0 if its step
         was refused.
       predicted_decrease: the same by the quadratic model, shape ().
-      noise: the rounding errors of the loss, measured every ten updates, shape ().
+      noise: the rounding errors of the loss, measured at every tenth update and after a
+        refused one, shape ().
       summary_count: the number of updates at which the subspace was used, shape (),
         int32.
       refused_count: the number of updates at which no step decreased the loss, which
@@ -208,7 +209,8 @@ def scale_by_subspace_newton(
             *(jax.tree.leaves(step) for step in state.steps),
         ]
         point = Point(lambda x: value_fn(x, **loss_args), params, partition, has_aux)
-        noise = point.noise(state.noise, state.count)
+        was_refused = (state.count > 0) & (state.decrease == 0)
+        noise = point.noise(state.noise, state.count, was_refused)
         arguments = directions, state.damping, engine, noise
         if source is None:
             found = point.subspace_step(*arguments)
