@@ -7,12 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from partnewton.partitions.paths import (
-    ROOT,
-    leaf_keys,
-    leaf_names,
-    listing,
-)
+from partnewton.partitions.paths import ROOT, leaf_keys, leaf_names, listing
 
 PyTree = Any
 
@@ -133,7 +128,7 @@ _VECTORS = "vectors"
 
 
 def auto(params: PyTree) -> PyTree:
-    """The default of the optimizers: `per_tensor`, or `per_matrix` of many leaves.
+    """The default of `partition_newton`: `per_tensor`, or `per_matrix` of many leaves.
 
     Up to 16 leaves, each is a subset. Beyond that, all leaves with fewer than two axes
     are one subset: a summary costs up to half a loss per subset, and the losses of

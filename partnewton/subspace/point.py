@@ -69,6 +69,7 @@ class Point:
         self._leaves, self._treedef = jax.tree.flatten(params)
         self._likes = partition.take_active(self._leaves)
         self._active = partition.of_active()
+        self._value = self._loss_at(params)
 
     def noise(
         self, last: jax.Array, count: jax.Array, was_refused: jax.Array
@@ -90,6 +91,7 @@ class Point:
             size = 1 + (count + count // _NOISE_INTERVAL) % 7
             eps = size.astype(last.dtype) * jnp.finfo(last.dtype).eps
             nearby = self._after(self._cast([-eps * x for x in self._likes]))
+            # Both by the same program, whose rounding errors are measured.
             change = self._loss_at(nearby) - self._loss_at(self._params)
             change = jnp.nan_to_num(jnp.abs(change), posinf=0).astype(last.dtype)
             return jnp.maximum(change, 0.9 * last)
@@ -115,7 +117,6 @@ class Point:
           skips_second: whether the second direction is not to be tried by itself.
         """
         active, (gradient, direction, *_) = self._active, directions
-        value = self._loss_at(self._params)
         slope = jnp.sum(active.inner(gradient, direction)).astype(damping.dtype)
         skips = skips_second | ~(jnp.isfinite(slope) & (slope > 0))
 
@@ -123,7 +124,7 @@ class Point:
             return self._cast([t * x for x in direction])
 
         line = line_step(
-            value.astype(damping.dtype),
+            self._value.astype(damping.dtype),
             jnp.where(skips, 0, slope),
             lambda t: self._loss_at(self._after(scaled(t))),
             lambda t: self._slope(scaled(t), direction),
@@ -134,7 +135,7 @@ class Point:
             t, decrease = line
             return self._described(
                 scaled(t),
-                loss=value,
+                loss=self._value,
                 damping=damping,
                 decrease=decrease,
                 predicted_decrease=t * (1 - t / 2) * slope,
@@ -143,7 +144,7 @@ class Point:
             )
 
         def in_subspace() -> Step:
-            return self.subspace_step(directions, damping, engine, noise, value)
+            return self.subspace_step(directions, damping, engine, noise)
 
         return jax.lax.cond(line.decrease > 0, along_line, in_subspace)
 
@@ -153,13 +154,11 @@ class Point:
         damping: jax.Array,
         engine: str | engines.Engine,
         noise: jax.Array,
-        value: jax.Array | None = None,
     ) -> Step:
         """The step in the span of all directions on each subset.
 
         Args:
           directions, damping, engine, noise: as for `step`.
-          value: the loss, if it is known.
         """
         active, count = self._active, len(directions)
         basis = self._cast(orthonormal(directions, active))
@@ -174,10 +173,8 @@ class Point:
         )
         if self._has_aux:
             summary = summary[0]
-        if value is None:
-            value = self._loss_at(self._params)
         # The rounding errors of the value in the summary are not those of the trials.
-        numbers = value, summary.gradient, summary.hessian
+        numbers = self._value, summary.gradient, summary.hessian
         is_finite = all_finite((active.largest(directions[0]), numbers))
         value, gradient, hessian = (jnp.where(is_finite, x, 0) for x in numbers)
         # The first direction is the gradient, up to one factor. Where they differ,
