@@ -118,7 +118,7 @@ SWEEPS: dict[str, Candidate] = {
         np.array([10.0, 20.0, 30.0, 100.0]),
     ),
     "per_tensor": _fixed(lambda: pn.partition_newton(param_labels="per_tensor")),
-    "per_matrix": _fixed(lambda: pn.partition_newton(param_labels="per_matrix")),
+    "per_role": _fixed(lambda: pn.partition_newton(param_labels="per_role")),
     "factor": Candidate(lambda rate, steps: pn.partition_newton(rate), _FACTORS),
     "factor_adam": Candidate(
         lambda rate, steps: pn.partition_newton(rate, direction=optax.scale_by_adam()),

@@ -71,8 +71,8 @@ def partition_newton(
       average: a running average of the summaries; by default an exponential one with
         decay 0.9, of summaries relative to their own gradients.
       param_labels: the partition, see :mod:`partnewton.partitions`; by default
-        :func:`partnewton.partitions.auto`: each leaf is a subset, but with more than 16
-        leaves all those with fewer than two axes are one.
+        :func:`partnewton.partitions.auto`: each leaf is a subset; with more than 16
+        leaves, repeated layers share their rates, and so do all biases and scales.
       update_interval: the number of updates between two refreshes of the lengths; by
         default it grows from 20 to 5 S, see :func:`scale_by_partition_newton`.
       backtracking: maximal number of times that new lengths are halved until a step

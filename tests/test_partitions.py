@@ -750,18 +750,72 @@ def deep_params(layers):
 
 
 def test_leaves_with_fewer_than_two_axes_are_one_subset_beside_the_matrices():
-    params = [*deep_params(2), {"scale": jnp.ones(()), "kernel": jnp.ones((2, 2, 2))}]
-    partition = partition_of(params, partitions.per_matrix)
-    assert partition.names == ("vectors", "0/kernel", "1/kernel", "2/kernel")
+    params = {"bias": jnp.ones(3), "scale": jnp.ones(()), "kernel": jnp.ones((2, 2, 2))}
+    assert partitions.per_role(params) == {
+        "bias": "vectors",
+        "scale": "vectors",
+        "kernel": "kernel",
+    }
+
+
+def test_matrices_of_repeated_layers_share_a_subset():
+    layer = {"Dense_0": {"kernel": jnp.ones((3, 6))}, "key": jnp.ones((3, 3))}
+    other = layer | {"query": jnp.ones((3, 3))}
+    params = {"Block_0": layer, "Block_1": layer, "Block_2": other}
+    assert pn.subset_names(params, "per_role") == (
+        "Block_*/Dense_*/kernel",
+        "Block_*/key",
+        "Block_2/query",
+    )
+
+
+def test_matrices_of_different_shapes_have_different_roles():
+    shapes = [(8, 3), (3, 3), (3, 3), (3, 2), (3, 2), (3, 1)]
+    params = [{"kernel": jnp.ones(shape)} for shape in shapes]
+    labels = [layer["kernel"] for layer in partitions.per_role(params)]
+    assert labels == [
+        "0/kernel",
+        *2 * ["*/kernel (3, 3)"],
+        *2 * ["*/kernel (3, 2)"],
+        "5/kernel",
+    ]
+
+
+def test_the_subset_of_a_role_is_that_of_stacked_layers():
+    """The same summary with a loop over layers and with `lax.scan`."""
+    rng = np.random.default_rng(0)
+    stacked = {
+        "w": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32),
+        "head": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32),
+    }
+    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+
+    def looped(params):
+        h = x
+        for layer in params["layers"]:
+            h = jnp.tanh(h @ layer["w"])
+        return jnp.mean((h @ params["head"]) ** 2)
+
+    def scanned(params):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])
+        return jnp.mean((h @ params["head"]) ** 2)
+
+    layers = [{"w": w} for w in stacked["w"]]
+    loop = {"head": stacked["head"], "layers": layers}
+    a = pn.summarize(looped, loop, jax.grad(looped)(loop), param_labels="per_role")
+    b = pn.summarize(scanned, stacked, jax.grad(scanned)(stacked))
+    assert pn.subset_names(loop, "per_role") == ("head", "layers/*/w")
+    for one, other in zip(a, b, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_matrix_cannot_have_the_name_of_the_vectors():
     with pytest.raises(ValueError, match="the leaf 'vectors' has two axes"):
-        partitions.per_matrix({"vectors": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+        partitions.per_role({"vectors": jnp.ones((2, 2)), "bias": jnp.ones(2)})
 
 
-@pytest.mark.parametrize(("layers", "size"), [(8, 16), (9, 10)])
-def test_vectors_are_one_subset_if_there_are_more_than_16_leaves(layers, size):
+@pytest.mark.parametrize(("layers", "size"), [(8, 16), (9, 2)])
+def test_roles_are_subsets_if_there_are_more_than_16_leaves(layers, size):
     params = deep_params(layers)
     assert partition_of(params, "auto").size == size
     state = pn.partition_newton().init(params)

@@ -88,35 +88,52 @@ def weights_biases(params: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, labels)
 
 
-def per_matrix(params: PyTree) -> PyTree:
-    """One subset per leaf with two axes or more; all other leaves are one subset.
+def per_role(params: PyTree) -> PyTree:
+    """One subset per role of a matrix; all leaves with fewer than two axes are one.
 
-    Biases, and the scales of normalisation layers, are many and small, so that the
-    curvature of one of them along its direction is mostly noise of the batch. Together
-    they have one learning rate, as in most optimizers, and a summary of a transformer
-    has a third of the subsets, and costs a third.
+    Leaves have the same role if their shapes are equal and their paths differ in
+    numbers only, such as the query kernels of all layers of a transformer. They have
+    one learning rate, as if the layers were stacked for :func:`jax.lax.scan`: it is
+    measured with less noise than one rate per leaf, and the number of subsets, and so
+    the cost of a summary in gradients, does not grow with the number of layers.
+
+    Biases, and the scales of normalisation layers, are many and small: the curvature of
+    one of them along its direction is mostly noise of the batch.
 
     Args:
       params: a pytree of arrays, or of objects with a shape.
 
     Returns:
-      A pytree like `params` that contains the key path of each leaf with two axes or
-      more, and the label "vectors" for all others.
+      A pytree like `params` of labels: "vectors" for leaves with fewer than two axes;
+      otherwise the path of the leaf, in which "*" replaces each number if other leaves
+      have the same role, with the shape behind it if it is not the only one there.
 
     Raises:
       ValueError: as for `per_tensor`; the path of a leaf with two axes is "vectors".
 
     Example:
-      >>> per_matrix({"bias": np.zeros(2), "kernel": np.zeros((3, 2)), "scale": 1.0})
-      {'bias': 'vectors', 'kernel': 'kernel', 'scale': 'vectors'}
+      >>> layer = {"bias": np.zeros(3), "kernel": np.zeros((3, 3))}
+      >>> labels = per_role({"embedding": np.zeros((9, 3)), "layers": [layer, layer]})
+      >>> labels["embedding"], *labels["layers"][0].values()
+      ('embedding', 'vectors', 'layers/*/kernel')
     """
     names, treedef = jax.tree.flatten(per_tensor(params))
-    is_matrix = [np.ndim(leaf) >= 2 for leaf in jax.tree.leaves(params)]
-    labels = [
-        name if two_axes else _VECTORS
-        for name, two_axes in zip(names, is_matrix, strict=True)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+    roles = [
+        (re.sub(r"\d+", "*", name), shape) if len(shape) >= 2 else (_VECTORS, None)
+        for name, shape in zip(names, shapes, strict=True)
     ]
-    if labels.count(_VECTORS) != is_matrix.count(False):
+    leaves_of = collections.Counter(roles)
+    shapes_of = collections.Counter(path for path, _ in leaves_of)
+
+    def label(name: str, role: tuple[str, Any]) -> str:
+        path, shape = role
+        if shape is None or leaves_of[role] == 1:
+            return _VECTORS if shape is None else name
+        return path if shapes_of[path] == 1 else f"{path} {shape}"
+
+    labels = [label(*x) for x in zip(names, roles, strict=True)]
+    if labels.count(_VECTORS) != leaves_of[_VECTORS, None]:
         raise ValueError(
             f"params: the leaf {_VECTORS!r} has two axes or more and the name of the "
             "subset of all leaves with fewer; pass param_labels with other labels."
@@ -128,11 +145,11 @@ _VECTORS = "vectors"
 
 
 def auto(params: PyTree) -> PyTree:
-    """The default of `partition_newton`: `per_tensor`, or `per_matrix` of many leaves.
+    """The default of `partition_newton`: `per_tensor`, or `per_role` of many leaves.
 
-    Up to 16 leaves, each is a subset. Beyond that, all leaves with fewer than two axes
-    are one subset: a summary costs up to half a loss per subset, and the losses of
-    training are lower, see ``docs/design_notes.md``.
+    Up to 16 leaves, each is a subset. Beyond that, `per_role`: a summary costs up to
+    half a loss per subset, and the losses of training are lower, see
+    ``docs/design_notes.md``.
 
     Args:
       params: a pytree of arrays, or of objects with a shape.
@@ -141,14 +158,14 @@ def auto(params: PyTree) -> PyTree:
       A pytree like `params` of labels.
 
     Raises:
-      ValueError: as for `per_tensor` and `per_matrix`.
+      ValueError: as for `per_tensor` and `per_role`.
 
     Example:
       >>> auto({"bias": np.zeros(2), "kernel": np.zeros((3, 2))})
       {'bias': 'bias', 'kernel': 'kernel'}
     """
     is_large = len(jax.tree.leaves(params)) > _MOST_TENSORS
-    return per_matrix(params) if is_large else per_tensor(params)
+    return per_role(params) if is_large else per_tensor(params)
 
 
 _MOST_TENSORS = 16
@@ -199,7 +216,7 @@ _BY_NAME = {
     for fn in (
         auto,
         per_tensor,
-        per_matrix,
+        per_role,
         whole,
         weights_biases,
         per_layer,
