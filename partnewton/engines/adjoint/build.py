@@ -15,7 +15,6 @@ from partnewton.engines.adjoint.graph import (
     active_in_loop,
     active_variables,
     flattened,
-    is_scan,
 )
 from partnewton.engines.adjoint.op import Loop, Op, OpRule
 from partnewton.engines.adjoint.primitives import (
@@ -185,7 +184,7 @@ def _op_of(
     active_outputs = tuple(i for i, v in enumerate(outputs) if v in relevant)
     if not active_inputs or not active_outputs:
         return group.constant_op()
-    if is_scan(equations[0]):
+    if places[0] in flat.bodies:
         body = flat.bodies[places[0]], singularities.bodies[places[0]]
         op = _scan_op(equations[0], *body, active, relevant)
         return dataclasses.replace(op, places=places)

@@ -5,6 +5,7 @@ example, are one function of that variable, with one weighted Gram matrix instea
 for each equation.
 """
 
+import graphlib
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -60,9 +61,11 @@ def grouped(
             written
             and len(read if is_start else names) == 1
             and len({v.aval.shape for v in (*read, *written)}) == 1
-            and all(_is_floating(v.aval) for v in (*read, *written))
+            and all(
+                jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*read, *written)
+            )
             and properties.is_elementwise(equation)
-            and not _has_registered_rule(equation, active)
+            and registered_rule(equation, active_places(equation, active)) is None
         ):
             name = equation.outvars[0] if is_start else names.pop()
             run_of.update(dict.fromkeys(equation.outvars, name))
@@ -75,10 +78,6 @@ def grouped(
             groups.append([i])
         sources.update(dict.fromkeys(dataflow.provided(equation), depends_on))
     return groups
-
-
-def _has_registered_rule(equation: Equation, active: Collection[Variable]) -> bool:
-    return registered_rule(equation, active_places(equation, active)) is not None
 
 
 def _all_before(
@@ -99,31 +98,18 @@ def ordered(
 ) -> list[list[int]]:
     """The groups in an order of execution, by their first equations where possible."""
     group_of = {i: n for n, group in enumerate(groups) for i in group}
-    waits_for: list[set[int]] = [set() for _ in groups]
+    sorter = graphlib.TopologicalSorter(dict.fromkeys(range(len(groups)), ()))
     writer: dict[Any, int] = {}
     for i, n in sorted(group_of.items()):
-        waits_for[n].update(
-            writer[v] for v in dataflow.awaited(equations[i]) if v in writer
-        )
+        read = dataflow.awaited(equations[i])
+        sorter.add(n, *({writer[v] for v in read if v in writer} - {n}))
         writer.update(dict.fromkeys(dataflow.provided(equations[i]), n))
-    waits_for = [others - {n} for n, others in enumerate(waits_for)]
-    waiting: dict[int, list[int]] = {}
-    for n, others in enumerate(waits_for):
-        for other in others:
-            waiting.setdefault(other, []).append(n)
-    left = [len(others) for others in waits_for]
-    ready = [(groups[n][0], n) for n, count in enumerate(left) if count == 0]
-    heapq.heapify(ready)
-    result = []
-    while ready:
+    sorter.prepare()
+    ready, result = [], []
+    while sorter.is_active():
+        for n in sorter.get_ready():
+            heapq.heappush(ready, (groups[n][0], n))
         _, n = heapq.heappop(ready)
         result.append(groups[n])
-        for other in waiting.get(n, ()):
-            left[other] -= 1
-            if left[other] == 0:
-                heapq.heappush(ready, (groups[other][0], other))
+        sorter.done(n)
     return result
-
-
-def _is_floating(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)

@@ -1,6 +1,7 @@
 """The flattened jaxpr of a loss, and which of its variables are active."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from jax.extend.core import gensym, primitives
 from partnewton.engines import compat
 from partnewton.engines.adjoint import dataflow, lowerings, properties
 from partnewton.engines.adjoint.dataflow import is_inexact, is_variable
-from partnewton.engines.compat import Equation, Jaxpr, Variable
+from partnewton.engines.compat import Equation, Variable
 
 __all__ = [
     "BranchPoint",
@@ -21,7 +22,6 @@ __all__ = [
     "branch_point_of",
     "depends_on",
     "flattened",
-    "is_scan",
 ]
 
 _LARGE_BRANCH = 10  # equations: with fewer, a `cond` is one operation
@@ -49,18 +49,17 @@ class Graph:
 def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
     """A closed jaxpr with all calls inlined, and with new variables.
 
-    Args:
-      closed: the closed jaxpr.
-      branches: the branch that replaces a `cond`, by the position of its equation in
-        the result.
+    A `cond` is replaced by a branch if `branches` has the number of one for the
+    position of its equation in the result.
     """
     branches = branches or {}
     fresh = gensym()
-    jaxpr = compat.open_jaxpr(closed)
-    flat = Graph({}, list(jaxpr.invars), [], [], {})
+    flat = Graph({}, list(compat.open_jaxpr(closed).invars), [], [], {})
 
-    def write_out(jaxpr: Jaxpr, constants: Sequence[Any], names: dict) -> list[Any]:
-        for v, value in zip(jaxpr.constvars, constants, strict=True):
+    def write_out(closed: Any, inputs: Sequence[Any]) -> list[Any]:
+        jaxpr = compat.open_jaxpr(closed)
+        names = dict(zip(jaxpr.invars, inputs, strict=True))
+        for v, value in zip(jaxpr.constvars, compat.constants_of(closed), strict=True):
             names[v] = fresh(v.aval)
             flat.constants[names[v]] = value
 
@@ -83,20 +82,17 @@ def flattened(closed: Any, branches: dict[int, int] | None = None) -> Graph:
                     called, inputs = equation.params["branches"][taken], inputs[1:]
             if called is None:
                 outputs = [fresh(v.aval) for v in equation.outvars]
-                if is_scan(equation):
+                if equation.primitive is primitives.scan_p:
                     inputs = [named(atom) for atom in inputs]
                     body = flattened(equation.params["jaxpr"])
                     flat.bodies[len(flat.equations)] = body
                 flat.equations.append(equation.replace(invars=inputs, outvars=outputs))
             else:
-                inner = compat.open_jaxpr(called)
-                inner_names = dict(zip(inner.invars, inputs, strict=True))
-                outputs = write_out(inner, compat.constants_of(called), inner_names)
+                outputs = write_out(called, inputs)
             names.update(zip(equation.outvars, outputs, strict=True))
         return [renamed(atom) for atom in jaxpr.outvars]
 
-    names = {v: v for v in jaxpr.invars}
-    flat.outputs.extend(write_out(jaxpr, compat.constants_of(closed), names))
+    flat.outputs.extend(write_out(closed, flat.inputs))
     return flat
 
 
@@ -108,13 +104,12 @@ def active_variables(flat: Graph, inputs: Iterable[Variable]) -> set[Variable]:
         if not read or not properties.is_differentiable(equation):
             continue
         active.update(dataflow.references(equation))
+        written = equation.outvars
         if i in flat.bodies:
             flags = [is_variable(v) and v in active for v in equation.invars]
             _, flags = active_in_loop(equation, flat.bodies[i], flags)
-        else:
-            flags = [True] * len(equation.outvars)
-        pairs = zip(equation.outvars, flags, strict=True)
-        active.update(v for v, flag in pairs if flag and is_inexact(v))
+            written = itertools.compress(written, flags)
+        active.update(filter(is_inexact, written))
     return active
 
 
@@ -125,8 +120,7 @@ def active_in_loop(
     num_constants, num_carry = compat.arity(equation)
     flags = list(flags)
     while True:
-        pairs = zip(body.inputs, flags, strict=True)
-        active = active_variables(body, [v for v, flag in pairs if flag])
+        active = active_variables(body, itertools.compress(body.inputs, flags))
         outputs = [is_variable(v) and v in active for v in body.outputs]
         carried = flags[num_constants : num_constants + num_carry]
         grown = [a or b for a, b in zip(carried, outputs[:num_carry], strict=True)]
@@ -161,28 +155,25 @@ def branch_point_of(
         return None
     active = active_variables(flat, flat.inputs)
     found = [
-        place
+        (place, equation)
         for place, equation in enumerate(flat.equations)
         if equation.primitive is primitives.cond_p
-        and any(v in active for v in equation.outvars)
+        and not active.isdisjoint(equation.outvars)
         and compat.num_equations(equation) >= _LARGE_BRANCH
     ]
     if len(found) != 1:
         return None
-    (place,) = found
-    equation = flat.equations[place]
+    ((place, equation),) = found
     chosen, count = equation.invars[0], len(equation.params["branches"])
     if not is_variable(chosen):
-        number = min(max(int(chosen.val), 0), count - 1)
+        number = int(np.clip(chosen.val, 0, count - 1))
         return BranchPoint(place, (number,), lambda *leaves: 0)
     needed = dataflow.needed(flat.equations[:place], [chosen], None)
     before = [e for e in flat.equations[:place] if not needed.isdisjoint(e.outvars)]
-    inputs = [*flat.constants, *flat.inputs]
-    function = compat.function_of(before, inputs, [chosen])
-    constants = list(flat.constants.values())
+    function = compat.function_of(before, [*flat.constants, *flat.inputs], [chosen])
 
     def index(*leaves: jax.Array) -> jax.Array:
-        return function(*constants, *leaves)[0]
+        return function(*flat.constants.values(), *leaves)[0]
 
     return BranchPoint(place, tuple(range(count)), index)
 
@@ -192,8 +183,3 @@ def depends_on(jaxpr: Any, place: int = 0) -> bool:
     flat = flattened(jaxpr)
     active = active_variables(flat, [flat.inputs[place]])
     return not active.isdisjoint(filter(is_variable, flat.outputs))
-
-
-def is_scan(equation: Equation) -> bool:
-    """Whether an equation is a `scan`."""
-    return equation.primitive is primitives.scan_p

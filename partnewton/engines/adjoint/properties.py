@@ -24,20 +24,6 @@ __all__ = [
     "may_mask",
 ]
 
-# Operations with zero derivatives between some entries, besides those that are
-# piecewise linear or unknown. They may mask a cotangent that is not finite.
-_MASKING = frozenset(
-    [
-        "concatenate",
-        "dynamic_update_slice",
-        "gather",
-        "pad",
-        "scatter-add",
-        "select_n",
-        "stack",
-    ]
-)
-
 
 def is_differentiable(equation: Equation) -> bool:
     """Whether an operation may have a nonzero derivative."""
@@ -94,33 +80,27 @@ def is_elementwise(equation: Equation) -> bool:
 
 def is_known(equation: Equation) -> bool:
     """Whether an operation is in a table, or consists of such operations."""
-    name = equation.primitive.name
-    return (
-        is_elementwise(equation)
-        or is_bilinear(equation)
-        or name in TABLES.linear
-        or name in TABLES.piecewise_linear
-    )
+    names = {*TABLES.linear, *TABLES.piecewise_linear}
+    is_listed = equation.primitive.name in names or is_bilinear(equation)
+    return is_listed or is_elementwise(equation)
 
 
 def may_mask(equation: Equation) -> bool:
     """Whether entries of the result may be constant although the operands are not."""
     name = equation.primitive.name
     if name in ("concatenate", "pad", "stack"):
-        return not all(
-            is_inexact(atom) and is_variable(atom) for atom in equation.invars
-        )
-    if name in _MASKING or name in TABLES.piecewise_linear:
+        return not all(is_inexact(x) and is_variable(x) for x in equation.invars)
+    if name in ("dynamic_update_slice", "gather", "scatter-add", "select_n"):
+        return True
+    if name in TABLES.piecewise_linear:
         return True
     return not (is_bilinear(equation) or name in {*TABLES.linear, *TABLES.elementwise})
 
 
 def is_singular(equation: Equation, positive: Collection[Variable] = ()) -> bool:
-    """Whether an elementwise function has an infinite derivative at some number.
+    """Whether an elementwise function may have an infinite derivative.
 
-    Args:
-      equation: the function.
-      positive: the variables that are greater than zero.
+    The variables `positive` are known to be greater than zero.
     """
     return any(
         TABLES.elementwise.get(e.primitive.name) and not _is_kept_away(e, positive)
