@@ -14,7 +14,7 @@ from support.selection import some
 import partnewton as pn
 from partnewton.engines import ENGINES, compat
 from partnewton.engines.adjoint.build import program_of
-from partnewton.engines.adjoint.primitives import ELEMENTWISE
+from partnewton.engines.adjoint.primitives.elementwise import ELEMENTWISE
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 

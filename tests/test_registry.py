@@ -18,7 +18,7 @@ import partnewton as pn
 from partnewton import engines
 from partnewton.engines import Jet, Tangent, Terms, compat
 from partnewton.engines.adjoint.build import program_of
-from partnewton.engines.adjoint.primitives import ELEMENTWISE
+from partnewton.engines.adjoint.primitives.elementwise import ELEMENTWISE
 
 PyTree = Any
 

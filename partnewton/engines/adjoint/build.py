@@ -17,16 +17,14 @@ from partnewton.engines.adjoint.graph import (
     flattened,
 )
 from partnewton.engines.adjoint.op import Loop, Op, OpRule
-from partnewton.engines.adjoint.primitives import (
-    BILINEAR,
+from partnewton.engines.adjoint.primitives.bilinear import BILINEAR, is_product
+from partnewton.engines.adjoint.primitives.elementwise import (
     ELEMENTWISE,
-    GENERIC,
-    LINEAR,
-    PIECEWISE_LINEAR,
-    SCAN,
-    is_product,
     is_real_function,
 )
+from partnewton.engines.adjoint.primitives.generic import GENERIC
+from partnewton.engines.adjoint.primitives.linear import LINEAR, PIECEWISE_LINEAR
+from partnewton.engines.adjoint.primitives.scan import SCAN
 from partnewton.engines.adjoint.program import Program
 from partnewton.engines.adjoint.registry import registered_rule
 from partnewton.engines.adjoint.singularities import Singularities, singularities_of

@@ -67,7 +67,7 @@ def sweep_final(
     span = hull([x.span for x in first])
     columns = [densify(x, span) for x in first]
 
-    filled = with_zeros(lambda *x: list(x), final.point)(tuple(places))
+    filled = with_zeros(lambda *x: list(x), final.point, places)
 
     def hvp(*xdot: jax.Array) -> list[jax.Array]:
         product = final.linear.product(*filled(*xdot))
@@ -85,7 +85,7 @@ def sweep_final(
     terms, slopes = Terms(), []
     for n, x, product in zip(places, first, products, strict=True):
         terms += Terms.of_hessian(Tangent(where_moved(product, x), span.start), x)
-        slope = dots(x.values, final.linear.gradient[n][None], is_guarded=True)
+        slope = dots(x.values, final.linear.gradient[n], is_guarded=True)
         slopes.append(Tangent(over_all_devices(slope), x.start))
     if request.third_order:
         if any(x is not None for x in second):

@@ -1,7 +1,5 @@
 """Inner products of rows of tangents, and products in which 0 * inf is 0."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,53 +15,42 @@ __all__ = ["dots", "gram", "guarded_product", "where_moved", "wide_dtype", "wide
 def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Array:
     """The inner products of rows, (r, *shape) x (c, *shape) -> (r, c), in real numbers.
 
-    Products are not conjugated, as in the transposition of jax.
-
-    Args:
-      a, b: the rows.
-      weight: factors of the terms of each inner product, (*shape).
+    Their terms are multiplied by `weight`, an array (*shape). Products are not
+    conjugated, as in the transposition of jax.
     """
     dtype = wide_dtype(a, b)
     a, b = a.astype(dtype), b.astype(dtype)
+    weights = [] if weight is None else [weight.astype(dtype)]
     if compat.may_be_sharded(a, b):
         # A reshape that joins sharded axes would gather the arrays.
-        a = a if weight is None else weight * a
-        explicit = compat.is_explicit(a) or compat.is_explicit(b)
-        kwargs = {"out_sharding": jax.P(None, None)} if explicit else {}
-        return _inner(a, b, **kwargs).real
+        return _weighted(a, b, *weights).real
     # One contracted axis: with several, some backends are much slower.
-    operands = [a.reshape(len(a), -1), b.reshape(len(b), -1)]
-    if weight is not None:
-        operands.append(weight.astype(dtype).reshape(1, -1))
-    return lowerings.in_blocks(_weighted, operands).real
+    rows = [x.reshape(len(x), -1) for x in (a, b)]
+    rows += [x.reshape(1, -1) for x in weights]
+    return lowerings.in_blocks(_weighted, rows).real
 
 
 def _weighted(a: jax.Array, b: jax.Array, *weight: jax.Array) -> jax.Array:
     for w in weight:
         a = w * a
-    return _inner(a, b)
-
-
-def _inner(a: jax.Array, b: jax.Array, **kwargs: Any) -> jax.Array:
     axes = tuple(range(1, a.ndim))
+    is_explicit = compat.is_explicit(a) or compat.is_explicit(b)
     return jax.lax.dot_general(
         a,
         b,
         ((axes, axes), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=a.dtype,
-        **kwargs,
+        out_sharding=jax.P(None, None) if is_explicit else None,
     )
 
 
 def dots(a: jax.Array, b: jax.Array, *, is_guarded: bool = False) -> jax.Array:
-    """The inner products of corresponding rows, (r, *shape) -> (r,).
+    """The inner products of rows, (r, *shape) -> (r,), with those of b or with one b.
 
-    Args:
-      a, b: the rows.
-      is_guarded: whether a product with a zero factor is zero even if the other is inf.
+    If guarded, a product with a zero factor is zero even if the other one is infinite.
     """
-    dtype = wide_dtype(a, b)
+    b, dtype = jnp.broadcast_to(b, a.shape), wide_dtype(a, b)
     product = guarded_product(a.astype(dtype), b.astype(dtype), is_guarded).real
     return lowerings.sum_over(product, tuple(range(1, product.ndim)))
 
@@ -76,12 +63,11 @@ def guarded_product(a: jax.Array, b: jax.Array, is_guarded: bool) -> jax.Array:
     return jnp.where((a == 0) | (b == 0), jnp.zeros_like(product), product)
 
 
-def where_moved(x: jax.Array, *tangents: Tangent | None) -> jax.Array:
+def where_moved(x: jax.Array, *tangents: Tangent) -> jax.Array:
     """x, with zeros at the entries at which a tangent is zero in all rows."""
     for tangent in tangents:
-        if tangent is not None:
-            moved = jnp.any(tangent.values != 0, axis=0)
-            x = jnp.where(moved, x, jnp.zeros_like(x))
+        moved = jnp.any(tangent.values != 0, axis=0)
+        x = jnp.where(moved, x, jnp.zeros_like(x))
     return x
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint.spans import Span, overlap, segments
-from partnewton.engines.adjoint.tangent import Tangent, add
+from partnewton.engines.adjoint.tangent import Tangent, add, common_rows
 
-__all__ = ["apply", "group_by_support", "push", "with_zeros"]
+__all__ = ["apply", "group_by_support", "on_common_rows", "push", "with_zeros"]
 
 
 def group_by_support(
@@ -51,44 +51,39 @@ def push(
       >>> twice.values.tolist()
       [[2.0, 2.0, 2.0]]
     """
-    operands_of: dict[Span, list[int]] = {}
-    for n, x in enumerate(tangents):
-        if x is not None:
-            operands_of.setdefault(x.span, []).append(n)
+    found = [(n, x) for n, x in enumerate(tangents) if x is not None]
     parts = []
-    for span, members in operands_of.items():
-        columns = [tangents[n].values for n in members]
-        results = apply(function_of(tuple(members)), *columns, takes_rows=takes_rows)
+    for span in dict.fromkeys(x.span for _, x in found):
+        some = {n: x.values for n, x in found if x.span == span}
+        function = function_of(tuple(some))
+        results = apply(function, *some.values(), takes_rows=takes_rows)
         parts.append([Tangent(y, span.start) for y in results])
-    if not parts:
-        return None
-    return [add(*column) for column in zip(*parts, strict=True)]
+    return [add(*column) for column in zip(*parts, strict=True)] or None
 
 
 def with_zeros(
-    function: Callable, operands: Sequence[jax.Array]
-) -> Callable[[tuple[int, ...]], Callable]:
-    """A linear function as the first argument of :func:`push`.
+    function: Callable, operands: Sequence[jax.Array], members: Sequence[int]
+) -> Callable:
+    """A function of all operands as one of some, in which the others are zero."""
 
-    Args:
-      function: the function of all operands.
-      operands: arrays of the shapes of the operands.
-
-    Returns:
-      From the positions of some operands to the function of these, in which the others
-      are zero.
-    """
-
-    def of_members(members: tuple[int, ...]) -> Callable:
-        def of_some(*some: jax.Array) -> Any:
-            everything = list(map(jnp.zeros_like, operands))
-            for n, x in zip(members, some, strict=True):
-                everything[n] = x
-            return function(*everything)
-
-        return of_some
+    def of_members(*some: jax.Array) -> Any:
+        everything = list(map(jnp.zeros_like, operands))
+        for n, x in zip(members, some, strict=True):
+            everything[n] = x
+        return function(*everything)
 
     return of_members
+
+
+def on_common_rows(
+    function: Callable, *tangents: Tangent | None, takes_rows: bool = False
+) -> Tangent | None:
+    """A function of rows, for the subsets for which all tangents have rows."""
+    span, columns = common_rows(*tangents)
+    if span is None:
+        return None
+    (values,) = apply(function, *columns, takes_rows=takes_rows)
+    return Tangent(values, span.start)
 
 
 def apply(
@@ -97,13 +92,10 @@ def apply(
     takes_rows: bool = False,
     batch_size: int | None = None,
 ) -> list[jax.Array]:
-    """Applies a function to each row of some arrays.
+    """Applies a function, whose results are a list, to each row of some arrays.
 
-    Args:
-      function: from one row of each array, or from all rows, to a list of arrays.
-      columns: the arrays, with the rows along the first axis.
-      takes_rows: whether the function is given all rows at once instead of one.
-      batch_size: the number of rows that are computed at once; by default all.
+    The function is given one row of each array; all at once if it `takes_rows`. At most
+    `batch_size` rows are computed at once.
     """
     if takes_rows:
         return list(function(*columns))

@@ -30,11 +30,11 @@ def hull(spans: Sequence[Span]) -> Span:
     return Span(start, max(span.stop for span in spans) - start)
 
 
-def overlap(a: Span, b: Span) -> Span | None:
-    """The subsets that two spans have in common.
+def overlap(*spans: Span) -> Span | None:
+    """The subsets that spans have in common.
 
     Args:
-      a, b: the spans.
+      spans: the spans, at least one.
 
     Returns:
       A span, or None if they have no subset in common.
@@ -43,7 +43,7 @@ def overlap(a: Span, b: Span) -> Span | None:
       >>> overlap(Span(0, 4), Span(2, 5))
       Span(start=2, count=2)
     """
-    start, stop = max(a.start, b.start), min(a.stop, b.stop)
+    start, stop = max(x.start for x in spans), min(x.stop for x in spans)
     return Span(start, stop - start) if start < stop else None
 
 

@@ -8,17 +8,28 @@ near the input have few.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from partnewton.engines.adjoint import lowerings
-from partnewton.engines.adjoint.spans import Span, overlap, segments
+from partnewton.engines.adjoint.spans import Span, hull, overlap, segments
 
-__all__ = ["Jet", "Tangent", "add", "densify", "densify_jet", "restrict"]
+__all__ = [
+    "Jet",
+    "Tangent",
+    "add",
+    "common_rows",
+    "densify",
+    "densify_jet",
+    "restrict",
+    "sums_by_span",
+]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tangent:
     """The derivatives of one value along some subsets.
@@ -29,15 +40,12 @@ class Tangent:
     """
 
     values: jax.Array
-    start: int = 0
+    start: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def span(self) -> Span:
         """The subsets of the rows."""
         return Span(self.start, len(self.values))
-
-
-jax.tree_util.register_dataclass(Tangent, data_fields=["values"], meta_fields=["start"])
 
 
 class Jet(NamedTuple):
@@ -54,11 +62,11 @@ class Jet(NamedTuple):
 
 
 def restrict(tangent: Tangent, span: Span) -> jax.Array:
-    """The rows of some of the subsets.
+    """The rows of the subsets of a span.
 
     Args:
       tangent: the tangent.
-      span: the subsets, some of which the tangent has rows for.
+      span: the subsets.
 
     Returns:
       An array (span.count, *shape), zero where the tangent has no row.
@@ -69,10 +77,16 @@ def restrict(tangent: Tangent, span: Span) -> jax.Array:
     """
     if tangent.span == span:
         return tangent.values
-    if overlap(tangent.span, span) != span:
-        return densify(tangent, span)
-    start = span.start - tangent.start
-    return jax.lax.slice_in_dim(tangent.values, start, start + span.count)
+    values, common = tangent.values, overlap(tangent.span, span)
+    if common is None:
+        return _zero_rows(values, span.count)
+    start = common.start - tangent.start
+    parts = [values[start : start + common.count]]
+    if common.start > span.start:
+        parts.insert(0, _zero_rows(values, common.start - span.start))
+    if common.stop < span.stop:
+        parts.append(_zero_rows(values, span.stop - common.stop))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def densify(
@@ -97,17 +111,9 @@ def densify(
     """
     if tangent is None:
         return _zero_rows(like[None], span.count)
-    if tangent.span == span:
-        return tangent.values
-    before, after = tangent.start - span.start, span.stop - tangent.span.stop
-    if min(before, after) < 0:
+    if overlap(tangent.span, span) != tangent.span:
         raise ValueError(f"the rows of {tangent.span} are not all inside of {span}.")
-    parts = [tangent.values]
-    if before:
-        parts.insert(0, _zero_rows(tangent.values[:1], before))
-    if after:
-        parts.append(_zero_rows(tangent.values[:1], after))
-    return jnp.concatenate(parts)
+    return restrict(tangent, span)
 
 
 def densify_jet(jet: Jet, span: Span, num_orders: int, like: jax.Array) -> Jet:
@@ -129,28 +135,35 @@ def add(*terms: Tangent | None) -> Tangent | None:
       >>> total.values.tolist()
       [1.0, 2.0, 1.0]
     """
-    tangents = [x for x in terms if x is not None]
-    by_span: dict[Span, list[Tangent]] = {}
-    for x in tangents:
-        by_span.setdefault(x.span, []).append(x)
-    sums = [
-        Tangent(sum((x.values for x in some[1:]), start=some[0].values), span.start)
-        for span, some in by_span.items()
-    ]
+    sums = sums_by_span(terms)
     if len(sums) < 2:
         return sums[0] if sums else None
-    spans = list(by_span)
-    parts = [_sum_on(some, sums) for some in segments(spans)]
-    return Tangent(lowerings.concatenate(parts), min(span.start for span in spans))
+    spans = [x.span for x in sums]
+    parts = []
+    for span in segments(spans):  # each tangent has all of its rows or none
+        rows = [restrict(x, span) for x in sums if overlap(x.span, span)]
+        rows = rows or [restrict(sums[0], span)]
+        parts.append(sum(rows[1:], start=rows[0]))
+    return Tangent(lowerings.concatenate(parts), hull(spans).start)
 
 
-def _sum_on(span: Span, tangents: list[Tangent]) -> jax.Array:
-    """The sum of the rows of some subsets; each tangent has all of them or none."""
-    rows = [restrict(x, span) for x in tangents if overlap(x.span, span)]
-    if not rows:
-        return _zero_rows(tangents[0].values[:1], span.count)
-    return sum(rows[1:], start=rows[0])
+def sums_by_span(terms: Iterable[Tangent | None]) -> list[Tangent]:
+    """The sums of those tangents that have the same span."""
+    sums: dict[Span, jax.Array] = {}
+    for x in terms:
+        if x is not None:
+            sums[x.span] = sums[x.span] + x.values if x.span in sums else x.values
+    return [Tangent(values, span.start) for span, values in sums.items()]
 
 
-def _zero_rows(row: jax.Array, count: int) -> jax.Array:
-    return jnp.broadcast_to(jnp.zeros_like(row), (count, *row.shape[1:]))
+def common_rows(*tangents: Tangent | None) -> tuple[Span | None, list[jax.Array]]:
+    """The subsets for which all tangents have rows, and these rows."""
+    if any(x is None for x in tangents):
+        return None, []
+    span = overlap(*(x.span for x in tangents))
+    return span, [restrict(x, span) for x in tangents] if span else []
+
+
+def _zero_rows(rows: jax.Array, count: int) -> jax.Array:
+    """Zeros of the type of some rows."""
+    return jnp.broadcast_to(jnp.zeros_like(rows[:1]), (count, *rows.shape[1:]))

@@ -20,19 +20,14 @@ from partnewton.engines.adjoint.tangent import Tangent
 __all__ = ["Terms", "over_all_devices", "placed"]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """An array of terms, with axes for subsets.
-
-    Attributes:
-      values: an array with an axis for each span.
-      spans: the subsets of each axis.
-      factor: a number by which the values are to be multiplied.
-    """
+    """Terms `factor` * `values`, with an axis for the subsets of each of `spans`."""
 
     values: jax.Array
-    spans: tuple[Span, ...]
-    factor: float = 1.0
+    spans: tuple[Span, ...] = dataclasses.field(metadata={"static": True})
+    factor: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def places(self, within: Span) -> np.ndarray:
         """The flat indices of the values in an array over the subsets of a span."""
@@ -41,11 +36,7 @@ class _Block:
         return np.ravel_multi_index(np.ix_(*index), shape).astype(np.int32).ravel()
 
 
-jax.tree_util.register_dataclass(
-    _Block, data_fields=["values"], meta_fields=["spans", "factor"]
-)
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """Terms of the Hessian and of the diagonal of the third order.
@@ -73,9 +64,6 @@ class Terms:
           left, right: tangents of values of the same shape.
           weight: an array of this shape; by default ones.
           factor: a number by which all are multiplied.
-
-        Returns:
-          The terms.
         """
         values = over_all_devices(gram(left.values, right.values, weight))
         return cls(hessian=(_Block(values, (left.span, right.span), factor),))
@@ -88,9 +76,6 @@ class Terms:
           span: the subsets.
           values: a number for each of them, (span.count,).
           factor: a number by which all are multiplied.
-
-        Returns:
-          The terms.
         """
         return cls(third=(_Block(over_all_devices(values), (span,), factor),))
 
@@ -107,11 +92,6 @@ class Terms:
         return _total(self.hessian, 2, span, dtype), _total(self.third, 1, span, dtype)
 
 
-jax.tree_util.register_dataclass(
-    Terms, data_fields=["hessian", "third"], meta_fields=[]
-)
-
-
 def placed(tangent: Tangent | None, span: Span, dtype: np.dtype) -> jax.Array:
     """The tangent of a scalar as an array with an entry for each subset of a span."""
     if tangent is None:
@@ -123,12 +103,12 @@ def _total(
     blocks: Sequence[_Block], ndim: int, span: Span, dtype: np.dtype
 ) -> jax.Array:
     """The sum of blocks over a span, with few scatter operations."""
-    is_full = [all(x == span for x in block.spans) for block in blocks]
-    pairs = list(zip(blocks, is_full, strict=True))
-    sums = [x.factor * x.values.astype(dtype) for x, flag in pairs if flag]
+    everything = (span,) * ndim
+    full = [x for x in blocks if x.spans == everything]
+    sums = [x.factor * x.values.astype(dtype) for x in full]
     zeros = jnp.zeros((span.count,) * ndim, dtype)
     flat = sum(sums[1:], start=sums[0] if sums else zeros).ravel()
-    others = [x for x, flag in pairs if not flag]
+    others = [x for x in blocks if x.spans != everything]
     for factor in sorted({block.factor for block in others}):
         some = [block for block in others if block.factor == factor]
         places = np.concatenate([block.places(span) for block in some])

@@ -11,9 +11,8 @@ from partnewton.engines.adjoint.lowerings.products import repeating
 from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.properties import is_bilinear
-from partnewton.engines.adjoint.rows import apply, push
-from partnewton.engines.adjoint.spans import overlap
-from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
+from partnewton.engines.adjoint.rows import on_common_rows
+from partnewton.engines.adjoint.tangent import Jet, Tangent, add
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Equation
 
@@ -48,14 +47,13 @@ def bilinear(
     """
     product = _Product(op, primals, *cotangents)
     (a, aa), (b, bb) = jets
-    first, second = product.jvp(a, b), product.jvp(aa, bb)
+    zdot, zddot = product.jvp(a, b), product.jvp(aa, bb)
     terms = product.hessian_terms(a, b)
     if request.third_order:
-        cross = product.crossed(a, b)
-        if cross is not None:
-            second = add(second, Tangent(2 * cross.values, cross.start))
+        cross = product.of_rows(product.function, a, b)
+        zddot = add(zddot, cross, cross)
         terms += product.third_terms(aa, b) + product.third_terms(a, bb)
-    return jets_of(op, [first], [second]), terms
+    return jets_of(op, [zdot], [zddot]), terms
 
 
 class _Product:
@@ -64,28 +62,22 @@ class _Product:
     def __init__(self, op: Op, primals: Sequence[jax.Array], cotangent: jax.Array):
         by_rows, self.takes_rows = lowerings.function_of_rows(op)
         self.function = op.function_of_active(primals, function=by_rows)
-        self.transposable = op.function_of_active(
-            primals, function=lowerings.transposable(op)
-        )
+        transposable = lowerings.transposable(op)
+        self.transposable = op.function_of_active(primals, function=transposable)
         self.at = op.take_active(primals)
         self.cotangent = cotangent
         self.is_guarded = op.is_guarded
 
+    def of_rows(self, function: Callable, *x: Tangent | None) -> Tangent | None:
+        return on_common_rows(function, *x, takes_rows=self.takes_rows)
+
     def jvp(self, a: Tangent | None, b: Tangent | None) -> Tangent | None:
         """B(adot, b) + B(a, bdot)."""
-
-        def of_members(members: tuple[int, ...]) -> Callable:
-            def of(*tangents: jax.Array) -> list[jax.Array]:
-                terms = []
-                for n, x in zip(members, tangents, strict=True):
-                    operands = [x, self.at[1]] if n == 0 else [self.at[0], x]
-                    terms.append(self.function(*operands)[0])
-                return [sum(terms[1:], start=terms[0])]
-
-            return of
-
-        found = push(of_members, [a, b], takes_rows=self.takes_rows)
-        return found[0] if found else None
+        x, y = self.at
+        return add(
+            self.of_rows(lambda row: self.function(row, y), a),
+            self.of_rows(lambda row: self.function(x, row), b),
+        )
 
     def hessian_terms(self, a: Tangent | None, b: Tangent | None) -> Terms:
         """2 lambda . B(adot_s, bdot_t), of which the symmetric part is used.
@@ -110,31 +102,17 @@ class _Product:
 
         if self.takes_rows:
             pull = repeating(pull, (self.at[n].ndim, self.cotangent.ndim))
-
-        def of_rows(x: jax.Array) -> list[jax.Array]:
-            return [pull(x, self.cotangent)]
-
-        (values,) = apply(of_rows, tangent.values, takes_rows=self.takes_rows)
+        found = self.of_rows(lambda row: [pull(row, self.cotangent)], tangent)
         if self.is_guarded:
-            values = where_moved(values, other)
-        return Tangent(values, tangent.start)
-
-    def crossed(self, x: Tangent | None, y: Tangent | None) -> Tangent | None:
-        """B(x_s, y_s) for the subsets s of both tangents."""
-        common = overlap(x.span, y.span) if x is not None and y is not None else None
-        if common is None:
-            return None
-        columns = restrict(x, common), restrict(y, common)
-        (values,) = apply(self.function, *columns, takes_rows=self.takes_rows)
-        return Tangent(values, common.start)
+            return Tangent(where_moved(found.values, other), found.start)
+        return found
 
     def third_terms(self, x: Tangent | None, y: Tangent | None) -> Terms:
         """3 lambda . B(x_s, y_s)."""
-        cross = self.crossed(x, y)
+        cross = self.of_rows(self.function, x, y)
         if cross is None:
             return Terms()
-        weights = jnp.broadcast_to(self.cotangent, cross.values.shape)
-        values = dots(cross.values, weights, is_guarded=self.is_guarded)
+        values = dots(cross.values, self.cotangent, is_guarded=self.is_guarded)
         return Terms.of_third(cross.span, values, factor=3.0)
 
 

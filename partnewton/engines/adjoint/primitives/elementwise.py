@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -16,9 +17,14 @@ from partnewton.engines.adjoint.op import Op, OpRule, Request
 from partnewton.engines.adjoint.primitives.linear import jets_of
 from partnewton.engines.adjoint.properties import is_elementwise
 from partnewton.engines.adjoint.registry import register_elementwise
-from partnewton.engines.adjoint.rows import apply
-from partnewton.engines.adjoint.spans import Span, overlap
-from partnewton.engines.adjoint.tangent import Jet, Tangent, add, restrict
+from partnewton.engines.adjoint.rows import on_common_rows
+from partnewton.engines.adjoint.tangent import (
+    Jet,
+    Tangent,
+    add,
+    common_rows,
+    sums_by_span,
+)
 from partnewton.engines.adjoint.terms import Terms
 from partnewton.engines.compat import Equation, Variable
 
@@ -87,24 +93,23 @@ def elementwise(
     order = 3 if request.third_order else 2
     partials = _partials(op.function_of_active(primals), op.take_active(primals), order)
     weights = _weighted_by(cotangents, partials, op.is_guarded or op.has_mask)
-    first, second = ([x[n] for x in jets] for n in (0, 1))
-    contractions = functools.partial(_contractions, is_guarded=op.is_guarded)
+    first, second = zip(*jets, strict=True)
+    contracted = functools.partial(_contracted, is_guarded=op.is_guarded)
 
     zdot, zddot = [], []
     for f, cotangent in zip(partials, cotangents, strict=True):
-        dtype = cotangent.dtype
-        zdot.append(_joined(contractions(f, first), dtype=dtype))
-        bent = contractions(f, first, first) if request.third_order else {}
-        zddot.append(_joined(bent, contractions(f, second), dtype=dtype))
+        cast = operator.methodcaller("astype", cotangent.dtype)
+        bent = contracted(f, first, first) if request.third_order else []
+        zdot.append(jax.tree.map(cast, add(*contracted(f, first))))
+        zddot.append(jax.tree.map(cast, add(*bent, *contracted(f, second))))
 
     terms = _hessian_terms(op, weights, first)
     if request.third_order:
-        third = contractions(weights, first, first, first)
-        for span, x in contractions(weights, first, second).items():
-            third[span] = third[span] + 3 * x if span in third else 3 * x
-        for span, x in third.items():
-            total = lowerings.sum_over(x, tuple(range(1, x.ndim)))
-            terms += Terms.of_third(span, total)
+        cross = contracted(weights, first, second)
+        cross = [Tangent(3 * x.values, x.start) for x in cross]
+        for x in sums_by_span([*contracted(weights, first, first, first), *cross]):
+            total = lowerings.sum_over(x.values, tuple(range(1, x.values.ndim)))
+            terms += Terms.of_third(x.span, total)
     return jets_of(op, zdot, zddot), terms
 
 
@@ -153,44 +158,24 @@ def _weighted_by(
     return weights
 
 
-def _contractions(
+def _contracted(
     partials: Partials, *columns: Sequence[Tangent | None], is_guarded: bool
-) -> dict[Span, jax.Array]:
-    """The sum of f_ij.. v_i w_j .. for columns v, w, .., by the span of its rows."""
-    sums: dict[Span, jax.Array] = {}
+) -> list[Tangent]:
+    """The sum of f_ij.. v_i w_j .. for columns v, w, .., one tangent for each span."""
+    terms = []
     for places in itertools.product(range(len(columns[0])), repeat=len(columns)):
         term = partials.get(tuple(sorted(places)))
-        tangents = [column[i] for column, i in zip(columns, places, strict=True)]
-        if term is None or any(x is None for x in tangents):
+        if term is None:
             continue
-        span, ndim = _common(tangents), term.ndim
+        pairs = zip(columns, places, strict=True)
+        span, rows = common_rows(*(column[i] for column, i in pairs))
         if span is not None:
-            for x in tangents:
-                rows = _with_axes(widened(restrict(x, span)), ndim)
-                term = guarded_product(term, rows, is_guarded)
-            sums[span] = sums[span] + term if span in sums else term
-    return sums
-
-
-def _common(tangents: Sequence[Tangent]) -> Span | None:
-    """The subsets for which all tangents have rows."""
-    span = tangents[0].span
-    for x in tangents[1:]:
-        span = overlap(span, x.span) if span is not None else None
-    return span
-
-
-def _with_axes(rows: jax.Array, ndim: int) -> jax.Array:
-    """Rows of a scalar become rows of arrays with `ndim` axes of length 1."""
-    missing = tuple(range(1, 1 + ndim - (rows.ndim - 1)))
-    return jnp.expand_dims(rows, missing) if missing else rows
-
-
-def _joined(*sums: dict[Span, jax.Array], dtype: np.dtype) -> Tangent | None:
-    """The sum of all arrays, as one tangent."""
-    terms = [Tangent(x, span.start) for some in sums for span, x in some.items()]
-    total = add(*terms)
-    return None if total is None else Tangent(total.values.astype(dtype), total.start)
+            axes = tuple(range(1, 1 + term.ndim))
+            for x in map(widened, rows):
+                x = jnp.expand_dims(x, axes) if x.ndim == 1 else x  # of a scalar
+                term = guarded_product(term, x, is_guarded)
+            terms.append(Tangent(term, span.start))
+    return sums_by_span(terms)
 
 
 def _hessian_terms(op: Op, weights: Partials, first: Sequence[Tangent | None]) -> Terms:
@@ -207,7 +192,7 @@ def _hessian_terms(op: Op, weights: Partials, first: Sequence[Tangent | None]) -
 
 
 def _gram_terms(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Terms:
-    """The weighted inner contractions of the rows of x and y, of broadcast shapes.
+    """The weighted inner products of the rows of x and y.
 
     If one of them has axes of length 1, as the mean in ``x - mean``, the weighted rows
     of the other one are summed over these axes before.
@@ -222,8 +207,7 @@ def _gram_terms(x: Tangent, y: Tangent, weight: jax.Array, factor: float) -> Ter
     def summed(v: jax.Array) -> list[jax.Array]:
         return [_summed_to(of_y, weight * widened(v))]
 
-    (values,) = apply(summed, x.values)
-    return Terms.of_hessian(Tangent(values, x.start), y, factor=factor)
+    return Terms.of_hessian(on_common_rows(summed, x), y, factor=factor)
 
 
 def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:

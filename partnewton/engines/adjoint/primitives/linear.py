@@ -1,5 +1,6 @@
 """Operations without terms: linear and piecewise linear functions."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,10 +52,9 @@ def linear(
     request: Request,
 ) -> tuple[list[Jet], Terms]:
     """z = A x: zdot = A xdot, zddot = A xddot."""
-    del cotangents, request
     by_rows, takes_rows = lowerings.function_of_rows(op)
     function = op.function_of_active(primals, function=by_rows)
-    of_members = with_zeros(function, op.take_active(primals))
+    of_members = functools.partial(with_zeros, function, op.take_active(primals))
     return _pushed(op, of_members, jets, takes_rows), Terms()
 
 
@@ -66,7 +66,6 @@ def piecewise_linear(
     request: Request,
 ) -> tuple[list[Jet], Terms]:
     """z = f(x) with f linear around x: zdot = Df xdot, zddot = Df xddot."""
-    del cotangents, request
     jvp = linearized(op.function_of_active(primals), op.take_active(primals))
     return _pushed(op, jvp, jets), Terms()
 
@@ -76,7 +75,7 @@ def linearized(
 ) -> Callable[[tuple[int, ...]], Callable]:
     """The derivative with respect to some operands, for :func:`push`."""
     _, jvp = jax.linearize(function, *at)
-    return with_zeros(jvp, at)
+    return functools.partial(with_zeros, jvp, at)
 
 
 def _pushed(
@@ -93,17 +92,8 @@ def jets_of(
     """The jets of the active outputs, from columns that may be missing."""
     nothing = [None] * len(op.active_outputs)
     pairs = zip(first or nothing, second or nothing, strict=True)
-    return [Jet(x, _with_rows_of(x, y)) for x, y in pairs]
-
-
-def _with_rows_of(first: Tangent | None, second: Tangent | None) -> Tangent | None:
-    """The second derivatives with as many rows as the first ones.
-
-    Later operations then compute with both at once, and not on some rows with one.
-    """
-    if first is None or second is None or first.span == second.span:
-        return second
-    return Tangent(densify(second, first.span), first.start)
+    # With equal spans, later operations compute with both orders at once.
+    return [Jet(x, y and Tangent(densify(y, x.span), x.start)) for x, y in pairs]
 
 
 LINEAR = OpRule("linear", linear, is_curved=False)

@@ -39,12 +39,8 @@ def scan(
 ) -> tuple[list[Jet], Terms]:
     """z = scan(f, ...), by the rules of the operations of f.
 
-    Args:
-      op: the operation.
-      primals: the values of its inputs, and the residuals of its body.
-      cotangents: those of the operations of the body.
-      jets: of the active inputs.
-      request: what the rules compute.
+    The last one of the primals are the residuals of the body; the cotangents are those
+    of its operations.
     """
     loop, body, (*values, residuals) = op.loop, op.loop.body, primals
     inputs, outputs, start = loop.inputs, body.outputs, loop.num_constants
