@@ -40,7 +40,7 @@ def registry_is_restored():
     """Primitives that a test registers with the engine are removed after it."""
     from partnewton.engines.adjoint.registry import TABLES
 
-    tables = vars(TABLES)
+    tables = TABLES._asdict()
     before = copy.deepcopy(tables)
     yield
     for name, table in tables.items():

@@ -13,11 +13,7 @@ __all__ = ["checked", "warn_of_failure"]
 
 
 def checked(op: Op, result: Any) -> tuple[list[Jet], Terms]:
-    """What a rule returned, if that is jets of the right shapes and terms.
-
-    Raises:
-      TypeError: it is something else.
-    """
+    """What a rule returned, or a TypeError if it is not jets and terms."""
     expected = (
         f"a rule must return a list of {len(op.written)} engines.Jet, one for each "
         "active output, and engines.Terms"

@@ -4,10 +4,10 @@ jax differentiates operations that are in none of the tables. So a correct entry
 the engine faster and does not change a result.
 """
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from partnewton.engines.adjoint.op import Apply, OpRule
 from partnewton.engines.compat import Equation
@@ -27,28 +27,17 @@ __all__ = [
 When = Callable[[Equation, Collection[int]], bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """What is declared about primitives, by their names.
+class Tables(NamedTuple):
+    """What is declared about primitives, by their names."""
 
-    Attributes:
-      linear: the positions of the operands in which a primitive is linear; None for
-        all.
-      piecewise_linear, piecewise_constant: names.
-      elementwise: where a derivative is infinite, see :func:`register_elementwise`.
-      rules: those of :func:`rule`, the last one first, with their conditions.
-    """
-
-    linear: dict[str, Collection[int] | None] = dataclasses.field(default_factory=dict)
-    piecewise_linear: set[str] = dataclasses.field(default_factory=set)
-    piecewise_constant: set[str] = dataclasses.field(default_factory=set)
-    elementwise: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    rules: dict[str, list[tuple[OpRule, When | None]]] = dataclasses.field(
-        default_factory=dict
-    )
+    linear: dict[str, Collection[int] | None]  # the positions of operands; None for all
+    piecewise_linear: set[str]
+    piecewise_constant: set[str]
+    elementwise: dict[str, str | None]  # the value of `singular`
+    rules: dict[str, list[tuple[OpRule, When | None]]]  # the last one first
 
 
-TABLES = Tables()
+TABLES = Tables({}, set(), set(), {}, {})
 
 
 def register_linear(*names: str, operands: Collection[int] | None = None) -> None:
@@ -108,16 +97,13 @@ def register_elementwise(*names: str, singular: str | None = None) -> None:
       >>> register_elementwise("sqrt", singular="zero")
     """
     if singular not in (None, "zero", "elsewhere"):
-        raise ValueError(
-            f'singular must be None, "zero" or "elsewhere", got {singular!r}.'
-        )
+        choices = 'None, "zero" or "elsewhere"'
+        raise ValueError(f"singular must be {choices}, got {singular!r}.")
     TABLES.elementwise.update(dict.fromkeys(_checked(names), singular))
 
 
 def rule(
-    *names: str,
-    when: When | None = None,
-    is_curved: bool = True,
+    *names: str, when: When | None = None, is_curved: bool = True
 ) -> Callable[[Apply], Apply]:
     """Registers a function as the rule of primitives.
 
@@ -145,13 +131,14 @@ def rule(
       ...     first, second = (push(doubled, [x]) for x in jets[0])
       ...     return [Jet(first[0], second and second[0])], Terms()
     """
-
     _checked(names)
 
     def register(apply: Apply) -> Apply:
         if not callable(apply):
             raise TypeError(f"A rule is a function, got {type(apply).__name__}.")
-        new = OpRule(_name_of(apply), apply, is_curved, is_registered=True)
+        inner = definition_of(apply)
+        rule_name = getattr(inner, "__name__", type(inner).__name__)
+        new = OpRule(rule_name, apply, is_curved, is_registered=True)
         for name in names:
             TABLES.rules.setdefault(name, []).insert(0, (new, when))
         return apply
@@ -178,15 +165,10 @@ def definition_of(function: Callable) -> Callable:
         function = inner
 
 
-def _name_of(function: Callable) -> str:
-    inner = definition_of(function)
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
 def _checked(names: Sequence[str]) -> Sequence[str]:
-    for name in names:
-        if not isinstance(name, str):
+    for x in names:
+        if not isinstance(x, str):
             raise TypeError(
-                f"A primitive is registered by its name, a string, got {name!r}."
+                f"A primitive is registered by its name, a string, got {x!r}."
             )
     return names

@@ -1,6 +1,6 @@
 """The third sweep: jets forwards through operations, and the terms of these."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def sweep(
     *,
     outline_each: bool = False,
 ) -> Terms:
-    """Propagates jets through operations.
+    """Propagates jets through operations, and returns the terms of these.
 
     Args:
       ops: the operations with their numbers in the program.
@@ -44,12 +44,6 @@ def sweep(
       jets: those of the inputs; the jets of the results are added to it.
       request: what the rules compute.
       outline_each: whether each curved operation is a call that XLA does not inline.
-
-    Returns:
-      The terms of all operations.
-
-    Raises:
-      OperationError: a rule raised an exception.
     """
     terms = Terms()
     for n, op in ops:
@@ -60,36 +54,27 @@ def sweep(
             primals = [*primals, residuals.loops[n]]
         some = [jets.get(v, Jet()) for v in op.read]
         is_outlined = outline_each and op.is_curved
-        found, more = _apply_rule(
-            op, primals, cotangents.get(n), some, request, is_outlined
-        )
+        arguments = primals, cotangents.get(n), some, request
+        found, more = _apply_rule(op, *arguments, is_outlined=is_outlined)
+        if request.tangents_are_fixed:
+            found = jax.lax.stop_gradient(found)
         terms += more
         jets.update((v, x) for v, x in zip(op.written, found, strict=True) if x.first)
     return terms
 
 
-def _apply_rule(
-    op: Op,
-    primals: Sequence[Any],
-    cotangents: Any,
-    jets: Sequence[Jet],
-    request: Request,
-    is_outlined: bool = False,
-) -> tuple[list[Jet], Terms]:
+def _apply_rule(op: Op, *arguments: Any, is_outlined: bool) -> tuple[list[Jet], Terms]:
     """The jets of the active outputs of one operation, and its terms."""
 
     def run() -> tuple[list[Jet], Terms]:
-        result = op.rule.apply(op, primals, cotangents, jets, request)
+        result = op.rule.apply(op, *arguments)
         return checked(op, result) if op.rule.is_registered else result
 
     try:
-        found, terms = (lowerings.outlined(run) if is_outlined else run)()
+        return (lowerings.outlined(run) if is_outlined else run)()
     except NameError:  # an error of the rule itself
         raise
     except Exception as error:  # jax has no common class for missing derivatives
         if op.rule.is_registered:
             warn_of_failure(op, error)
         raise OperationError(op) from error
-    if request.tangents_are_fixed:
-        found = jax.lax.stop_gradient(found)
-    return found, terms
