@@ -171,7 +171,7 @@ def test_batched_products_of_rows(with_rows):
             False,
             marks=pytest.mark.slow,
         ),
-        ("ab,ab->b", [(5, 6), (5, 6)], False),
+        pytest.param("ab,ab->b", [(5, 6), (5, 6)], False, marks=pytest.mark.slow),
         ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], True),
         pytest.param("ij,jk->ik", [(3, 4), (4, 5)], True, marks=pytest.mark.slow),
     ],

@@ -27,15 +27,14 @@ from partnewton.engines.adjoint import lowerings
 
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 
-# Those that run by default. Each operation by itself is in test_adjoint_operations.py.
+# Those that run by default. Each operation by itself is in test_adjoint_operations.py,
+# branches are in test_branches.py, calls of jax in test_adjoint_transformations.py.
 SOME = (
     "mlp",
     "convolutional_network",
     "a_weight_used_three_times",
     "scan_over_layers",
     "while_loop_on_data",
-    "branches_on_parameters",
-    "checkpoint",
     "custom_vjp",
 )
 

@@ -178,7 +178,17 @@ def assert_engines_agree(loss, fast="adjoint", **options):
         assert_close(getattr(found, field), x, 1e-11, field)
 
 
-@each_loss()
+# What else there is than a chain, which the partitions below are tested on.
+UNLIKE_A_CHAIN = [
+    residual,
+    with_a_common_input,
+    with_shared_weights,
+    with_two_masks,
+    through_scans,
+]
+
+
+@each_loss(default=UNLIKE_A_CHAIN)
 def test_summaries_against_the_reference(loss):
     with jax.enable_x64(True):
         assert_engines_agree(loss)
