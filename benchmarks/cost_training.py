@@ -52,7 +52,8 @@ class Training:
         tx = optax.with_extra_args_support(chosen.make())
         self._is_brief = True
         subsets = pn.subset_names(model.params, pn.partitions.auto)
-        self._refreshes = lambda steps: chosen.refreshes(steps, len(subsets))
+        size = max(len(subsets), len(jax.tree.leaves(model.params)))
+        self._refreshes = lambda steps: chosen.refreshes(steps, size)
         self._batch = model.batch
         begin = time.process_time()
         state = jax.block_until_ready(tx.init(model.params))

@@ -143,7 +143,11 @@ class Refresh:
 
 
 def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
-    """The default interval until the next refresh, after `count` updates."""
+    """The default interval until the next refresh, after `count` updates.
+
+    `size` is the number of subsets, or of tensors if it is larger: the cost of a
+    summary grows with both.
+    """
     return xp.clip(count // 4, 20, max(20, 5 * size))
 
 

@@ -125,7 +125,8 @@ def scale_by_partition_newton(
         comparable between tensors of different sizes and with Adam's learning rate. By
         default the direction is not scaled.
       update_interval: the number of updates between two refreshes of the rates; None
-        for a quarter of the updates so far, at least 20 and at most 5 S.
+        for a quarter of the updates so far, at least 20 and at most 5 S, where tensors
+        count instead of subsets if there are more of them.
         A summary costs up to about S/2 gradients, so that in the long run refreshes
         cost at most a tenth of the gradients in between. While all rates are zero, they
         are refreshed at each update, because the parameters do not change until then; a
@@ -223,7 +224,8 @@ def scale_by_partition_newton(
                 old.average,
                 old.smoothing,
             )
-            following = next_refresh(old.count, update_interval, len(old.gradient))
+            size = max(direction.partition.size, len(direction.partition.active))
+            following = next_refresh(old.count, update_interval, size)
             return _accepted(found, direction.scale, old, following)
 
         at_rest = jnp.all(state.learning_rates == 0)

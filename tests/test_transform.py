@@ -982,6 +982,22 @@ def test_by_default_refreshes_become_rarer_up_to_five_times_the_number_of_subset
     assert gaps[-1] == min(max(20, 5 * size), max(counts[-2] // 4, 20))
 
 
+def test_tensors_count_if_there_are_more_of_them_than_subsets():
+    """With one subset for 30 tensors, the interval is as long as with 30 subsets."""
+    params = [jnp.asarray(float(n)) for n in range(30)]
+
+    def loss(params):
+        return sum((x - n) ** 4 for n, x in enumerate(params, 1))
+
+    def intervals(labels):
+        tx = pn.scale_by_partition_newton(param_labels=labels, update_interval=None)
+        state = tx.init(params)._replace(count=jnp.asarray(10**6, jnp.int32))
+        _, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+        return int(state.next_refresh) - 10**6
+
+    assert intervals("whole") == intervals("per_tensor") == 5 * 30
+
+
 def test_the_default_refreshes_are_those_that_are_made():
     tx = paper(0.3, update_interval=None)
 

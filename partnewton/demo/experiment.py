@@ -72,7 +72,8 @@ class Experiment(NamedTuple):
     @property
     def refreshes(self) -> list[int]:
         """The steps at which `partition_newton` refreshes by default."""
-        size = len(pn.subset_names(self.params, self.param_labels))
+        names = pn.subset_names(self.params, self.param_labels)
+        size = max(len(names), len(jax.tree.leaves(self.params)))
         return default_refreshes(self.config.steps, size)
 
 
