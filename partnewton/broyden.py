@@ -22,6 +22,9 @@ differ by more than 1e7. With w = Z'y and u = Z^-1 s, the update is
 u is known only for a step along the last direction H g = Z (Z'g), where it is
 proportional to Z'g. After any other step phi is 0 and tau is 1. That is the update of
 Davidon, Fletcher and Powell, which does not need u.
+
+Writing Z takes longer than reading it. So Z = a F + C'R, with few rows in C and R that
+are added to F at every fourth pair.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +48,10 @@ class ScaleByBroydenState(NamedTuple):
     Attributes:
       count: the number of pairs (s, y) in the matrix since it was last the identity,
         shape (), int32; -1 before the first update.
-      factor: Z, where Z Z' = H is the approximate inverse Hessian, shape (P, P).
+      matrix: F in Z = a F + C'R, the factor of H = Z Z', shape (P, P).
+      scale: a, shape ().
+      columns: C, shape (8, P); zeros where there is no pair.
+      rows: R, shape (8, P).
       params: at the last update, shape (P,).
       gradient: at the last update, shape (P,).
       weights: Z' times this gradient, shape (P,).
@@ -55,7 +61,10 @@ class ScaleByBroydenState(NamedTuple):
     """
 
     count: jax.Array
-    factor: jax.Array
+    matrix: jax.Array
+    scale: jax.Array
+    columns: jax.Array
+    rows: jax.Array
     params: jax.Array
     gradient: jax.Array
     weights: jax.Array
@@ -65,6 +74,7 @@ class ScaleByBroydenState(NamedTuple):
 
 # In a row: then the directions were not usable, and H starts anew.
 _MOST_OTHER_STEPS = 5
+_PENDING = 4  # pairs, after which they are added to the matrix
 
 
 def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
@@ -76,9 +86,9 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
     for losses without noise, followed by a line search, or as a direction of
     :func:`partnewton.scale_by_subspace_newton`. All steps count, whatever their length
     and direction: the change of the parameters between two updates is s. After five
-    steps in a row that were not along the last update, H starts anew. An update costs
-    three passes over a matrix of P x P entries. Updates that are not finite do not
-    change the state.
+    steps in a row that were not along the last update, H starts anew. An update reads a
+    matrix of P x P entries twice; every fourth one also writes it. Updates that are not
+    finite do not change the state.
 
     Args:
       max_size: the largest P for which the matrix is stored.
@@ -123,6 +133,8 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
         return ScaleByBroydenState(
             jnp.full((), -1, jnp.int32),
             zeros(size, size),
+            jnp.ones((), dtype),
+            *(zeros(2 * _PENDING, size) for _ in range(2)),
             *(zeros(size) for _ in range(4)),
             jnp.zeros((), jnp.int32),
         )
@@ -186,15 +198,18 @@ def _updated(
     is_identity = state.count <= 0
     root = jnp.sqrt(start)
 
-    w = jnp.where(is_identity, root * g, g @ state.factor)
-    H_g = jnp.where(is_identity, start * g, state.factor @ w)
+    C, R = state.columns, state.rows
+    w = state.scale * (g @ state.matrix) + (C @ g) @ R
+    w = jnp.where(is_identity, root * g, w)
+    H_g = state.scale * (state.matrix @ w) + (R @ w) @ C
+    H_g = jnp.where(is_identity, start * g, H_g)
     w_old = jnp.where(is_identity, root * state.gradient, state.weights)
     H_g_old = jnp.where(is_identity, start * state.gradient, state.direction)
     t, is_along = _length_along(s, H_g_old)
     Zy, Hy = w - w_old, H_g - H_g_old
     yHy = Zy @ Zy
     is_pair &= yHy > 0
-    # Where there is no pair, any numbers that are not zero.
+    # Where there is no pair, any finite numbers that are not zero.
     s, u, Zy, Hy, sy, yHy = (
         jnp.where(is_pair, a, 1) for a in (s, t * w_old, Zy, Hy, sy, yHy)
     )
@@ -208,11 +223,6 @@ def _updated(
     columns = jnp.stack([s / jnp.sqrt(sy * yHy) - scale * Hy / yHy, scale * kappa * v])
     columns = jnp.where(is_pair, columns, 0)
     rows, products = jnp.stack([Zy, z]), jnp.stack([Hy, v])
-    is_diagonal = jnp.arange(len(g))[:, None] == jnp.arange(len(g))
-    Z = scale * jnp.where(is_identity, root * is_diagonal, state.factor)
-    # Not a matrix product, so that there is one pass over the matrix.
-    for column, row in zip(columns, rows, strict=True):
-        Z += column[:, None] * row
     slopes = columns @ g
     weights = scale * w + slopes @ rows  # Z'' g
     direction = scale * (scale * H_g + slopes @ products) + (rows @ weights) @ columns
@@ -222,12 +232,40 @@ def _updated(
     count = jnp.where(is_pair, optax.safe_increment(state.count), state.count)
     others = jnp.where(is_along | ~is_pair, 0, state.other_steps + 1)
     is_kept = is_descent & (others < _MOST_OTHER_STEPS)
-    count = jnp.where(is_kept, jnp.maximum(count, 0), 0)
-    others = jnp.where(is_kept, others, 0)
-    new = ScaleByBroydenState(count, Z, x, g, weights, direction, others)
-    # If g is not finite, Z is the old one. Another `where` of it would take time.
-    kept = select(is_finite, new._replace(factor=()), state._replace(factor=()))
-    return direction, kept._replace(factor=Z)
+    factor = _with_pair(state, is_pair, root, (scale, columns, rows))
+    count, others = (jnp.where(is_kept, n, 0) for n in (jnp.maximum(count, 0), others))
+    new = ScaleByBroydenState(count, *factor, x, g, weights, direction, others)
+    # If g is not finite, F is the old one. A `where` of it would take time.
+    kept = select(is_finite, new._replace(matrix=()), state._replace(matrix=()))
+    return direction, kept._replace(matrix=new.matrix)
+
+
+def _with_pair(
+    state: ScaleByBroydenState, is_pair: jax.Array, root: jax.Array, pair: tuple
+) -> tuple:
+    """F, a, C, R of scale Z + columns' rows, where Z may be root times the identity."""
+    (scale, columns, rows), is_identity = pair, state.count <= 0
+    pairs = jnp.maximum(state.count, 0)
+    slot = 2 * ((pairs - 1) % _PENDING)  # stays free without a pair: columns are 0
+    a = scale * jnp.where(is_identity, 1, state.scale)
+    C, R = (
+        jax.lax.dynamic_update_slice_in_dim(
+            jnp.where(is_identity, 0, old), new, slot, axis=0
+        )
+        for old, new in ((scale * state.columns, columns), (state.rows, rows))
+    )
+
+    def added() -> tuple:
+        entries = jnp.arange(R.shape[1])
+        identity = root * (entries[:, None] == entries)
+        F = a * jnp.where(is_identity, identity, state.matrix)
+        # Not a matrix product, so that there is one pass over the matrix.
+        for column, row in zip(C, R, strict=True):
+            F += column[:, None] * row
+        return F, jnp.ones_like(a), jnp.zeros_like(C), jnp.zeros_like(R)
+
+    is_full = is_pair & (pairs % _PENDING == 0)  # or the first, of the identity
+    return jax.lax.cond(is_full, added, lambda: (state.matrix, a, C, R))
 
 
 def _length_along(s: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
