@@ -190,14 +190,13 @@ def _updated(
     sy, yy = s @ y, y @ y
     eps = jnp.finfo(g.dtype).eps
     is_finite = jnp.isfinite(g @ g) & jnp.isfinite(x @ x)
-    is_pair = (state.count >= 0) & (sy > eps * jnp.sqrt((s @ s) * yy)) & is_finite
+    is_pair = (state.count >= 0) & (yy > 0) & is_finite  # squares can underflow
+    is_pair &= sy > eps * jnp.sqrt(s @ s) * jnp.sqrt(yy)
     # H of the first pair is the multiple of the identity with y'H y = s'y.
     start = jnp.where(is_pair, sy / jnp.where(is_pair, yy, 1), 1)
     is_first = (state.count < 0) & is_finite
     start = jnp.where(is_first, 1 / jnp.maximum(jnp.sqrt(g @ g), 1), start)
-    is_identity = state.count <= 0
-    root = jnp.sqrt(start)
-
+    is_identity, root = state.count <= 0, jnp.sqrt(start)
     C, R = state.columns, state.rows
     w = state.scale * (g @ state.matrix) + (C @ g) @ R
     w = jnp.where(is_identity, root * g, w)
@@ -220,8 +219,8 @@ def _updated(
     kappa = phi / (1 + jnp.sqrt(jnp.maximum(1 + phi * (z @ z), 0)))
     # Z' = scale Z + sum of column row', and the products of Z with the rows.
     scale = jnp.where(is_pair, 1 / jnp.sqrt(tau), 1)
-    columns = jnp.stack([s / jnp.sqrt(sy * yHy) - scale * Hy / yHy, scale * kappa * v])
-    columns = jnp.where(is_pair, columns, 0)
+    first = s / jnp.sqrt(sy) / jnp.sqrt(yHy) - scale * Hy / yHy
+    columns = jnp.where(is_pair, jnp.stack([first, scale * kappa * v]), 0)
     rows, products = jnp.stack([Zy, z]), jnp.stack([Hy, v])
     slopes = columns @ g
     weights = scale * w + slopes @ rows  # Z'' g

@@ -186,6 +186,20 @@ def test_a_direction_is_one_of_descent_even_if_the_matrix_is_not_finite():
     assert state.count == 0
 
 
+@pytest.mark.parametrize("curvature", [1e-20, 1e-16])
+def test_curvatures_whose_squares_underflow_do_not_make_the_direction_infinite(
+    curvature,
+):
+    """At the end of a float32 run y'y is 0, or s'y y'H y is, although y is not."""
+    tx, x = pn.scale_by_broyden(), jnp.full(3, 1e-3)
+    state = tx.init(x)
+    for _ in range(6):
+        direction, state = tx.update(jnp.float32(curvature) * x, state, x)
+        assert np.all(np.isfinite(direction))
+        assert np.all(np.isfinite(factor(state)))
+        x = 0.9 * x
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_updates_that_are_not_finite_do_not_change_the_state(x64, steps):
     A = quadratic()
