@@ -40,7 +40,6 @@ Records = Mapping[Job, Record]  # of one rung
 REFERENCE = "partition_newton"
 AXES = ("steps", "seconds", "compiling")
 PARTS = 50  # of N, by which horizons are rounded up
-CARRIED_OVER = 2  # rates that are tried with other horizons
 LONG_RUN = 60.0  # seconds from which there is one seed
 
 
@@ -52,6 +51,7 @@ class Settings(NamedTuple):
       entries: keys of `ENTRIES`.
       seeds: how many, if a run of the reference takes less than a minute.
       rates: how many of each grid, those in the middle; all if None.
+      carried: how many, the best ones at N steps, are tried with other horizons.
       reference: the entry whose N steps are the budget of time.
     """
 
@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     entries: Sequence[str]
     seeds: int = 3
     rates: int | None = None
+    carried: int = 2
     reference: str = REFERENCE
 
 
@@ -84,7 +85,7 @@ def _stretched(records: Records, settings: Settings) -> Iterable[Job]:
         for axis in AXES[1:]:
             steps = horizon(records, settings, entry, axis)
             if steps is not None:
-                for rate in chosen[:CARRIED_OVER]:
+                for rate in chosen[: settings.carried]:
                     yield Job(entry, rate, 0, steps)
 
 

@@ -29,7 +29,7 @@ def _mlp_digits(scale: int) -> Rung:
     train, test = problems_base.digits()
     widths = [64, *_scaled((128, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(network, train, test, batch=64, steps=1500)
+    return _classifier(network, train, test, batch=64, steps=300)
 
 
 def _mlp_fashion(scale: int) -> Rung:
@@ -51,8 +51,9 @@ def _cnn_fashion(scale: int) -> Rung:
         network,
         *images.load(),
         batch=64,
-        steps=1000,
+        steps=200,
         augment=images.shifted_and_flipped,
+        evaluated=512,
     )
 
 

@@ -103,10 +103,10 @@ _bytes = functools.partial(
     width=160,
     heads=4,
     layers=4,
-    length=128,
+    length=64,
     batch=8,
-    steps=800,
-    evaluated=256,
+    steps=250,
+    evaluated=128,
 )
 _large = functools.partial(
     _gpt,
