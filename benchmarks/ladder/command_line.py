@@ -29,7 +29,7 @@ __all__ = ["main"]
 QUICK = (*OURS, "adamw_cosine", "muon_cosine")
 QUICK_DIVISOR = 10
 LEAST_STEPS = 20
-SEEDS = 3
+SEEDS, CARRIED = 3, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +59,8 @@ def _shorten(options: argparse.Namespace) -> None:
     options.seeds = options.seeds or (1 if options.quick else SEEDS)
     if options.quick:
         options.rates = options.rates or 2
+        options.carried = options.carried or 1
+    options.carried = options.carried or CARRIED
     options.divide = options.divide or (QUICK_DIVISOR if options.quick else 1)
 
 
@@ -209,9 +211,8 @@ def _parser() -> reporting.Parser:
     parser.add_argument(
         "--carried",
         type=reporting.integer,
-        default=2,
         help="rates that are tried at equal seconds, the best ones at equal steps "
-        "(default: %(default)s)",
+        f"(default: {CARRIED}, or 1 with --quick)",
     )
     parser.add_argument(
         "--clock",

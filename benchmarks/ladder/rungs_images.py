@@ -36,7 +36,7 @@ def _mlp_fashion(scale: int) -> Rung:
     train, test = _rows()
     widths = [784, *_scaled((256, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(network, train, test, batch=128, steps=1500)
+    return _classifier(network, train, test, batch=128, steps=500)
 
 
 def _lenet_fashion(scale: int) -> Rung:
@@ -51,7 +51,7 @@ def _cnn_fashion(scale: int) -> Rung:
         network,
         *images.load(),
         batch=64,
-        steps=200,
+        steps=150,
         augment=images.shifted_and_flipped,
         evaluated=512,
     )
