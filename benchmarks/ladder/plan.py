@@ -39,7 +39,7 @@ Records = Mapping[Job, Record]  # of one rung
 
 REFERENCE = "partition_newton"
 AXES = ("steps", "seconds", "compiling")
-PARTS = 50  # of N, by which horizons are rounded up
+PARTS = 20  # of N, to which horizons are rounded: times are no more precise
 LONG_RUN = 60.0  # seconds from which there is one seed
 
 
@@ -140,8 +140,8 @@ def final(record: Record, field: str = "train") -> float:
 def horizon(records: Records, settings: Settings, entry: str, axis: str) -> int | None:
     """The steps of an optimizer in a comparison; None if it cannot be told.
 
-    Times are divided by that of a gradient in the same run. Steps are rounded up to N
-    and a multiple of a fiftieth of N. Compile times of `OURS` count as equal.
+    Times are divided by that of a gradient in the same run. Steps are rounded to N and
+    multiples of a twentieth of N. Compile times of `OURS` count as equal.
     """
     if axis == "steps":
         return settings.steps
@@ -153,7 +153,7 @@ def horizon(records: Records, settings: Settings, entry: str, axis: str) -> int 
     if axis == "compiling" and entry not in OURS:
         gradients += reference_compiling - own_compiling
     unit = max(1, settings.steps // PARTS)
-    more = math.ceil((gradients / own - settings.steps) / unit - 1e-6)
+    more = round((gradients / own - settings.steps) / unit)
     return max(unit, settings.steps + more * unit)
 
 
