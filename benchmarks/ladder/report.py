@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import reporting
-from benchmarks.ladder.optimizers import FAMILIES, OURS, VARIANTS
+from benchmarks.ladder.optimizers import ENTRIES, FAMILIES, OURS, VARIANTS
 from benchmarks.ladder.plan import AXES, Records, Settings, cost
 from benchmarks.ladder.results import (
     Result,
@@ -108,7 +108,7 @@ def details(name: str, records: Records, settings: Settings) -> str:
             rows.append([family, shown.runs[0]["failure"], *[""] * (len(header) - 2)])
             continue
         edge = ", at the edge" if shown.is_at_edge else ""
-        row = [family, f"{shown.entry}, {shown.rate:g}{edge}"]
+        row = [family, f"{_named(shown)}{edge}"]
         row += [_cell(found[axis]) for axis in AXES]
         row += [_seconds_to(records, settings, family)]
         row += [_taken(records, settings, found["seconds"])]
@@ -143,7 +143,7 @@ def picture(name: str, records: Records, settings: Settings, path: Path) -> None
                 ax.plot(
                     seconds_of(record, gradient_seconds),
                     values,
-                    label=f"{found.entry} {found.rate:g}",
+                    label=_named(found),
                     color=f"C{number % 10}",
                     linewidth=2.2 if is_ours else 1.1,
                     linestyle="-" if is_ours or number < 10 else "--",
@@ -174,6 +174,12 @@ def _mean(
 ) -> str:
     found = family and result(records, settings, family, axis)
     return f"{found.mean(field):.3g}" if found else "-"
+
+
+def _named(found: Result) -> str:
+    """The schedule and the rate, if there is one to tune."""
+    is_tuned = len(ENTRIES[found.entry].rates) > 1
+    return f"{found.entry}, {found.rate:g}" if is_tuned else found.entry
 
 
 def _cell(found: Result | None) -> str:
