@@ -62,7 +62,7 @@ def _vgg_fashion(scale: int) -> Rung:
     for step in VGG11:
         plan += [step] if step == "pool" else _scaled((step,), scale)
     network = networks_images.plain_cnn(plan, places=1)
-    return _classifier(network, *images.load(32), batch=32, steps=800)
+    return _classifier(network, *images.load(32), batch=32, steps=300)
 
 
 def _deep_fashion(scale: int) -> Rung:
@@ -74,7 +74,7 @@ def _deep_fashion(scale: int) -> Rung:
 
 def _vit_fashion(scale: int) -> Rung:
     network = networks_images.vit(28, 4, 96 // scale, heads=4, layers=4)
-    return _classifier(network, *images.load(), batch=32, steps=1000)
+    return _classifier(network, *images.load(), batch=32, steps=500)
 
 
 def _unet_fashion(scale: int) -> Rung:
