@@ -27,7 +27,7 @@ from benchmarks.ladder.run import CLOCKS, Job, run
 __all__ = ["main"]
 
 QUICK = (*OURS, "adamw_cosine", "muon_cosine")
-QUICK_DIVISOR = 10
+QUICK_DIVISOR = 20
 LEAST_STEPS = 20
 SEEDS, CARRIED = 3, 2
 
