@@ -295,8 +295,42 @@ def test_the_tables_tell_losses_ratios_and_failures():
     assert "adamw_linear, 0.00316 |" in details
     rows = {x.split(" | ")[0]: x for x in details.splitlines()}
     assert "ValueError: no" in rows["| prodigy"]
-    assert " | 200 | inf | " in rows["| momo_adam"]
-    assert rows["| adamw"].split(" | ")[6] == "200"
+    assert " | inf / inf (200) | " in rows["| momo_adam"]
+    cells = rows["| adamw"].split(" | ")
+    assert cells[2:5] == ["0.1 / 0.1 (100)", "0.05 / 0.05 (200)", "0.05 / 0.05 (200)"]
+    assert cells[5] == "100 (1.00)"  # seconds
+    assert rows["| optimizer"].split(" | ")[5] == "seconds to 0.05 (part of all)"
+
+
+def test_unfinished_plans_have_tables(tmp_path):
+    """After each number of runs, ours last."""
+    entries = ("adamw_cosine", "partition_newton", "total_steps")
+    settings = plan.Settings(100, entries, 2, rates=2)
+
+    def of(job):
+        step = 1.0 if job.entry == "adamw_cosine" else 2.0
+        return record(job, 0.1, step=step)
+
+    records = simulated(settings, of)
+    names = sorted(records, key=lambda job: job.entry)
+    for count in range(1, len(names) + 1):
+        shown = {job: records[job] for job in names[:count]}
+        assert "| adamw_cosine, " in report.details(SMALLEST, shown, settings)
+        assert "geometric" in report.summary({SMALLEST: (shown, settings)}) or not any(
+            job.entry == plan.REFERENCE for job in shown
+        )
+    report.picture(SMALLEST, shown, settings, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+def test_fewer_rates_are_carried_over_to_equal_seconds():
+    settings = plan.Settings(100, ("partition_newton", "sgdm_cosine"), 1, carried=1)
+
+    def of(job):
+        return record(job, job.rate / 2, step=1.0 if job.rate < 1 else 2.0)
+
+    records = simulated(settings, of)
+    assert [j.rate for j in records if j.steps == 200] == [3.16e-3]
 
 
 def test_a_small_run_is_stored_resumed_and_reported(tmp_path, monkeypatch, capsys):
@@ -331,8 +365,61 @@ def test_a_small_run_is_stored_resumed_and_reported(tmp_path, monkeypatch, capsy
 
 
 def _settings_with_another_reference(cls, *args):
-    steps, entries, seeds, rates = args
-    return tuple.__new__(cls, (steps, entries, seeds, rates, plan.REFERENCE))
+    return tuple.__new__(cls, (*args, plan.REFERENCE))
+
+
+def _simulated_benchmark(monkeypatch, tmp_path, steps, made):
+    """A function that runs it and appends runs to `made`; the fifth is interrupted."""
+    monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(reporting, "use_one_thread", lambda: None)
+    monkeypatch.setattr(command_line, "_steps", lambda name, scale: steps)
+
+    def run(name, job, **options):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(job)
+        return record(job, 0.1)
+
+    monkeypatch.setattr(command_line, "run", run)
+    arguments = ["--rungs", SMALLEST, "--output", str(tmp_path), "--seeds", "1"]
+    return lambda *more: command_line.main(
+        [*arguments, "--optimizers", "adamw_cosine", "total_steps", *more]
+    )
+
+
+def test_an_interrupted_benchmark_goes_on(tmp_path, monkeypatch, capsys):
+    made = []
+    start = _simulated_benchmark(monkeypatch, tmp_path, 100, made)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert start("--report") == 0  # of what there is
+    first = set(made)
+    # Killed while it wrote a file.
+    (tmp_path / "runs_cpu" / f"{SMALLEST}.broken.unfinished").write_text("{")
+    made.clear()
+    assert start() == 0
+    assert (len(first), len(made)) == (4, 3)
+    assert not first & set(made)
+
+
+def test_the_tables_are_of_the_latest_number_of_steps(tmp_path, monkeypatch, capsys):
+    """Runs are those of a rung that was shortened; one length is in both plans."""
+    for steps in (200, 100):
+        made = []
+        start = _simulated_benchmark(monkeypatch, tmp_path, steps, made)
+        monkeypatch.setattr(plan, "rates", lambda entry, settings: (1.0,))
+        assert start() == 0
+    found = (tmp_path / "ladder.md").read_text("utf-8")
+    assert "(100)" in found
+    assert "(200)" not in found
+
+
+def test_options_that_are_given_are_not_replaced():
+    parser = command_line._parser()
+    for given, seeds, rates in (([], 1, 2), (["--seeds", "2", "--rates", "4"], 2, 4)):
+        options = parser.parse_args(["--quick", *given])
+        command_line._shorten(options)
+        assert (options.seeds, options.rates) == (seeds, rates)
 
 
 def test_without_images_the_other_rungs_are_run(tmp_path, monkeypatch, capsys):

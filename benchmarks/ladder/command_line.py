@@ -27,8 +27,9 @@ from benchmarks.ladder.run import CLOCKS, Job, run
 __all__ = ["main"]
 
 QUICK = (*OURS, "adamw_cosine", "muon_cosine")
-QUICK_DIVISOR = 10
+QUICK_DIVISOR = 20
 LEAST_STEPS = 20
+SEEDS, CARRIED = 3, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _shorten(options: argparse.Namespace) -> None:
     """What --quick means for options that are not given."""
+    options.seeds = options.seeds or (1 if options.quick else SEEDS)
     if options.quick:
-        options.seeds = 1
         options.rates = options.rates or 2
+        options.carried = options.carried or 1
+    options.carried = options.carried or CARRIED
     options.divide = options.divide or (QUICK_DIVISOR if options.quick else 1)
 
 
@@ -108,11 +111,7 @@ def _complete(name: str, folder: Path, options: argparse.Namespace, end: float) 
                     record = _failure(error)
                 record = {"rung": name, **job._asdict(), **record}
                 record["base_steps"] = settings.steps
-                path = (
-                    folder / f"{name}.{job.entry}.{job.rate:g}.{job.seed}.{job.steps}"
-                )
-                content = json.dumps(record, allow_nan=False)
-                Path(f"{path}.json").write_text(content, "utf-8")
+                _store(record, folder, name, job)
                 bar.update()
     process.shutdown()
 
@@ -124,7 +123,7 @@ def _steps(rung: str, scale: int) -> int:
 def _settings(steps: int, options: argparse.Namespace) -> plan.Settings:
     chosen = options.optimizers or (QUICK if options.quick else DEFAULT)
     entries = list(dict.fromkeys((plan.REFERENCE, *chosen)))
-    return plan.Settings(steps, entries, options.seeds, options.rates)
+    return plan.Settings(steps, entries, options.seeds, options.rates, options.carried)
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -133,10 +132,19 @@ def _failure(error: BaseException) -> dict[str, Any]:
     return {"failure": message[:300]}
 
 
+def _store(record: dict[str, Any], folder: Path, name: str, job: Job) -> None:
+    """All of the file or nothing, also if the process is killed."""
+    path = folder / f"{name}.{job.entry}.{job.rate:g}.{job.seed}.{job.steps}.json"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, allow_nan=False), "utf-8")
+    unfinished.replace(path)
+
+
 def _records(name: str, folder: Path) -> dict[Job, dict[str, Any]]:
-    """The stored runs of a rung."""
+    """The stored runs of a rung, the newest one last."""
     found = {}
-    for path in sorted(folder.glob(f"{name}.*.json")):
+    paths = folder.glob(f"{name}.*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         record = json.loads(path.read_text("utf-8"))
         found[Job(*(record[field] for field in Job._fields))] = record
     return found
@@ -148,16 +156,16 @@ def _write(names: Sequence[str], folder: Path, options: argparse.Namespace) -> N
     for name in names:
         records = _records(name, folder)
         if records:
-            steps = next(iter(records.values()))["base_steps"]
+            # The number of steps of the rung may have been another one before.
+            steps = list(records.values())[-1]["base_steps"]
+            found = {job.entry for job in records}
             settings = _settings(steps, options)
-            shown = {job: r for job, r in records.items() if r["base_steps"] == steps}
-            everything = tuple(x for x in ENTRIES if any(j.entry == x for j in shown))
-            tables[name] = shown, settings._replace(entries=everything)
+            settings = settings._replace(entries=[x for x in ENTRIES if x in found])
+            tables[name] = records, settings
             report.picture(name, *tables[name], options.output / f"{name}.png")
     where = reporting.machine()
     parts = [reporting.facts(where), report.summary(tables)]
     parts += [report.details(name, *pair) for name, pair in tables.items()]
-    (options.output / "ladder.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     reporting.write(
         options.output,
         "ladder",
@@ -192,9 +200,19 @@ def _parser() -> reporting.Parser:
         help=f"of {', '.join(ENTRIES)}; partition_newton is always run",
     )
     parser.add_argument("--data-dir", type=Path, help="the files of Fashion-MNIST")
-    parser.add_argument("--seeds", type=reporting.integer, default=3)
+    parser.add_argument(
+        "--seeds",
+        type=reporting.integer,
+        help=f"at most (default: {SEEDS}, or 1 with --quick)",
+    )
     parser.add_argument(
         "--rates", type=reporting.integer, help="at most, of each grid; by default all"
+    )
+    parser.add_argument(
+        "--carried",
+        type=reporting.integer,
+        help="rates that are tried at equal seconds, the best ones at equal steps "
+        f"(default: {CARRIED}, or 1 with --quick)",
     )
     parser.add_argument(
         "--clock",

@@ -39,8 +39,7 @@ Records = Mapping[Job, Record]  # of one rung
 
 REFERENCE = "partition_newton"
 AXES = ("steps", "seconds", "compiling")
-PARTS = 50  # of N, by which horizons are rounded up
-CARRIED_OVER = 2  # rates that are tried with other horizons
+PARTS = 20  # of N, to which horizons are rounded: times are no more precise
 LONG_RUN = 60.0  # seconds from which there is one seed
 
 
@@ -52,6 +51,7 @@ class Settings(NamedTuple):
       entries: keys of `ENTRIES`.
       seeds: how many, if a run of the reference takes less than a minute.
       rates: how many of each grid, those in the middle; all if None.
+      carried: how many, the best ones at N steps, are tried with other horizons.
       reference: the entry whose N steps are the budget of time.
     """
 
@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     entries: Sequence[str]
     seeds: int = 3
     rates: int | None = None
+    carried: int = 2
     reference: str = REFERENCE
 
 
@@ -84,7 +85,7 @@ def _stretched(records: Records, settings: Settings) -> Iterable[Job]:
         for axis in AXES[1:]:
             steps = horizon(records, settings, entry, axis)
             if steps is not None:
-                for rate in chosen[:CARRIED_OVER]:
+                for rate in chosen[: settings.carried]:
                     yield Job(entry, rate, 0, steps)
 
 
@@ -139,8 +140,8 @@ def final(record: Record, field: str = "train") -> float:
 def horizon(records: Records, settings: Settings, entry: str, axis: str) -> int | None:
     """The steps of an optimizer in a comparison; None if it cannot be told.
 
-    Times are divided by that of a gradient in the same run. Steps are rounded up to N
-    and a multiple of a fiftieth of N. Compile times of `OURS` count as equal.
+    Times are divided by that of a gradient in the same run. Steps are rounded to N and
+    multiples of a twentieth of N. Compile times of `OURS` count as equal.
     """
     if axis == "steps":
         return settings.steps
@@ -152,7 +153,7 @@ def horizon(records: Records, settings: Settings, entry: str, axis: str) -> int 
     if axis == "compiling" and entry not in OURS:
         gradients += reference_compiling - own_compiling
     unit = max(1, settings.steps // PARTS)
-    more = math.ceil((gradients / own - settings.steps) / unit - 1e-6)
+    more = round((gradients / own - settings.steps) / unit)
     return max(unit, settings.steps + more * unit)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import reporting
-from benchmarks.ladder.optimizers import FAMILIES, OURS, VARIANTS
+from benchmarks.ladder.optimizers import ENTRIES, FAMILIES, OURS, VARIANTS
 from benchmarks.ladder.plan import AXES, Records, Settings, cost
 from benchmarks.ladder.results import (
     Result,
@@ -19,11 +19,10 @@ from benchmarks.ladder.results import (
 
 __all__ = ["details", "picture", "summary"]
 
-FIELDS = ("train", "test", "metric")
 TITLES = {
     "steps": "equal steps",
     "seconds": "equal seconds",
-    "compiling": "equal seconds, compiling included",
+    "compiling": "equal seconds with compiling",
 }
 
 
@@ -95,11 +94,10 @@ def _means(
 
 
 def details(name: str, records: Records, settings: Settings) -> str:
-    """One row per optimizer."""
-    header = ["optimizer", "entry, rate"]
-    for axis in AXES:
-        header += [f"{TITLES[axis]}: steps", "train", "test", "metric"]
-    header += ["step / gradient", "compiling s", "time taken", "time to best rival"]
+    """One row per optimizer: training loss / test metric (steps) per comparison."""
+    header = ["optimizer", "entry, rate", *(TITLES[axis] for axis in AXES)]
+    header += [_target(records, settings), "time taken"]
+    header += ["step / gradient", "compiling s"]
     rows = []
     for family in FAMILIES:
         found = {axis: result(records, settings, family, axis) for axis in AXES}
@@ -110,19 +108,20 @@ def details(name: str, records: Records, settings: Settings) -> str:
             rows.append([family, shown.runs[0]["failure"], *[""] * (len(header) - 2)])
             continue
         edge = ", at the edge" if shown.is_at_edge else ""
-        row = [family, f"{shown.entry}, {shown.rate:g}{edge}"]
-        for axis in AXES:
-            row.append("-" if found[axis] is None else str(found[axis].steps))
-            row += [_mean(records, settings, family, axis, x) for x in FIELDS]
+        row = [family, f"{_named(shown)}{edge}"]
+        row += [_cell(found[axis]) for axis in AXES]
+        row += [_seconds_to(records, settings, family)]
+        row += [_taken(records, settings, found["seconds"])]
         own = cost(records, settings, shown.entry)
         compiling = np.median([r["compile_seconds"] for r in shown.runs if "at" in r])
         row += ["-" if own is None else f"{own[0]:.2f}", f"{compiling:.1f}"]
-        row += [_taken(records, settings, found["seconds"])]
-        rows.append([*row, _time(records, settings, family)])
+        rows.append(row)
     counts = {len(x.runs) for f in OURS if (x := result(records, settings, f, "steps"))}
     seeds = "/".join(map(str, sorted(counts))) or "no"
-    title = f"### {name}\n\n{seeds} seed(s), metric: {_metric_name(records)}."
-    return "\n".join([title, "", *reporting.markdown(header, rows)])
+    metric = _metric_name(records)
+    told = f"{seeds} seed(s). Training loss / {metric} on test data (steps)."
+    lines = [f"### {name}", "", told, "", *reporting.markdown(header, rows)]
+    return "\n".join(lines)
 
 
 def picture(name: str, records: Records, settings: Settings, path: Path) -> None:
@@ -144,7 +143,7 @@ def picture(name: str, records: Records, settings: Settings, path: Path) -> None
                 ax.plot(
                     seconds_of(record, gradient_seconds),
                     values,
-                    label=f"{found.entry} {found.rate:g}",
+                    label=_named(found),
                     color=f"C{number % 10}",
                     linewidth=2.2 if is_ours else 1.1,
                     linestyle="-" if is_ours or number < 10 else "--",
@@ -177,6 +176,18 @@ def _mean(
     return f"{found.mean(field):.3g}" if found else "-"
 
 
+def _named(found: Result) -> str:
+    """The schedule and the rate, if there is one to tune."""
+    is_tuned = len(ENTRIES[found.entry].rates) > 1
+    return f"{found.entry}, {found.rate:g}" if is_tuned else found.entry
+
+
+def _cell(found: Result | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean('train'):.3g} / {found.mean('metric'):.3g} ({found.steps})"
+
+
 def _taken(records: Records, settings: Settings, found: Result | None) -> str:
     """The time of the runs of equal seconds over the budget, which they should take."""
     reference = cost(records, settings, settings.reference)
@@ -187,14 +198,34 @@ def _taken(records: Records, settings: Settings, found: Result | None) -> str:
 
 
 def _time(records: Records, settings: Settings, family: str) -> str:
-    """Until the best rival's final loss at equal seconds, over the reference's time."""
+    part = _part(records, settings, family)
+    return "-" if part is None else f"{part:.2f}"
+
+
+def _seconds_to(records: Records, settings: Settings, family: str) -> str:
+    """The same in seconds of the first run of the reference, and as a part."""
+    part = _part(records, settings, family)
+    if part is None:
+        return "-"
+    reference = result(records, settings, settings.reference, "steps")
+    return f"{part * reference.runs[0]['seconds'][-1]:.3g} ({part:.2f})"
+
+
+def _target(records: Records, settings: Settings) -> str:
+    rival = best_rival(records, settings, "seconds")
+    if rival is None:
+        return "seconds to best rival"
+    loss = result(records, settings, rival, "seconds").mean("train")
+    return f"seconds to {loss:.3g} (part of all)"
+
+
+def _part(records: Records, settings: Settings, family: str) -> float | None:
+    """Of the reference's time, until the best rival's final loss at equal seconds."""
     rival = best_rival(records, settings, "seconds")
     found = result(records, settings, family, "seconds")
     reference = cost(records, settings, settings.reference)
     if rival is None or found is None or reference is None:
-        return "-"
+        return None
     target = result(records, settings, rival, "seconds").mean("train")
     gradients = time_to(found, target)
-    if gradients is None:
-        return "-"
-    return f"{gradients / (reference[0] * settings.steps):.2f}"
+    return None if gradients is None else gradients / (reference[0] * settings.steps)

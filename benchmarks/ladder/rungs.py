@@ -13,7 +13,7 @@ RUNGS: dict[str, Callable[[int], Rung]] = DIGITS | SCIENCE | FASHION | TEXT
 GPU = tuple(name for name in RUNGS if name.endswith("_gpu"))
 """Rungs for an accelerator, which run only if they are named."""
 
-QUICK = ("mlp_digits", "lenet_fashion", "gru_bytes")
+QUICK = ("mlp_digits", "lenet_fashion")
 
 
 def make(name: str, scale: int = 1) -> Rung:

@@ -29,14 +29,14 @@ def _mlp_digits(scale: int) -> Rung:
     train, test = problems_base.digits()
     widths = [64, *_scaled((128, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(network, train, test, batch=64, steps=1500)
+    return _classifier(network, train, test, batch=64, steps=300)
 
 
 def _mlp_fashion(scale: int) -> Rung:
     train, test = _rows()
     widths = [784, *_scaled((256, 128), scale), 10]
     network = networks.mlp(widths, jax.nn.relu)
-    return _classifier(network, train, test, batch=128, steps=1500)
+    return _classifier(network, train, test, batch=128, steps=500)
 
 
 def _lenet_fashion(scale: int) -> Rung:
@@ -51,8 +51,9 @@ def _cnn_fashion(scale: int) -> Rung:
         network,
         *images.load(),
         batch=64,
-        steps=1000,
+        steps=150,
         augment=images.shifted_and_flipped,
+        evaluated=512,
     )
 
 
@@ -61,7 +62,7 @@ def _vgg_fashion(scale: int) -> Rung:
     for step in VGG11:
         plan += [step] if step == "pool" else _scaled((step,), scale)
     network = networks_images.plain_cnn(plan, places=1)
-    return _classifier(network, *images.load(32), batch=32, steps=800)
+    return _classifier(network, *images.load(32), batch=32, steps=300)
 
 
 def _deep_fashion(scale: int) -> Rung:
@@ -73,7 +74,7 @@ def _deep_fashion(scale: int) -> Rung:
 
 def _vit_fashion(scale: int) -> Rung:
     network = networks_images.vit(28, 4, 96 // scale, heads=4, layers=4)
-    return _classifier(network, *images.load(), batch=32, steps=1000)
+    return _classifier(network, *images.load(), batch=32, steps=500)
 
 
 def _unet_fashion(scale: int) -> Rung:

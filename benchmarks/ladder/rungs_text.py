@@ -94,7 +94,7 @@ def gru(vocabulary: int, embedding: int, width: int) -> networks.Network:
 
 def _gru_bytes(scale: int) -> Rung:
     network = gru(256, 128 // scale, 256 // scale)
-    return _language_model(network, 256, 64, batch=32, steps=1000, evaluated=512)
+    return _language_model(network, 256, 64, batch=32, steps=500, evaluated=512)
 
 
 _bytes = functools.partial(
@@ -103,10 +103,10 @@ _bytes = functools.partial(
     width=160,
     heads=4,
     layers=4,
-    length=128,
+    length=64,
     batch=8,
-    steps=800,
-    evaluated=256,
+    steps=250,
+    evaluated=128,
 )
 _large = functools.partial(
     _gpt,
@@ -132,8 +132,8 @@ TEXT: dict[str, Callable[[int], Rung]] = {
         layers=6,
         length=96,
         batch=8,
-        steps=800,
-        evaluated=256,
+        steps=250,
+        evaluated=128,
     ),
     "gpt_gpu": functools.partial(_large, layers=6),
     "gpt_scan_gpu": functools.partial(_large, layers=12, scan=True),
