@@ -93,9 +93,9 @@ def per_role(params: PyTree) -> PyTree:
 
     Leaves have the same role if their shapes are equal and their paths differ in
     numbers only, such as the query kernels of all layers of a transformer. They have
-    one learning rate, as if the layers were stacked for :func:`jax.lax.scan`: it is
-    measured with less noise than one rate per leaf, and the number of subsets, and so
-    the cost of a summary in gradients, does not grow with the number of layers.
+    one learning rate, as if the layers were stacked for :func:`jax.lax.scan`, which is
+    computed from the entries of all of them. The number of subsets, and so the cost of
+    a summary in gradients, does not grow with the number of layers.
 
     Biases, and the scales of normalisation layers, are many and small: the curvature of
     one of them along its direction is mostly noise of the batch.
