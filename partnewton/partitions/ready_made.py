@@ -113,9 +113,9 @@ def per_role(params: PyTree) -> PyTree:
 
     Example:
       >>> layer = {"bias": np.zeros(3), "kernel": np.zeros((3, 3))}
-      >>> labels = per_role({"embedding": np.zeros((9, 3)), "layers": [layer, layer]})
-      >>> labels["embedding"], *labels["layers"][0].values()
-      ('embedding', 'vectors', 'layers/*/kernel')
+      >>> first, second = per_role([layer, layer])
+      >>> first
+      {'bias': 'vectors', 'kernel': '*/kernel'}
     """
     names, treedef = jax.tree.flatten(per_tensor(params))
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
