@@ -24,11 +24,12 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: the optimizer as a user calls it.
-      refreshes: from a number of steps and of subsets, S, to the steps that refresh.
+      refreshes: from a number of steps, and of subsets or tensors, to the steps that
+        refresh; the larger number of these two counts.
     """
 
     make: Callable[[], optax.GradientTransformation]
-    refreshes: Callable[[int, int], list[int]] = lambda steps, S: []
+    refreshes: Callable[[int, int], list[int]] = lambda steps, size: []
 
 
 def _average() -> averaging.Average:
@@ -81,8 +82,8 @@ def optimizer(name: str) -> Optimizer:
             optax.scale_by_learning_rate(RATE),
         )
 
-    def refreshes(steps: int, S: int) -> list[int]:
-        return sorted({n for x in parts for n in x.refreshes(steps, S)})
+    def refreshes(steps: int, size: int) -> list[int]:
+        return sorted({n for x in parts for n in x.refreshes(steps, size)})
 
     return Optimizer(make, refreshes)
 

@@ -15,6 +15,7 @@ import partnewton as pn
 from benchmarks import cost_cases, reporting
 from benchmarks.cost_report import LONG_RUN, Row
 from benchmarks.training_step import training_step
+from partnewton._refresh import size_for_intervals
 
 __all__ = ["Training", "measure"]
 
@@ -51,8 +52,8 @@ class Training:
         chosen = cost_cases.optimizer(name)
         tx = optax.with_extra_args_support(chosen.make())
         self._is_brief = True
-        subsets = pn.subset_names(model.params, pn.partitions.auto)
-        size = max(len(subsets), len(jax.tree.leaves(model.params)))
+        partition = pn.partitions.partition_of(model.params, pn.partitions.auto)
+        size = size_for_intervals(partition)
         self._refreshes = lambda steps: chosen.refreshes(steps, size)
         self._batch = model.batch
         begin = time.process_time()
@@ -72,7 +73,7 @@ class Training:
         self.row = Row(
             network,
             name,
-            len(subsets),
+            partition.size,
             optax.tree.size(model.params),
             init_seconds,
             trace_seconds,

@@ -14,9 +14,17 @@ from partnewton._backtracking import descending_fraction
 from partnewton._measured_direction import MeasuredDirection
 from partnewton.engines.compat import as_call
 from partnewton.engines.nesting import DifferentiationError
+from partnewton.partitions import Partition
 from partnewton.summary import Summary, summarize
 
-__all__ = ["Refresh", "Refreshed", "default_refreshes", "refresh_interval"]
+__all__ = [
+    "Refresh",
+    "Refreshed",
+    "default_refreshes",
+    "next_refresh",
+    "refresh_interval",
+    "size_for_intervals",
+]
 
 Loss = Callable[[Any], Any]  # from parameters to the loss, or to the loss and aux
 
@@ -142,12 +150,17 @@ class Refresh:
         return result[0] if self.has_aux else result
 
 
-def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
-    """The default interval until the next refresh, after `count` updates.
+def size_for_intervals(partition: Partition) -> int:
+    """The number of subsets, or of tensors if it is larger.
 
-    `size` is the number of subsets, or of tensors if it is larger: the cost of a
-    summary grows with both.
+    The longest interval is proportional to it, since the cost of a summary grows with
+    both.
     """
+    return max(partition.size, len(partition.active))
+
+
+def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
+    """The default interval until the next refresh, after `count` updates."""
     return xp.clip(count // 4, 20, max(20, 5 * size))
 
 

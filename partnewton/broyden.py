@@ -196,7 +196,9 @@ def _updated(
     start = jnp.where(is_pair, sy / jnp.where(is_pair, yy, 1), 1)
     is_first = (state.count < 0) & is_finite
     start = jnp.where(is_first, 1 / jnp.maximum(jnp.sqrt(g @ g), 1), start)
-    is_identity, root = state.count <= 0, jnp.sqrt(start)
+    is_identity = state.count <= 0
+    root = jnp.sqrt(start)
+
     C, R = state.columns, state.rows
     w = state.scale * (g @ state.matrix) + (C @ g) @ R
     w = jnp.where(is_identity, root * g, w)
@@ -231,8 +233,9 @@ def _updated(
     count = jnp.where(is_pair, optax.safe_increment(state.count), state.count)
     others = jnp.where(is_along | ~is_pair, 0, state.other_steps + 1)
     is_kept = is_descent & (others < _MOST_OTHER_STEPS)
-    factor = _with_pair(state, is_pair, root, (scale, columns, rows))
-    count, others = (jnp.where(is_kept, n, 0) for n in (jnp.maximum(count, 0), others))
+    count = jnp.where(is_kept, jnp.maximum(count, 0), 0)
+    others = jnp.where(is_kept, others, 0)
+    factor = _with_pair(state, is_pair, root, scale, columns, rows)
     new = ScaleByBroydenState(count, *factor, x, g, weights, direction, others)
     # If g is not finite, F is the old one. A `where` of it would take time.
     kept = select(is_finite, new._replace(matrix=()), state._replace(matrix=()))
@@ -240,10 +243,15 @@ def _updated(
 
 
 def _with_pair(
-    state: ScaleByBroydenState, is_pair: jax.Array, root: jax.Array, pair: tuple
-) -> tuple:
+    state: ScaleByBroydenState,
+    is_pair: jax.Array,
+    root: jax.Array,
+    scale: jax.Array,
+    columns: jax.Array,
+    rows: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """F, a, C, R of scale Z + columns' rows, where Z may be root times the identity."""
-    (scale, columns, rows), is_identity = pair, state.count <= 0
+    is_identity = state.count <= 0
     pairs = jnp.maximum(state.count, 0)
     slot = 2 * ((pairs - 1) % _PENDING)  # stays free without a pair: columns are 0
     a = scale * jnp.where(is_identity, 1, state.scale)

@@ -21,7 +21,12 @@ from partnewton._decay import Mask, WeightDecay
 from partnewton._eager import compiled_when_eager
 from partnewton._extra_args import check_arguments, extract_fn_kwargs
 from partnewton._measured_direction import MeasuredDirection
-from partnewton._refresh import Refresh, Refreshed, next_refresh
+from partnewton._refresh import (
+    Refresh,
+    Refreshed,
+    next_refresh,
+    size_for_intervals,
+)
 from partnewton._tree import all_finite, select
 from partnewton.summary import Summary
 
@@ -224,7 +229,7 @@ def scale_by_partition_newton(
                 old.average,
                 old.smoothing,
             )
-            size = max(direction.partition.size, len(direction.partition.active))
+            size = size_for_intervals(direction.partition)
             following = next_refresh(old.count, update_interval, size)
             return _accepted(found, direction.scale, old, following)
 

@@ -128,8 +128,10 @@ def per_role(params: PyTree) -> PyTree:
 
     def label(name: str, role: tuple[str, Any]) -> str:
         path, shape = role
-        if shape is None or leaves_of[role] == 1:
-            return _VECTORS if shape is None else name
+        if shape is None:
+            return _VECTORS
+        if leaves_of[role] == 1:
+            return name
         return path if shapes_of[path] == 1 else f"{path} {shape}"
 
     labels = [label(*x) for x in zip(names, roles, strict=True)]
