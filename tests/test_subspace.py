@@ -16,6 +16,7 @@ from partnewton import partitions
 from partnewton.subspace.basis import orthonormal
 from partnewton.subspace.lbfgs import lbfgs_direction
 from partnewton.subspace.model import damped_step, quadratic_model
+from partnewton.subspace.search import search
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def test_one_subset_per_entry_is_newtons_method(x64):
     np.testing.assert_allclose(found[1], np.linalg.solve(A, b), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_trajectory_does_not_depend_on_the_scale_of_a_subset(x64):
     params, loss = network(jnp.float64)
     scales = {"first": 2.0**40, "bias": 1.0, "last": 2.0**-30}
@@ -132,6 +134,7 @@ def test_a_trajectory_does_not_depend_on_the_scale_of_a_subset(x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), x, y)
 
 
+@pytest.mark.slow
 def test_a_direction_without_the_length_of_a_step_only_spans(x64):
     """It increases the loss in full, and five times shortened."""
     params, loss = network(jnp.float64)
@@ -157,6 +160,7 @@ def test_a_direction_that_decreases_the_loss_is_the_step(x64):
     np.testing.assert_allclose(state[0].decrease, loss(found[-2]) - loss(found[-1]))
 
 
+@pytest.mark.slow
 def test_a_direction_that_is_too_long_is_shortened(x64):
     """The parabola through both values and the slope is a quadratic loss itself."""
     _, _, loss = quadratic()
@@ -186,6 +190,7 @@ def test_the_loss_decreases_at_each_step(x64, make):
     np.testing.assert_allclose(state[0].decrease, losses[-2] - losses[-1], rtol=1e-6)
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_negative_curvature_is_left(x64, make):
     """x = 1e-3, y = 0 is next to the saddle of x^4 / 4 - x^2 / 2 + y^2."""
@@ -226,6 +231,30 @@ def test_slopes_decide_below_rounding_errors_that_a_residual_amplifies(make):
     np.testing.assert_allclose(found[-1], np.linalg.solve(A, b), rtol=1e-3, atol=1e-4)
 
 
+def searched(value_at, slope_at):
+    """The trial for the loss 1 - x + x^2 / 2, whose values and slopes are given."""
+    model = quadratic_model(1.0, jnp.ones((1, 1)), jnp.ones((1, 1, 1, 1)))
+    one = jnp.float32(1)
+    return search(model, 1e-3 * one, one, value_at, lambda x: slope_at(x[0]), 0 * one)
+
+
+def test_slopes_decide_where_they_contradict_the_loss():
+    """The noise, unknown so far, is 0.25."""
+    trial = searched(lambda x: jnp.float32(1.25), lambda x: x - x**2)
+    np.testing.assert_allclose(trial.decrease, trial.predicted_decrease, rtol=1e-5)
+    np.testing.assert_allclose(trial.noise - trial.decrease, 0.25, rtol=1e-5)
+    assert trial.eta[0] > 0
+
+
+def test_the_loss_decides_at_a_kink():
+    """Slopes that change their sign between two points tell nothing of rounding."""
+    trial = searched(lambda x: 1 + x[0], lambda x: -x)
+    assert trial.decrease == 0
+    assert trial.noise == 0
+    np.testing.assert_array_equal(trial.eta, 0)
+
+
+@pytest.mark.slow
 def test_a_physics_informed_network_in_float32():
     """u'' = -sin(x) on [0, pi] with u = 0 at both ends."""
     x = jnp.linspace(0, jnp.pi, 41)
@@ -257,6 +286,7 @@ def test_at_a_stationary_point_nothing_moves(make):
     assert state[0].notfinite_count == 0
 
 
+@pytest.mark.slow
 def test_a_constant_and_a_linear_loss():
     found, _ = trajectory(newton(), lambda x: jnp.float32(3.0), jnp.ones(3), 2)
     np.testing.assert_array_equal(found[-1], 1)
@@ -265,6 +295,7 @@ def test_a_constant_and_a_linear_loss():
     assert np.sum(found[-1]) < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @each_optimizer
 def test_a_parameter_without_influence_stays_small(x64, make, dtype):
@@ -308,6 +339,7 @@ def test_what_is_not_finite_never_reaches_the_parameters(make):
     assert loss(after) < loss(params)
 
 
+@pytest.mark.slow
 def test_a_step_that_leaves_the_domain_is_shortened(x64):
     found, state = trajectory(
         newton(1, damping=1e-10),
@@ -319,6 +351,7 @@ def test_a_step_that_leaves_the_domain_is_shortened(x64):
     assert state[0].notfinite_count == 0
 
 
+@pytest.mark.slow
 @each_optimizer
 def test_frozen_leaves_and_entries_stay(make):
     mask = np.array([0, -1, 0])
@@ -345,6 +378,7 @@ def test_frozen_leaves_and_entries_stay(make):
     np.testing.assert_array_equal(params["steps"], np.arange(3))
 
 
+@pytest.mark.slow
 def test_a_scan_and_a_loop_agree_and_the_state_keeps_its_types(x64):
     params, loss = network(jnp.float64)
     tx = pn.subspace_newton(param_labels=partitions.blocks(2))
@@ -431,6 +465,7 @@ def test_missing_arguments_of_the_update():
         tx.update(jnp.ones(3), tx.init(x), x, value_fn=jnp.sum)
 
 
+@pytest.mark.slow
 def test_the_direction_of_lbfgs_is_that_of_optax(x64):
     """Where the curvature is positive, and whatever the steps are."""
     _, b, loss = quadratic()

@@ -35,6 +35,7 @@ class Step(NamedTuple):
       damping: to begin with at the next step in the subspace, ().
       decrease: of the loss, (); 0 if the step was not accepted.
       predicted_decrease: by the quadratic model, ().
+      noise: the rounding errors of the loss, ().
       is_finite: whether the loss and its derivatives were finite, ().
       is_of_subspace: whether it is one in the subspace, ().
     """
@@ -45,6 +46,7 @@ class Step(NamedTuple):
     damping: jax.Array
     decrease: jax.Array
     predicted_decrease: jax.Array
+    noise: jax.Array
     is_finite: jax.Array
     is_of_subspace: jax.Array
 
@@ -139,6 +141,7 @@ class Point:
                 damping=damping,
                 decrease=decrease,
                 predicted_decrease=t * (1 - t / 2) * slope,
+                noise=noise,
                 is_finite=jnp.array(True),
                 is_of_subspace=jnp.array(False),
             )
@@ -207,6 +210,7 @@ class Point:
             damping=trial.damping,
             decrease=jnp.where(is_accepted, trial.decrease, 0),
             predicted_decrease=trial.predicted_decrease,
+            noise=trial.noise,
             is_finite=is_finite,
             is_of_subspace=jnp.array(True),
         )
@@ -219,6 +223,7 @@ class Point:
         damping: jax.Array,
         decrease: jax.Array,
         predicted_decrease: jax.Array,
+        noise: jax.Array,
         is_finite: jax.Array,
         is_of_subspace: jax.Array,
     ) -> Step:
@@ -231,6 +236,7 @@ class Point:
             damping.astype(dtype),
             decrease.astype(dtype),
             predicted_decrease.astype(dtype),
+            noise,
             is_finite,
             is_of_subspace,
         )

@@ -12,6 +12,7 @@ __all__ = ["Trial", "is_lost_in_rounding", "search"]
 
 _FACTORS = (0.1, 1.0, 10.0)  # of the damping, tried at each update
 _RETRIES = 6  # with a damping 100 times as large each, if none decreases the loss
+_AGREEMENT = 0.1  # of a slope after a step with that of the model
 _MAX_DAMPING = 1e3  # the step is then one along the scaled gradient, 1e-3 long
 
 
@@ -23,12 +24,14 @@ class Trial(NamedTuple):
       eta: its coefficients, (K S,); zeros if no step decreased the loss.
       decrease: of the loss, (); 0 if no step decreased it.
       predicted_decrease: by the model, ().
+      noise: the rounding errors of the loss, ().
     """
 
     damping: jax.Array
     eta: jax.Array
     decrease: jax.Array
     predicted_decrease: jax.Array
+    noise: jax.Array
 
 
 def search(
@@ -43,7 +46,9 @@ def search(
 
     A decrease that may be mostly rounding errors of the loss is replaced by the
     integral of the slope along the step, from the cubic polynomial with the exact first
-    and second derivative at its start and the exact first derivative at its end.
+    and second derivative at its start and the exact first derivative at its end. The
+    same holds for an increase after a short step along which the slopes agree with the
+    model: then the rounding errors were underestimated.
 
     Args:
       model: the model of the loss.
@@ -51,7 +56,7 @@ def search(
       value: the loss, ().
       value_at: the loss after a step.
       slope_at: -d/dt of the loss after the step ``t * eta`` at t = 1.
-      noise: the rounding errors of the loss, ().
+      noise: the rounding errors of the loss as far as they are known, ().
 
     Returns:
       A :class:`Trial`. If no step decreases the loss, it has the damping with which to
@@ -59,23 +64,31 @@ def search(
     """
     min_damping = jnp.finfo(model.slopes.dtype).eps
 
-    def trial(damping: jax.Array) -> Trial:
+    def trial(damping: jax.Array, is_retry: jax.Array) -> Trial:
         damping = jnp.clip(damping, min_damping, _MAX_DAMPING)
         eta, predicted = damped_step(model, damping)
         difference = (value - value_at(eta)).astype(eta.dtype)
+        is_lost = is_lost_in_rounding(difference, value, noise)
 
-        def integrated_slope() -> jax.Array:
+        def from_slopes() -> tuple[jax.Array, jax.Array]:
             start, end = model.gradient @ eta, slope_at(eta)
             curvature = eta @ (model.hessian @ eta)
-            return (2 / 3 * start - curvature / 6 + end / 3).astype(eta.dtype)
+            integral = (2 / 3 * start - curvature / 6 + end / 3).astype(eta.dtype)
+            is_as_predicted = jnp.abs(start - curvature - end) <= _AGREEMENT * start
+            error = jnp.where(is_lost, 0, jnp.abs(difference - integral))
+            return jax.tree.map(
+                lambda x, y: jnp.where(is_lost | is_as_predicted, x, y),
+                (integral, jnp.maximum(noise, error).astype(noise.dtype)),
+                (difference, noise),
+            )
 
-        decrease = jax.lax.cond(
-            is_lost_in_rounding(difference, value, noise),
-            integrated_slope,
-            lambda: difference,
+        decrease, errors = jax.lax.cond(
+            is_lost | (is_retry & (difference <= 0)),
+            from_slopes,
+            lambda: (difference, noise),
         )
         decrease = jnp.where(jnp.isfinite(decrease), decrease, -jnp.inf)
-        return Trial(damping, eta, decrease, predicted)
+        return Trial(damping, eta, decrease, predicted, errors)
 
     def is_unfinished(state: tuple[jax.Array, Trial]) -> jax.Array:
         i, best = state
@@ -84,7 +97,7 @@ def search(
 
     def step(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:
         i, best = state
-        new = trial(damping * factors[i])
+        new = trial(damping * factors[i], i >= len(_FACTORS))
         is_better = new.decrease > best.decrease
         return i + 1, jax.tree.map(lambda x, y: jnp.where(is_better, x, y), new, best)
 
@@ -92,7 +105,7 @@ def search(
     factors = jnp.array([*_FACTORS, *retries], damping.dtype)
     zero = jnp.zeros_like(value, damping.dtype)
     refused = jnp.clip(damping * _FACTORS[-1], min_damping, _MAX_DAMPING)
-    start = Trial(refused, jnp.zeros_like(model.slopes), zero, zero)
+    start = Trial(refused, jnp.zeros_like(model.slopes), zero, zero, noise)
     return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), start))[1]
 
 

@@ -39,8 +39,8 @@ class ScaleBySubspaceNewtonState(NamedTuple):
       decrease: the decrease of the loss by the last update, shape (); 0 if its step
         was refused.
       predicted_decrease: the same by the quadratic model, shape ().
-      noise: the rounding errors of the loss, measured at every tenth update and after a
-        refused one, shape ().
+      noise: the rounding errors of the loss, measured at every tenth update, after a
+        refused one, and where slopes contradict the loss, shape ().
       summary_count: the number of updates at which the subspace was used, shape (),
         int32.
       refused_count: the number of updates at which no step decreased the loss, which
@@ -233,7 +233,7 @@ def scale_by_subspace_newton(
             damping=jnp.where(found.is_finite, found.damping, state.damping),
             decrease=found.decrease,
             predicted_decrease=found.predicted_decrease,
-            noise=noise,
+            noise=found.noise,
             summary_count=_incremented(state.summary_count, found.is_of_subspace),
             refused_count=_incremented(state.refused_count, is_refused),
             notfinite_count=_incremented(state.notfinite_count, ~found.is_finite),
