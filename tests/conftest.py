@@ -1,6 +1,7 @@
 """What all tests share: how programs are compiled, and products in full precision."""
 
 import copy
+import gc
 
 import pytest
 from support.compiling import compile_once, compile_quickly
@@ -12,6 +13,9 @@ def pytest_configure(config):
     They are kept in pytest's cache, for the workers of pytest-xdist, for the processes
     that tests start, and for the next run. ``pytest --cache-clear`` deletes them.
     """
+    # Tracing makes many objects that stay. Looking for garbage among them as often as
+    # Python does by default takes a tenth of the time.
+    gc.set_threshold(50_000, 50, 100)
     compile_quickly()
     if config.pluginmanager.hasplugin("cacheprovider"):
         compile_once(config.cache.mkdir("compiled"))

@@ -203,6 +203,7 @@ def test_the_axes_of_batched_products_are_transposed_once(formula, shapes, in_or
             assert products.in_order(equation) is None
 
 
+@pytest.mark.slow
 def test_a_summary_with_batched_products_can_be_differentiated():
     def loss(params: PyTree) -> jax.Array:
         x, y = (jnp.tanh(p) for p in params)

@@ -302,7 +302,7 @@ ELEMENTWISE = {
     "name",
     some(
         ELEMENTWISE,
-        default=["row_and_column", "four_inputs", "stopped"],
+        default=["row_and_column"],
     ),
 )
 def test_elementwise_functions_against_the_reference(name):

@@ -114,6 +114,7 @@ def passes(depth: int, engine: str) -> float:
     return work / products_in(jax.make_jaxpr(jax.grad(loss))(params)) / depth
 
 
+@pytest.mark.slow
 def test_the_third_order_tensor_takes_one_pass_per_subset():
     adjoint = [passes(depth, "adjoint") for depth in (4, 16)]
     reference = [passes(depth, "jvp_of_grad") for depth in (4, 16)]

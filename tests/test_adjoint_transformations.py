@@ -16,7 +16,6 @@ import pytest
 from jax import lax
 from support.both_engines import normal
 from support.oracles import assert_close
-from support.selection import some
 
 import partnewton as pn
 
@@ -189,9 +188,10 @@ def test_aux_may_hold_anything():
     np.testing.assert_array_equal(aux["x"], np.ones(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check",
-    some(["sharded_map", "explicit_mesh", "collectives"], default=["sharded_map"]),
+    ["sharded_map", "explicit_mesh", "collectives"],
 )
 def test_on_four_devices(check):
     environment = {
@@ -210,6 +210,7 @@ def test_on_four_devices(check):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registry_is_restored")
 def test_the_examples_of_the_page_about_the_engine():
     page = Path(__file__).parent.parent / "docs" / "engine.md"

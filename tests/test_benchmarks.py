@@ -307,7 +307,7 @@ def test_the_transformations_together_are_the_preset():
 
 
 @pytest.mark.parametrize(
-    "network", some(list(cost_cases.NETWORKS), default=["diabetes", "lstm"])
+    "network", some(list(cost_cases.NETWORKS), default=["diabetes"])
 )
 def test_each_network_of_the_cost_takes_a_step_in_small(network):
     training = cost_training.Training(network, "sgd", scale=16)
@@ -357,6 +357,7 @@ def test_costs_are_multiples_of_those_of_muon():
     assert alone.split(" | ")[3:8] == 5 * ["-"]
 
 
+@pytest.mark.slow
 def test_costs_are_written_after_each_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
     names = ["--networks", "spirals", "--optimizers", "sgd", "lookback"]

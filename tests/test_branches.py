@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.oracles import quick_jit
+from support.selection import some
 
 import partnewton as pn
 from partnewton.engines.adjoint.graph import branch_point_of
@@ -75,7 +76,9 @@ def derivatives(f, x, e, order):
     return f(x)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", some(LOSSES, default=[by_the_parameters]), ids=lambda f: f.__name__
+)
 def test_a_summary_is_that_of_the_branch_that_is_taken(loss):
     @quick_jit
     def found(flag):

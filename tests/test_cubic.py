@@ -64,6 +64,7 @@ def assert_solves(problem, reference, solution, gap):
 # The minimum, against the reference.
 
 
+@pytest.mark.slow
 @each_family
 def test_the_step_attains_the_minimum_in_float64(family):
     for problem, reference in problems(family, np.float64):
@@ -78,6 +79,7 @@ def test_the_step_attains_the_minimum_in_float32(family):
         assert_solves(problem, reference, solution, GAP[np.float32])
 
 
+@pytest.mark.slow
 @each_family
 def test_float32_arithmetic_throughout_attains_the_minimum(family):
     for problem, reference in problems(family, np.float32):
@@ -231,7 +233,8 @@ def test_only_the_symmetric_part_of_the_hessian_counts():
     np.testing.assert_array_equal(once.learning_rates, twice.learning_rates)
 
 
-@pytest.mark.parametrize("dtype", some([np.float32, np.float64], default=[np.float32]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @each_family
 def test_rescaled_subsets_get_the_same_bits(family, dtype):
     rng = np.random.default_rng(1)
@@ -479,7 +482,7 @@ def _directions():
     return rng.normal(size=4), dH + dH.T, dd, rng.normal()
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", some([np.float64, np.float32], default=[np.float32]))
 def test_forward_derivatives_are_those_of_finite_differences(dtype):
     with jax.enable_x64(True):
         tangents = [jnp.asarray(a) for a in _directions()]
@@ -506,6 +509,7 @@ def test_forward_derivatives_are_those_of_finite_differences(dtype):
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_reverse_derivatives_are_the_transpose_of_forward_derivatives_under_vmap():
     with jax.enable_x64(True):
         problems = _derivative_problems()
@@ -528,6 +532,7 @@ def test_reverse_derivatives_are_the_transpose_of_forward_derivatives_under_vmap
         np.testing.assert_allclose(reverse, forward, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_in_the_hard_case_the_returned_minimiser_is_differentiated():
     # eta = (g / 4, +- sqrt(9 - g^2 / 16)), as the shift stays 3.
     arguments = (jnp.array([1.0, 0]), jnp.diag(jnp.array([1.0, -3.0])), jnp.ones(2))
@@ -543,6 +548,7 @@ def test_in_the_hard_case_the_returned_minimiser_is_differentiated():
         np.testing.assert_allclose(deta, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_subsets_that_do_not_move_have_the_derivative_zero():
     problem = Problem(np.ones(2), np.diag([-1.0, 2.0]), np.array([0.0, 1.0]), 1.0)
     with jax.enable_x64(True):

@@ -320,6 +320,7 @@ def test_the_labels_of_text_are_the_next_characters_and_no_test_window_is_traine
     assert not np.array_equal(train, again.train_images)
 
 
+@pytest.mark.slow
 def test_the_transformer_does_not_see_later_characters():
     network = text.Transformer(11, nnx.Rngs(0))
     one = np.arange(text.LENGTH)[None] % 11
@@ -498,6 +499,7 @@ def test_a_keyboard_interrupt_gives_no_traceback(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_module_exits_with_code_2_and_no_traceback():
     command = [sys.executable, "-m", "partnewton", "--steps", "zero"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

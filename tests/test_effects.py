@@ -81,7 +81,7 @@ def counter(p):
             handed_to_a_function,
             counter,
         ],
-        default=[column_by_column, created_in_a_scan],
+        default=[created_in_a_scan],
     ),
 )
 def test_what_flows_through_a_mutable_array_counts(loss, engine):

@@ -84,6 +84,10 @@ SPLITS = {
 }
 
 
+# Inside of leaves and of whole leaves: programs of the adjoint engine differ most.
+MOST_DIFFERENT = ("partial", "per_tensor")
+
+
 @functools.cache
 def oracle(name) -> tuple[models.Problem, Tensors]:
     """The problem in float64 and its derivatives along the finest of the splits."""
@@ -133,7 +137,7 @@ def test_summaries_are_the_derivatives_of_phi(name, engine):
     problem, fine = oracle(name)
     finest = squares(problem.params)
     with jax.enable_x64(True):
-        found = summaries(problem, engine, SPLITS)
+        found = summaries(problem, engine, SPLITS if name in SOME else MOST_DIFFERENT)
     for key, summary in found.items():
         expected = fine.merged(finest.incidence(SPLITS[key](problem.params)))
         tolerances = [max(x, problem.rounding) for x in (1e-13, 1e-9, 1e-9, 1e-9)]
@@ -141,11 +145,11 @@ def test_summaries_are_the_derivatives_of_phi(name, engine):
         np.testing.assert_array_equal(summary.hessian, summary.hessian.T, key)
 
 
-@each_problem_with_each_engine(default=("mlp",))
-def test_float32_is_close_to_float64(name, engine):
+@pytest.mark.parametrize("name", some(models.NAMES, default=["mlp"]))
+def test_float32_is_close_to_float64(name):
     exact, fine = oracle(name)
     problem = models.make(name, jnp.float32)
-    summary = summaries(problem, engine, ["squares"])["squares"]
+    summary = summaries(problem, "adjoint", ["squares"])["squares"]
     assert {x.dtype for x in summary} == {np.dtype(np.float32)}
     tolerances = [max(x, exact.rounding) for x in (1e-5, 2e-5, 1e-4, 5e-4)]
     assert_summary_is(summary, fine, fine, tolerances, name)

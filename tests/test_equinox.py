@@ -131,6 +131,7 @@ def test_the_summary_of_a_model_is_that_of_phi(x64, of_model, engine):
     np.testing.assert_allclose(found.third, third, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_derivative_tensors_of_a_model_are_those_of_phi(x64):
     loss, params = of_mlp()
     direction = jax.tree.map(jnp.cos, params)

@@ -12,6 +12,7 @@ import pytest
 from flax import linen, nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from support.selection import some
 
 import partnewton as pn
 from partnewton.flax import TrainState, value_fn
@@ -63,6 +64,7 @@ def test_the_loss_of_the_parameters_is_the_next_loss_of_the_model():
     assert first == of_params(params)  # although the model has changed
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_loss_of_the_parameters_is_that_of_nnx():
     model = Network(nnx.Rngs(0))
     of_params = value_fn(model, loss_of, X, y=Y)
@@ -119,6 +121,7 @@ class Adapter(nnx.Param):
     """Variables that alone are trained, in the test below."""
 
 
+@pytest.mark.slow
 def test_other_variables_than_the_parameters_can_be_chosen():
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     model.scale = Adapter(jnp.ones(1))
@@ -136,7 +139,7 @@ def test_other_variables_than_the_parameters_can_be_chosen():
     np.testing.assert_array_equal(model.kernel[...], kernel)
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("has_aux", some([False, True], default=[True]))
 def test_training_decreases_the_loss(has_aux):
     def loss_fn(model, x, y):
         loss = loss_of(model, x, y)
@@ -233,6 +236,7 @@ def test_a_linen_step_is_that_of_the_optimizer_and_replaces_fields():
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_linen_training_with_batch_norm_and_dropout_decreases_the_loss():
     @jax.jit
     def step(state):
@@ -297,6 +301,7 @@ def test_a_missing_loss_is_the_error_of_the_optimizer():
 # --- Without flax ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_flax_the_package_works_and_this_module_says_what_is_missing():
     code = (
         "import sys; sys.modules['flax'] = None\n"

@@ -81,6 +81,7 @@ def test_tokens_are_shorter_than_their_text_and_are_kept(tmp_path, monkeypatch):
     np.testing.assert_array_equal(x.ravel()[1:], y.ravel()[:-1])
 
 
+@pytest.mark.slow
 def test_training_and_test_text_have_no_file_in_common():
     train, test = text.corpus()
     assert 5e6 < len(train) < 5e7
@@ -125,12 +126,16 @@ def test_running_statistics_become_those_of_the_batch():
     assert same is stats
 
 
-@pytest.mark.parametrize("name", some(rungs.RUNGS, default=[SMALLEST]))
+# gpt_gpu is gpt_scan_gpu without the scan, and larger.
+DIFFERENT = [name for name in rungs.RUNGS if name != "gpt_gpu"]
+
+
+@pytest.mark.parametrize("name", some(DIFFERENT, default=[]))
 def test_the_gradient_of_a_rung_is_that_of_its_loss(name):
     """In float64, by differences along a random direction; then a step of SGD."""
     is_wide = name in rungs.GPU  # these compute in bfloat16
     with jax.enable_x64(not is_wide):
-        rung = make(name, RUNS_SCALE if is_wide else 2)
+        rung = make(name, RUNS_SCALE if is_wide else 4)
         params, stats = rung.init(jax.random.key(0))
         batch = tuple(jnp.asarray(x[:4]) for x in rung.train)
         if rung.augment is not None:
@@ -333,6 +338,7 @@ def test_fewer_rates_are_carried_over_to_equal_seconds():
     assert [j.rate for j in records if j.steps == 200] == [3.16e-3]
 
 
+@pytest.mark.slow
 def test_a_small_run_is_stored_resumed_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(reporting, "use_one_thread", lambda: None)

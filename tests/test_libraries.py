@@ -15,6 +15,8 @@ SECTIONS = {
     for name, program in documents.sections(documents.ROOT / "docs" / page).items()
 }
 SLOW = (
+    "Graphs with jraph",
+    "Training loops",
     "A physics-informed network",
     "Differential equations with diffrax",
     "Weights & Biases",

@@ -42,6 +42,7 @@ def bottomless(params, time):
     return jnp.sum(jax.nn.softplus(-0.01 * a) - 0.01 * a) - 0.01 * b + 0 * time
 
 
+@pytest.mark.slow
 def test_no_step_is_longer_than_what_was_solved_for():
     """With root mean squares of one, a learning rate is the length of a full step."""
     _, factors, updates, rates = trained(bottomless, 300)
@@ -79,6 +80,7 @@ def curriculum(params, time):
     return scale * (jnp.sum(x**2 + x**4) + (params["b"] - target) ** 2)
 
 
+@pytest.mark.slow
 def test_each_task_of_a_curriculum_is_learnt():
     params, _, _, _ = trained(curriculum, 900)
     for end, target in ((299, 0.0), (599, 2.0), (899, -2.0)):

@@ -27,15 +27,16 @@ def published(learning_rate=1.0, *, update_interval=1, **kwargs):
     return pn.paper_newton(learning_rate, update_interval=update_interval, **kwargs)
 
 
+# Most of them with the rule that compiles in half of the time of the default one.
 OPTIMIZERS = {
     "default": published(),
-    "kept_rates": published(0.3, update_interval=3),
+    "kept_rates": published(0.3, update_interval=3, rule=rules.robust()),
     "newton": published(momentum=0.0, rule=rules.newton()),
     "diagonal": published(rule=rules.diagonal()),
-    "averaged": published(0.3, average=averaging.exponential()),
+    "averaged": published(0.3, average=averaging.exponential(), rule=rules.robust()),
     "per_element": published(param_labels=partitions.per_element),
     # At a minimum with an RMS below 1 / decay, the lengths and the decay vanish.
-    "decayed": published(weight_decay=0.01),
+    "decayed": published(weight_decay=0.01, rule=rules.robust()),
     "tracked": optax.chain(
         pn.directions.skip_nonfinite(optax.ema(0.9)),
         pn.scale_by_partition_newton(),
@@ -44,7 +45,7 @@ OPTIMIZERS = {
     ),
     "adam_direction": optax.chain(
         optax.scale_by_adam(),
-        pn.scale_by_partition_newton(),
+        pn.scale_by_partition_newton(rules.robust()),
         optax.scale_by_learning_rate(0.3),
     ),
     "subspace": pn.subspace_newton(),

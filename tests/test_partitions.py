@@ -781,6 +781,7 @@ def test_matrices_of_different_shapes_have_different_roles():
     ]
 
 
+@pytest.mark.slow
 def test_the_subset_of_a_role_is_that_of_stacked_layers():
     """The same summary with a loop over layers and with `lax.scan`."""
     rng = np.random.default_rng(0)

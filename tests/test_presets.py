@@ -113,6 +113,7 @@ def test_without_lookback_the_multiplier_is_the_learning_rate():
     assert abs(np.log(state[-2].factor)) == pytest.approx(0.2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_between_refreshes_the_length_of_a_step_is_kept():
     tx = pn.partition_newton(0.3, update_interval=10)
     params, state = PARAMS, tx.init(PARAMS)
@@ -318,7 +319,8 @@ def run_on(value_fn, params, tx, steps):
     return jax.tree.map(jnp.max, rates), params, losses
 
 
-@pytest.mark.parametrize("direction", some(DIRECTIONS, default=["muon"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_rate_of_a_bias_before_a_batch_norm_is_bounded(direction):
     """Its gradient is rounding and so is its curvature: their quotient is anything."""
     tx = preset(direction)
@@ -403,6 +405,7 @@ def test_the_factor_may_be_a_schedule_or_injected():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_leaves_stay_and_may_be_left_to_another_optimizer():
     labels = {"b": partitions.FROZEN, "w": "w"}
     after = at(30, train(pn.partition_newton(param_labels=labels), steps=30)[0])

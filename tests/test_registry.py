@@ -247,7 +247,7 @@ def test_a_primitive_that_is_not_registered_has_the_summary_of_the_reference(nam
         assert_is_the_reference(loss_around(CASES[name].apply), point())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, default=["linear", "elementwise", "rule"]))
 def test_a_registered_primitive_has_its_rule_and_the_same_summary(name):
     case = CASES[name]
     with jax.enable_x64(True):
@@ -290,7 +290,8 @@ def layers(num_layers: int) -> tuple[Callable, PyTree]:
     ]
 
 
-@pytest.mark.parametrize("num_layers", some([4, 8], default=[4]))
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 8])
 def test_a_rule_in_layers_that_repeat(num_layers):
     register_twisted()
     rule, calls = watched(log_sum_exp_rule)
@@ -302,6 +303,7 @@ def test_a_rule_in_layers_that_repeat(num_layers):
         assert_is_the_reference(loss, params)
 
 
+@pytest.mark.slow
 def test_a_rule_in_a_scan():
     engines.rule("log_sum_exp")(log_sum_exp_rule)
 
@@ -334,6 +336,7 @@ def test_the_last_rule_that_applies_is_the_one():
     assert not calls_of_never
 
 
+@pytest.mark.slow
 def test_a_rule_without_terms_is_not_given_cotangents():
     @engines.rule("smoothed", is_curved=False)
     def rule(op, primals, cotangents, jets, request):
@@ -350,6 +353,7 @@ def test_a_rule_without_terms_is_not_given_cotangents():
         assert_is_the_reference(loss, point())
 
 
+@pytest.mark.slow
 def test_where_a_rule_raises_jax_differentiates():
     @engines.rule("log_sum_exp")
     def unfinished(op, primals, cotangents, jets, request):

@@ -178,30 +178,30 @@ def assert_engines_agree(loss, fast="adjoint", **options):
         assert_close(getattr(found, field), x, 1e-11, field)
 
 
-# What else there is than a chain, which the partitions below are tested on.
-UNLIKE_A_CHAIN = [
-    residual,
-    with_a_common_input,
-    with_shared_weights,
-    with_two_masks,
-    through_scans,
-]
-
-
-@each_loss(default=UNLIKE_A_CHAIN)
+@each_loss(default=[with_two_masks])
 def test_summaries_against_the_reference(loss):
     with jax.enable_x64(True):
         assert_engines_agree(loss)
 
 
-@pytest.mark.parametrize("name", some(PARTITIONS, default=["per_layer", "frozen"]))
-@each_loss(default=[plain])
-def test_partitions_against_the_reference(loss, name):
+# Each partition with one loss, and those across layers with each.
+WITH_PARTITIONS = [(plain, name) for name in PARTITIONS] + [
+    (loss, name) for loss in LOSSES[1:] for name in ("alternate", "frozen")
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(WITH_PARTITIONS, default=[(plain, "per_layer"), (plain, "frozen")]),
+    ids=lambda case: f"{case[0].__name__}-{case[1]}",
+)
+def test_partitions_against_the_reference(case):
+    loss, name = case
     with jax.enable_x64(True):
         assert_engines_agree(loss, param_labels=PARTITIONS[name])
 
 
-@each_loss(default=[residual])
+@each_loss(default=[])
 def test_blocks_of_subsets_against_the_reference(loss):
     with jax.enable_x64(True):
         assert_engines_agree(loss, pn.engines.Adjoint(batch_size=6))

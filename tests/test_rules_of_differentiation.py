@@ -212,7 +212,7 @@ RULES = {
     "sparse_product": sparse_product,
 }
 LOSSES = {name: around(function) for name, function in RULES.items()}
-SOME = ["clipped", "in_a_cond", "in_a_scan", "kernel", "linear_solve"]
+SOME = ["clipped", "in_a_scan"]
 
 
 @adjoint_by_default
@@ -223,6 +223,7 @@ def test_a_summary_is_the_derivative_of_the_gradient(name, engine, monkeypatch):
     assert_is_derivative_of_gradient(LOSSES[name], params, engine)
 
 
+@pytest.mark.slow
 def test_the_final_step_takes_a_few_subsets_at_a_time(monkeypatch):
     monkeypatch.setattr(final, "_MOST_PRODUCT_BYTES", 1)
     assert_is_derivative_of_gradient(LOSSES["clipped"], params, "adjoint")
@@ -312,6 +313,7 @@ def newton_by_scan(p):
     return jnp.sum(jnp.sin(z))
 
 
+@pytest.mark.slow
 @adjoint_by_default
 def test_a_loss_that_can_be_differentiated_forwards_only(engine):
     with jax.enable_x64(True):

@@ -65,13 +65,13 @@ OPTIMIZERS = {
     ("name", "mode", "dtype"),
     [
         ("partition_newton", "jit", jnp.float32),
-        ("partition_newton", "jit", jnp.bfloat16),
-        ("options", "jit", jnp.bfloat16),
-        ("paper_newton", "jit", jnp.bfloat16),
-        ("paper_newton", "eager", jnp.float32),
-        ("small", "jit", jnp.bfloat16),
-        ("small", "eager", jnp.float32),
-        ("small", "eager", jnp.bfloat16),
+        pytest.param("partition_newton", "jit", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("options", "jit", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("paper_newton", "jit", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("paper_newton", "eager", jnp.float32, marks=pytest.mark.slow),
+        pytest.param("small", "jit", jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("small", "eager", jnp.float32, marks=pytest.mark.slow),
+        pytest.param("small", "eager", jnp.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_two_steps(name, mode, dtype):

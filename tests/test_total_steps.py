@@ -47,6 +47,7 @@ PLAIN = pn.partition_newton()
 WITH_END = pn.partition_newton(total_steps=STEPS)
 
 
+@pytest.mark.slow
 def test_until_the_decay_begins_nothing_changes():
     for x, y in zip(train(WITH_END), train(PLAIN), strict=True):
         np.testing.assert_allclose(x[:BEGIN], y[:BEGIN], rtol=1e-6)
@@ -75,6 +76,7 @@ def test_a_schedule_is_multiplied_by_the_decay():
     np.testing.assert_allclose(np.sqrt(np.mean(updates**2, -1)), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_under_noise_the_last_parameters_are_closer_to_the_minimum():
     seeds = jnp.arange(16)
 

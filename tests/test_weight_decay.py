@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support.selection import some
 
 import partnewton as pn
 import partnewton.flax
@@ -98,6 +99,7 @@ def test_once_its_gradient_is_zero_a_subset_decays_geometrically():
         np.testing.assert_allclose(params["b"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_subset_that_never_had_a_gradient_does_not_decay():
     tx = pn.partition_newton(weight_decay=0.1)
     params, _ = run(tx, value_fn=lambda p: jnp.sum(p["a"] ** 2))[-1]
@@ -116,6 +118,7 @@ def test_the_fixed_point_depends_on_the_decay_and_not_on_the_lengths():
     np.testing.assert_allclose(params["b"], [[-2.0, -2.0]], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_noise_the_squared_rms_is_half_the_length_over_the_decay():
     """R^2 = (1 - l w)^2 R^2 + l^2 for independent directions of RMS 1."""
     length, decay, size = 0.05, 0.5, 2000
@@ -139,9 +142,14 @@ def test_on_noise_the_squared_rms_is_half_the_length_over_the_decay():
 
 PRESETS = {"partition_newton": pn.partition_newton, "paper_newton": pn.paper_newton}
 every_preset = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS)
+default_preset = pytest.mark.parametrize(
+    "make",
+    some(PRESETS.values(), default=[pn.partition_newton]),
+    ids=PRESETS,
+)
 
 
-@every_preset
+@default_preset
 def test_the_decay_is_scaled_by_all_factors_of_the_step(make):
     (params, state), *_ = run(make(0.25), steps=1)
     (decayed, other), *_ = run(make(0.25, weight_decay=0.1), steps=1)
@@ -153,12 +161,13 @@ def test_the_decay_is_scaled_by_all_factors_of_the_step(make):
         np.testing.assert_allclose(decayed[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@every_preset
+@default_preset
 def test_a_decay_of_zero_changes_no_bit(make):
     for (x, s), (y, t) in zip(run(make()), run(make(weight_decay=0.0)), strict=True):
         jax.tree.map(np.testing.assert_array_equal, (x, s), (y, t))
 
 
+@pytest.mark.slow
 def test_a_traced_decay_of_zero_changes_nothing():
     injected = optax.inject_hyperparams(pn.partition_newton)(weight_decay=0.0)
     plain, _ = run(pn.partition_newton())[-1]
@@ -235,6 +244,7 @@ def test_frozen_leaves_and_frozen_entries_are_not_decayed():
     assert params["a"][1] != PARAMS["a"][1]
 
 
+@pytest.mark.slow
 def test_a_batch_of_nans_does_not_decay():
     tx = pn.partition_newton(weight_decay=0.1)
     params, state = run(tx, steps=2)[-1]
@@ -250,7 +260,9 @@ def test_a_huge_step_decays_to_zero_and_not_beyond():
     np.testing.assert_array_equal(params["a"], -64)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", some([jnp.bfloat16, jnp.float16], default=[jnp.bfloat16])
+)
 def test_updates_keep_the_dtype_of_half_precision(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     after, _ = run(pn.partition_newton(weight_decay=0.1), params)[-1]

@@ -155,6 +155,13 @@ def test_training_is_what_it_is_on_one_device(layout, axis_type, engine):
         assert leaf.sharding.is_fully_replicated
 
 
+@functools.cache
+def full_batch_on_one_device(max_size):
+    tx, params = pn.subspace_newton(direction=quasi_newton(max_size)), make_params()
+    step = quick_jit(make_step(tx, network_loss))
+    return train(step, params, tx.init(params), *make_data())[0]
+
+
 @each_mesh
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_size", [4000, 1])
@@ -163,10 +170,7 @@ def test_full_batch_training_is_what_it_is_on_one_device(max_size, layout, axis_
     tx = pn.subspace_newton(direction=quasi_newton(max_size))
     with started_on_a_mesh(tx, layout, axis_type) as (step, params, state, batch):
         new_params, new_state = train(step, params, state, *batch)
-    params_alone = make_params()
-    step = quick_jit(make_step(tx, network_loss))
-    expected, _ = train(step, params_alone, tx.init(params_alone), *make_data())
-    assert_equal_to_rounding(new_params, expected)
+    assert_equal_to_rounding(new_params, full_batch_on_one_device(max_size))
     if axis_type is AxisType.Explicit:  # else XLA chooses
         assert_sharded_like(new_params, params)
     assert new_state[0].summary_count < 3
@@ -194,6 +198,26 @@ def test_all_gathers_are_found_where_there_are_some():
     assert len(all_gathers(gather)) == 1
 
 
+def loss_in_place(params):
+    """A loss that works where its parameters are."""
+    parts = jax.tree.map(lambda w: jnp.sum(jnp.tanh(w - 1.0) ** 2), params)
+    return jnp.sin(sum(jax.tree.leaves(parts)))
+
+
+def make_newton(engine, inside_leaves):
+    def halves(params):
+        return jax.tree.map(lambda w: np.arange(w.shape[-1]) % 2, params)
+
+    labels = halves if inside_leaves else pn.partitions.per_tensor
+    return pn.scale_by_partition_newton(engine=engine, param_labels=labels)
+
+
+@functools.cache
+def newton_on_one_device(engine, inside_leaves):
+    tx, params = make_newton(engine, inside_leaves), make_params()
+    return quick_jit(make_step(tx, loss_in_place))(params, tx.init(params))
+
+
 @each_engine
 @each_mesh
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -201,28 +225,15 @@ def test_all_gathers_are_found_where_there_are_some():
 def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
     inside_leaves, layout, axis_type, engine
 ):
-    """A loss that works where its parameters are: whatever is gathered, we gather."""
-
-    def loss(params):
-        parts = jax.tree.map(lambda w: jnp.sum(jnp.tanh(w - 1.0) ** 2), params)
-        return jnp.sin(sum(jax.tree.leaves(parts)))
-
-    def halves(params):
-        return jax.tree.map(lambda w: np.arange(w.shape[-1]) % 2, params)
-
-    mesh = make_mesh(axis_type)
-    tx = pn.scale_by_partition_newton(
-        engine=engine,
-        param_labels=halves if inside_leaves else pn.partitions.per_tensor,
-    )
+    """Whatever is gathered, we gather."""
+    mesh, tx = make_mesh(axis_type), make_newton(engine, inside_leaves)
     with jax.set_mesh(mesh):
         params = sharded(make_params(), layout, mesh)
         state = jax.jit(tx.init)(params)
-        step = compiled(make_step(tx, loss), params, state)
+        step = compiled(make_step(tx, loss_in_place), params, state)
         found = step(params, state)
     assert all_gathers(step) == []
-    expected = quick_jit(make_step(tx, loss))(make_params(), tx.init(make_params()))
-    assert_equal_to_rounding(found, expected)
+    assert_equal_to_rounding(found, newton_on_one_device(engine, inside_leaves))
 
 
 @pytest.mark.parametrize("specs", [(P(), P("data", None)), (P("data", None), P())])
@@ -303,17 +314,15 @@ def assert_the_state_is_sharded_like(params, state):
 @each_mesh
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direction):
-    """And no more, with a loss that works where its parameters are."""
+    """And no more."""
     if refused_by_optax(direction, axis_type, layout):
         pytest.skip("there is no such program")
 
-    def loss(params):
-        parts = jax.tree.map(lambda w: jnp.sum(jnp.tanh(w - 1.0) ** 2), params)
-        return jnp.sin(sum(jax.tree.leaves(parts)))
-
     def gathered_by(tx):
         state = jax.jit(tx.init)(params)
-        return sorted(all_gathers(compiled(make_step(tx, loss), params, state)))
+        return sorted(
+            all_gathers(compiled(make_step(tx, loss_in_place), params, state))
+        )
 
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
