@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.selection import some
 
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: it hides nothing
 
@@ -130,7 +129,8 @@ def test_running_statistics_become_those_of_the_batch():
 DIFFERENT = [name for name in rungs.RUNGS if name != "gpt_gpu"]
 
 
-@pytest.mark.parametrize("name", some(DIFFERENT, default=[]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_the_gradient_of_a_rung_is_that_of_its_loss(name):
     """In float64, by differences along a random direction; then a step of SGD."""
     is_wide = name in rungs.GPU  # these compute in bfloat16

@@ -201,7 +201,8 @@ def test_partitions_against_the_reference(case):
         assert_engines_agree(loss, param_labels=PARTITIONS[name])
 
 
-@each_loss(default=[])
+@pytest.mark.slow
+@each_loss()
 def test_blocks_of_subsets_against_the_reference(loss):
     with jax.enable_x64(True):
         assert_engines_agree(loss, pn.engines.Adjoint(batch_size=6))
