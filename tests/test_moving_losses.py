@@ -109,17 +109,23 @@ def test_a_generator_and_its_critic_find_the_data(seed):
 
     def step(carry, key):
         critic, generator, of_critic, of_generator = carry
-        for part in jax.random.split(key, 5):
-            one, two, three = jax.random.split(part, 3)
+
+        def critic_step(carry, key):
+            critic, state = carry
+            one, two, three = jax.random.split(key, 3)
             data = 0.5 * jax.random.normal(one, (64, 2))
             noise = jax.random.normal(two, (64, 2))
             mix = jax.random.uniform(three, (64, 1))
             args = {"data": data, "noise": noise, "mix": mix, "generator": generator}
             grads = jax.grad(critic_loss)(critic, **args)
-            updates, of_critic = tx.update(
-                grads, of_critic, critic, value_fn=critic_loss, **args
+            updates, state = tx.update(
+                grads, state, critic, value_fn=critic_loss, **args
             )
-            critic = optax.apply_updates(critic, updates)
+            return (optax.apply_updates(critic, updates), state), None
+
+        (critic, of_critic), _ = jax.lax.scan(
+            critic_step, (critic, of_critic), jax.random.split(key, 5)
+        )
         args = {"critic": critic, "noise": jax.random.normal(key, (64, 2))}
         grads = jax.grad(generator_loss)(generator, **args)
         updates, of_generator = tx.update(

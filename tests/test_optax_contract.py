@@ -53,6 +53,8 @@ OPTIMIZERS = {
 # Newton's rule compiles fastest; others train by default, in the first test.
 every_optimizer = pytest.mark.parametrize("name", some(OPTIMIZERS, default=["newton"]))
 TRAINED = ["default", "newton", "tracked", "subspace"]
+# What wraps an optimizer, or follows it, sees these four kinds of them.
+each_kind = pytest.mark.parametrize("name", some(TRAINED, default=["newton"]))
 
 
 class Target(NamedTuple):
@@ -227,12 +229,15 @@ def test_map_params_works_on_the_state(name):
     assert_close(mapped, jax.tree.map(lambda x: 2 * x, direction))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    some([jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64], default=[jnp.bfloat16]),
-)
-@every_optimizer
-def test_updates_have_the_dtype_of_the_parameters_and_states_keep_theirs(name, dtype):
+DTYPES = [
+    *((name, jnp.bfloat16) for name in OPTIMIZERS),
+    *((name, x) for name in TRAINED for x in (jnp.float16, jnp.float32, jnp.float64)),
+]
+
+
+@pytest.mark.parametrize("case", some(DTYPES, default=[("newton", jnp.bfloat16)]))
+def test_updates_have_the_dtype_of_the_parameters_and_states_keep_theirs(case):
+    name, dtype = case
     tx = OPTIMIZERS[name]
     with jax.enable_x64(dtype == jnp.float64):
         loss, params, _ = parabola(dtype)
@@ -354,7 +359,7 @@ def test_a_constant_schedule_is_a_constant():
         )
 
 
-@every_optimizer
+@each_kind
 def test_chains_and_named_chains_pass_extra_arguments_on(name):
     loss, params, _ = mixed()
     tx = OPTIMIZERS[name]
@@ -367,7 +372,7 @@ def test_chains_and_named_chains_pass_extra_arguments_on(name):
     assert newton_state(state["ours"]).count == 3
 
 
-@every_optimizer
+@each_kind
 def test_apply_if_finite_never_skips_an_update(name):
     loss, params, _ = mixed()
     tx = OPTIMIZERS[name]
@@ -377,7 +382,7 @@ def test_apply_if_finite_never_skips_an_update(name):
     assert state.total_notfinite == 0
 
 
-@every_optimizer
+@each_kind
 def test_multi_steps_takes_the_mean_gradient_and_the_last_micro_batch(name):
     tx = OPTIMIZERS[name]
     accumulating = optax.MultiSteps(tx, every_k_schedule=2)
@@ -410,7 +415,7 @@ def test_multi_steps_takes_the_mean_gradient_and_the_last_micro_batch(name):
     assert newton_state(state).count == 2
 
 
-@every_optimizer
+@each_kind
 def test_reduce_on_plateau_may_follow(name):
     tx = OPTIMIZERS[name]
     loss, params, minimum = parabola()

@@ -202,7 +202,7 @@ def test_partitions_against_the_reference(case):
 
 
 @pytest.mark.slow
-@each_loss()
+@pytest.mark.parametrize("loss", [plain, residual, with_two_masks, through_scans])
 def test_blocks_of_subsets_against_the_reference(loss):
     with jax.enable_x64(True):
         assert_engines_agree(loss, pn.engines.Adjoint(batch_size=6))
