@@ -300,10 +300,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize(
     "name",
-    some(
-        ELEMENTWISE,
-        default=["row_and_column"],
-    ),
+    some(ELEMENTWISE, default=["row_and_column"]),
 )
 def test_elementwise_functions_against_the_reference(name):
     case = ELEMENTWISE[name]

@@ -189,10 +189,7 @@ def test_aux_may_hold_anything():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "check",
-    ["sharded_map", "explicit_mesh", "collectives"],
-)
+@pytest.mark.parametrize("check", ["sharded_map", "explicit_mesh", "collectives"])
 def test_on_four_devices(check):
     environment = {
         **os.environ,

@@ -225,7 +225,7 @@ def newton_on_one_device(engine, inside_leaves):
 def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
     inside_leaves, layout, axis_type, engine
 ):
-    """Whatever is gathered, we gather."""
+    """The loss gathers nothing, so the step must not gather anything either."""
     mesh, tx = make_mesh(axis_type), make_newton(engine, inside_leaves)
     with jax.set_mesh(mesh):
         params = sharded(make_params(), layout, mesh)
@@ -314,7 +314,7 @@ def assert_the_state_is_sharded_like(params, state):
 @each_mesh
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direction):
-    """And no more."""
+    """The loss gathers nothing, so all that is gathered is for the direction."""
     if refused_by_optax(direction, axis_type, layout):
         pytest.skip("there is no such program")
 
