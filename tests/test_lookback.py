@@ -53,6 +53,7 @@ def expected(steps, targets, rate, position, interval, growth, share):
     """The same in numpy, with the gradient of the quadratic by hand."""
     x = np.array([1.0, -2.0, 3.0])
     anchor, begin, factor, slope, looks, seen = x, 0, 1.0, 0.0, [], []
+    streak = 0
     for n, (step, target) in enumerate(zip(steps, targets, strict=True)):
         length = max(interval, int(growth * np.sqrt(begin)))
         if n > begin + length - max(1, int(share * length)):
@@ -60,7 +61,8 @@ def expected(steps, targets, rate, position, interval, growth, share):
             looks.append(CURVATURE * (anchor + position * way - target) @ way)
         if n == begin + length:
             slope = np.mean(looks)
-            factor *= np.exp(-rate * np.sign(slope))
+            streak = streak + 1 if slope < 0 else 0
+            factor *= np.exp(-rate * (2 if streak >= 5 else 1) * np.sign(slope))
             anchor, begin, looks = x, n, []
         x = x + factor * step
         seen.append((factor, slope))
@@ -101,6 +103,15 @@ def test_while_steps_descend_the_multiplier_grows_to_its_maximum():
     factors, _, _ = run(tx, steps, np.zeros((40, 3)))
     np.testing.assert_allclose(factors[:6:2], np.exp([0.0, 0.1, 0.2]), rtol=1e-6)
     assert factors[-1] == pytest.approx(1.5)
+
+
+def test_from_the_fifth_descent_in_a_row_the_multiplier_grows_twice_as_fast():
+    steps = np.tile([-1e-3, 0.0, 0.0], (14, 1))
+    steps[8] = [1.0, 0.0, 0.0]  # one window of one step in the wrong direction
+    tx = pn.scale_by_lookback(0.1, update_interval=1, window_growth=0)
+    factors, _, _ = run(tx, steps, np.zeros((14, 3)))
+    growth = [0, 1, 1, 1, 1, 2, 2, 2, 2, -1, 1, 1, 1, 1]
+    np.testing.assert_allclose(np.log(factors), 0.1 * np.cumsum(growth), atol=1e-5)
 
 
 def test_while_steps_ascend_the_multiplier_shrinks_to_its_minimum():
