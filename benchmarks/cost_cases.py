@@ -14,12 +14,18 @@ from benchmarks import models, problems
 from partnewton import averaging, directions, presets, rules
 from partnewton._refresh import default_refreshes
 
-__all__ = ["NETWORKS", "OPTIMIZERS", "TRANSFORMATIONS", "Optimizer", "optimizer"]
+__all__ = [
+    "NETWORKS",
+    "OPTIMIZERS",
+    "TRANSFORMATIONS",
+    "MeasuredOptimizer",
+    "optimizer",
+]
 
 RATE = 1e-3
 
 
-class Optimizer(NamedTuple):
+class MeasuredOptimizer(NamedTuple):
     """How an optimizer is made, and after how many steps its cost repeats.
 
     Attributes:
@@ -37,14 +43,14 @@ def _average() -> averaging.Average:
 
 
 # The transformations of `partition_newton()` in their order, as in `presets`.
-TRANSFORMATIONS: dict[str, Optimizer] = {
-    "direction": Optimizer(
+TRANSFORMATIONS: dict[str, MeasuredOptimizer] = {
+    "direction": MeasuredOptimizer(
         lambda: directions.skip_nonfinite(
             directions.equilibrated(presets.orthogonal_momentum()),
             param_labels=pn.partitions.auto,
         )
     ),
-    "rates": Optimizer(
+    "rates": MeasuredOptimizer(
         lambda: pn.scale_by_partition_newton(
             rules.with_noise_floor(rules.robust(shrinkage=0.5)),
             param_labels=pn.partitions.auto,
@@ -55,21 +61,21 @@ TRANSFORMATIONS: dict[str, Optimizer] = {
         ),
         default_refreshes,
     ),
-    "lookback": Optimizer(pn.scale_by_lookback),
+    "lookback": MeasuredOptimizer(pn.scale_by_lookback),
 }
 
-OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Optimizer(lambda: optax.sgd(RATE)),
-    "adamw": Optimizer(lambda: optax.adamw(RATE)),
-    "muon": Optimizer(lambda: contrib.muon(RATE)),
-    "lbfgs": Optimizer(optax.lbfgs),
-    "partition_newton": Optimizer(pn.partition_newton, default_refreshes),
+OPTIMIZERS: dict[str, MeasuredOptimizer] = {
+    "sgd": MeasuredOptimizer(lambda: optax.sgd(RATE)),
+    "adamw": MeasuredOptimizer(lambda: optax.adamw(RATE)),
+    "muon": MeasuredOptimizer(lambda: contrib.muon(RATE)),
+    "lbfgs": MeasuredOptimizer(optax.lbfgs),
+    "partition_newton": MeasuredOptimizer(pn.partition_newton, default_refreshes),
     **TRANSFORMATIONS,
 }
 """Measured by default; a learning rate of `RATE` follows the transformations."""
 
 
-def optimizer(name: str) -> Optimizer:
+def optimizer(name: str) -> MeasuredOptimizer:
     """The optimizer called `name`; names joined by "+" are those of a chain."""
     names = name.split("+")
     if len(names) == 1 and name not in TRANSFORMATIONS:
@@ -85,14 +91,14 @@ def optimizer(name: str) -> Optimizer:
     def refreshes(steps: int, size: int) -> list[int]:
         return sorted({n for x in parts for n in x.refreshes(steps, size)})
 
-    return Optimizer(make, refreshes)
+    return MeasuredOptimizer(make, refreshes)
 
 
-def _problem(name: str, *, scale: int = 1) -> models.Model:
+def _problem(name: str, *, scale: int = 1) -> models.MeasuredLoss:
     """A problem of the training benchmark, on its first batch; too small to scale."""
     del scale
     problem = problems.make(name)
-    return models.Model(
+    return models.MeasuredLoss(
         name,
         lambda params, batch: problem.loss(params, *batch),
         problem.init(jax.random.key(0)),
@@ -114,7 +120,7 @@ _MODELS = (
     "transformer_24",
     "transformer_24_scan",
 )
-NETWORKS: dict[str, Callable[..., models.Model]] = {
+NETWORKS: dict[str, Callable[..., models.MeasuredLoss]] = {
     **{name: functools.partial(_problem, name) for name in ("spirals", "diabetes")},
     **{name: functools.partial(models.make, name) for name in _MODELS},
 }

@@ -17,7 +17,7 @@ from benchmarks.cost_report import LONG_RUN, Row
 from benchmarks.training_step import training_step
 from partnewton._refresh import size_for_intervals
 
-__all__ = ["Training", "measure"]
+__all__ = ["CompiledStep", "measure"]
 
 PyTree = Any
 LEAST_STEPS, MOST_STEPS = 30, 200  # of a turn: two refreshes and two look backs
@@ -34,7 +34,7 @@ def _without_persistent_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-class Training:
+class CompiledStep:
     """A compiled training step, and the parameters and the state that it starts from.
 
     Args:
@@ -114,14 +114,14 @@ def _copy(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-_here: Training | None = None  # that of this process
+_here: CompiledStep | None = None  # that of this process
 
 
 def _prepare(network: str, name: str, scale: int) -> Row:
     global _here
     # Several processes share an accelerator.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    _here = Training(network, name, scale)
+    _here = CompiledStep(network, name, scale)
     return _here.row
 
 

@@ -19,7 +19,7 @@ from flax import linen, nnx
 from benchmarks import networks, resnet
 from partnewton.demo.models import Convolutional
 
-__all__ = ["MORE", "NETWORKS", "Model", "NetworkSpec", "make"]
+__all__ = ["MORE", "NETWORKS", "MeasuredLoss", "NetworkSpec", "make"]
 
 PyTree = Any
 CLASSES = 10
@@ -35,7 +35,7 @@ kernel_init = jax.nn.initializers.he_normal()
 embedding_init = jax.nn.initializers.normal(0.02)
 
 
-class Model(NamedTuple):
+class MeasuredLoss(NamedTuple):
     """A loss, and the arguments that it is measured with.
 
     Attributes:
@@ -71,7 +71,7 @@ class NetworkSpec:
 
 def make(
     name: str, batch: int | None = None, *, scale: int = 1, seed: int = 0
-) -> Model:
+) -> MeasuredLoss:
     """The model called `name`.
 
     Args:
@@ -88,7 +88,7 @@ def make(
     """
     network = (NETWORKS | MORE)[name]
     size = network.batch if batch is None else batch
-    return Model(name, *network.build(jax.random.key(seed), size, scale))
+    return MeasuredLoss(name, *network.build(jax.random.key(seed), size, scale))
 
 
 # --- Losses and data -----------------------------------------------------------

@@ -255,7 +255,7 @@ def test_a_wrong_argument_is_one_line(arguments, word, capsys):
 
 
 def test_a_training_step_is_measured():
-    training = cost_training.Training("spirals", "adamw")
+    training = cost_training.CompiledStep("spirals", "adamw")
     row = training.row
     assert (row.subsets, row.parameters) == (6, 2 * 32 + 32 * 32 + 32 * 2 + 66)
     assert row.state_bytes == 2 * 4 * row.parameters + 4  # two moments and a count
@@ -277,7 +277,7 @@ def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
 
     monkeypatch.setattr(cost_training, "training_step", spy)
     before = jax.config.jax_enable_compilation_cache
-    cost_training.Training("diabetes", "sgd")
+    cost_training.CompiledStep("diabetes", "sgd")
     assert seen == [False]
     assert jax.config.jax_enable_compilation_cache == before
 
@@ -316,7 +316,7 @@ DIFFERENT = [
 
 @pytest.mark.parametrize("network", some(DIFFERENT, default=["diabetes"]))
 def test_each_network_of_the_cost_takes_a_step_in_small(network):
-    training = cost_training.Training(network, "sgd", scale=16)
+    training = cost_training.CompiledStep(network, "sgd", scale=16)
     seconds, _ = training.turn(1)
     assert seconds[0] > 0
     assert training.row.compile_seconds > 0

@@ -61,7 +61,7 @@ def run(rung: str, job: Job, *, clock: str, scale: int) -> dict[str, Any]:
 
     Losses that are not finite are None, and end the run.
     """
-    program = _program(rung, job.entry, clock, scale)
+    program = _compiled(rung, job.entry, clock, scale)
     problem, timer = program.rung, CLOCKS[clock]
     order = batches(problem._replace(steps=job.steps), job.seed)
     at = np.unique(np.linspace(0, job.steps, EVALUATIONS + 1).round().astype(int))
@@ -118,13 +118,13 @@ def _rung(name: str, scale: int) -> tuple[Rung, Batch]:
 
 
 @functools.cache
-def _program(rung: str, entry: str, clock: str, scale: int) -> "Program":
+def _compiled(rung: str, entry: str, clock: str, scale: int) -> "CompiledOptimizer":
     """Caches are cleared, so that each optimizer compiles without those before it."""
     jax.clear_caches()
-    return Program(*_rung(rung, scale), entry, CLOCKS[clock])
+    return CompiledOptimizer(*_rung(rung, scale), entry, CLOCKS[clock])
 
 
-class Program:
+class CompiledOptimizer:
     """An optimizer on a rung, compiled once for all rates, seeds and horizons."""
 
     def __init__(self, rung: Rung, data: Batch, entry: str, timer: Callable[[], float]):

@@ -170,7 +170,7 @@ def _derivative_along(f: Callable, v: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def measure(
-    model: models.Model,
+    model: models.MeasuredLoss,
     engines: Sequence[str],
     *,
     tensor: bool = False,

@@ -20,7 +20,7 @@ from partnewton.cubic._reductions import reduce_together
 from partnewton.cubic._steps import ROUNDING_UNITS
 from partnewton.cubic._units import NormalizedModel
 
-__all__ = ["Best", "converged", "search"]
+__all__ = ["Best", "best_steps", "converged"]
 
 _MAX_ITERATIONS = 200  # 5 to 30 are usual; bisection alone needs about 120
 
@@ -43,7 +43,7 @@ class _Search(NamedTuple):
     iteration: jax.Array
 
 
-def search(model: NormalizedModel) -> Best:
+def best_steps(model: NormalizedModel) -> Best:
     """The best steps, after iterating over shifts until convergence."""
 
     def iterate(state: _Search) -> _Search:

@@ -49,7 +49,7 @@ from partnewton.cubic._derivative import solution_tangent
 from partnewton.cubic._factors import factor, scaled_to_ones
 from partnewton.cubic._powers import ldexp, round_to
 from partnewton.cubic._reductions import reduce_together
-from partnewton.cubic._search import Best, converged, search
+from partnewton.cubic._search import Best, best_steps, converged
 from partnewton.cubic._steps import ROUNDING_UNITS, appraise
 from partnewton.cubic._units import NormalizedModel, to_own_units
 
@@ -224,7 +224,7 @@ def _minimise(
     model, valid, kernel, A = _prepared(g, H, d, damping)
     L = factor(A)
     kernel_pd, scaled_model, unit = _in_own_units(model, kernel, L)
-    best = search(scaled_model)
+    best = best_steps(scaled_model)
     solution = functools.partial(_solution_of, dtype=dtype)
     return solution(model, valid, kernel_pd, unit, best)
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from partnewton.cubic._powers import exponent_of, ldexp
 from partnewton.cubic._reductions import reduce_together
 
-__all__ = ["ROUNDING_UNITS", "Step", "appraise"]
+__all__ = ["ROUNDING_UNITS", "AppraisedStep", "appraise"]
 
 ROUNDING_UNITS = 4  # bound of rounding errors, in units of eps times the terms
 
 
-class Step(NamedTuple):
+class AppraisedStep(NamedTuple):
     """A step and its decrease of the model, in the caller's units."""
 
     eta: jax.Array  # (S,)
@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 def appraise(
     g: jax.Array, H: jax.Array, d: jax.Array, damping: jax.Array, eta: jax.Array
-) -> Step:
+) -> AppraisedStep:
     """The model at eta, all terms in units of the largest of them, 2^unit."""
     moves = eta != 0
     g, d = jnp.where(moves, g, 0), jnp.where(moves, d, 0)
@@ -54,7 +54,7 @@ def appraise(
     cubic = ldexp(damping / 6, 3 * of_d - unit) * radius**3
     decrease = slope - curvature / 2 - cubic
     size = slope_size + curvature_size / 2 + cubic
-    return Step(
+    return AppraisedStep(
         eta=eta,
         radius=ldexp(radius, of_d),
         decrease=ldexp(decrease, unit),

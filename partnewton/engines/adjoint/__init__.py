@@ -31,7 +31,7 @@ from typing import Any
 import jax
 
 from partnewton._checks import check_batch_size
-from partnewton.engines.adjoint.problem import Problem, ReverseModeError
+from partnewton.engines.adjoint.partitioned import PartitionedProgram, ReverseModeError
 from partnewton.engines.adjoint.sums import sums_along, third_order_tensor
 from partnewton.engines.components import Components
 from partnewton.engines.jvp_of_grad import JvpOfGrad
@@ -75,14 +75,14 @@ class Adjoint:
         third_order: bool,
     ) -> tuple[tuple[jax.Array, Any], jax.Array, jax.Array, jax.Array | None]:
         """Value and aux, gradient (K, S), hessian (K, S, K, S), third (K, S)."""
-        problem = Problem(loss, leaves, partition)
+        partitioned = PartitionedProgram(loss, leaves, partition)
         try:
             parts = Components(directions, partition)
             outputs, gradient, hessian, third = _summarize(
-                problem, leaves, parts, third_order, self.batch_size
+                partitioned, leaves, parts, third_order, self.batch_size
             )
             return (
-                problem.value_and_aux(outputs),
+                partitioned.value_and_aux(outputs),
                 gradient.reshape(parts.shape),
                 hessian.reshape(parts.shape * 2),
                 None if third is None else third.reshape(parts.shape),
@@ -107,13 +107,13 @@ class Adjoint:
         where a part of the loss is left to jax, the reference engine does the work.
         """
         if order <= 3:
-            problem = Problem(loss, leaves, partition)
+            partitioned = PartitionedProgram(loss, leaves, partition)
             parts = Components(directions, partition)
             compute = functools.partial(
-                _tensors, problem, leaves, parts, order, self.batch_size
+                _tensors, partitioned, leaves, parts, order, self.batch_size
             )
             with contextlib.suppress(ReverseModeError):
-                found = problem.attempted(compute)
+                found = partitioned.attempted(compute)
                 if found is not None:
                     return found
         return JvpOfGrad(self.batch_size).derivative_tensors(
@@ -122,42 +122,44 @@ class Adjoint:
 
 
 def _summarize(
-    problem: Problem, leaves: Leaves, parts: Components, *options: Any
+    partitioned: PartitionedProgram, leaves: Leaves, parts: Components, *options: Any
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array | None]:
     """The outputs of the loss, gradient, hessian and third.
 
     A `cond` around most of a loss would be one operation, which takes several times as
     long to compile. So each of its branches has a program of its own.
     """
-    branch_point = problem.branch_point
+    branch_point = partitioned.branch_point
     if branch_point is not None:
         branches = [
-            functools.partial(_summarize, problem.in_branch(n), leaves, parts, *options)
+            functools.partial(
+                _summarize, partitioned.in_branch(n), leaves, parts, *options
+            )
             for n in branch_point.branches
         ]
         return jax.lax.switch(branch_point.index(*leaves), branches)
 
     def compute() -> tuple:
-        point = problem.linearize(leaves)
-        return point.outputs, *sums_along(problem, parts, point, *options)
+        point = partitioned.linearize(leaves)
+        return point.outputs, *sums_along(partitioned, parts, point, *options)
 
-    return problem.attempted(compute)
+    return partitioned.attempted(compute)
 
 
 def _tensors(
-    problem: Problem,
+    partitioned: PartitionedProgram,
     leaves: Leaves,
     parts: Components,
     order: int,
     batch_size: int | None,
 ) -> tuple | None:
     """Value and aux, and the tensors; None if the loss has a final step."""
-    if order == 3 and problem.program.final:
+    if order == 3 and partitioned.program.final:
         return None
-    point = problem.linearize(leaves)
-    *tensors, _ = sums_along(problem, parts, point, False, batch_size)
+    point = partitioned.linearize(leaves)
+    *tensors, _ = sums_along(partitioned, parts, point, False, batch_size)
     if order == 3:
-        third = third_order_tensor(problem, parts, leaves, batch_size)
+        third = third_order_tensor(partitioned, parts, leaves, batch_size)
         tensors.append(third)
     shaped = [x.reshape(parts.shape * x.ndim) for x in tensors[:order]]
-    return problem.value_and_aux(point.outputs), tuple(shaped)
+    return partitioned.value_and_aux(point.outputs), tuple(shaped)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from partnewton import partitions
 from partnewton.engines.adjoint.op import Op
-from partnewton.engines.adjoint.problem import Problem
+from partnewton.engines.adjoint.partitioned import PartitionedProgram
 from partnewton.engines.adjoint.program import Program
 
 __all__ = ["Operation", "operations"]
@@ -54,8 +54,8 @@ def operations(value_fn: Callable[[Any], jax.Array], params: Any) -> list[Operat
     def loss(leaves: list[jax.Array]) -> tuple[jax.Array, None]:
         return value_fn(jax.tree.unflatten(treedef, leaves)), None
 
-    problem = Problem(loss, [jnp.asarray(x) for x in leaves], partition)
-    return list(_listed(problem.program))
+    partitioned = PartitionedProgram(loss, [jnp.asarray(x) for x in leaves], partition)
+    return list(_listed(partitioned.program))
 
 
 def _listed(program: Program) -> Iterator[Operation]:

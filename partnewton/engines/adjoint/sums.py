@@ -12,7 +12,11 @@ from partnewton.engines.adjoint import lowerings
 from partnewton.engines.adjoint.dataflow import is_variable
 from partnewton.engines.adjoint.final import sweep_final
 from partnewton.engines.adjoint.op import Request
-from partnewton.engines.adjoint.problem import Leaves, Linearized, Problem
+from partnewton.engines.adjoint.partitioned import (
+    Leaves,
+    Linearized,
+    PartitionedProgram,
+)
 from partnewton.engines.adjoint.program import Perturbations, Residuals
 from partnewton.engines.adjoint.rolled import sweep_repeat
 from partnewton.engines.adjoint.spans import Span
@@ -29,7 +33,7 @@ _CACHED_BYTES = 2**23  # with fewer, a sweep is compiled as one
 
 
 def sums_along(
-    problem: Problem,
+    partitioned: PartitionedProgram,
     parts: Components,
     point: Linearized,
     third_order: bool,
@@ -42,25 +46,27 @@ def sums_along(
     one sweep for each pair of blocks.
 
     Args:
-      problem: the loss.
+      partitioned: the program of the loss, and a partition of its inputs.
       parts: the components of the directions.
       point: the linearization of the loss.
       third_order: whether third is requested.
       batch_size: the number of subsets in one sweep; by default as many as 1 GiB holds.
     """
     M, dtype = parts.size, parts.dtype
-    row = _bytes_of_a_row(problem) * parts.num_directions
+    row = _bytes_of_a_row(partitioned) * parts.num_directions
     request = Request(third_order, dtype)
     shapes = [(M,), (M, M), (M,)]
     totals = [jnp.zeros(shape, dtype) for shape in shapes]
     known = [np.zeros(shape, bool) for shape in shapes]  # from the sweeps so far
-    for subsets in _subsets_of_sweeps(problem.order, batch_size or _MOST_BYTES // row):
+    for subsets in _subsets_of_sweeps(
+        partitioned.order, batch_size or _MOST_BYTES // row
+    ):
         included = np.zeros(M, bool)
         included[_components_of(parts, subsets)] = True
         computed = [included, np.outer(included, included), included]
         missing = [x & ~y for x, y in zip(computed, known, strict=True)]
         is_large = len(subsets) * row > _CACHED_BYTES
-        sums = _one_sweep(problem, parts, point, subsets, request, is_large)
+        sums = _one_sweep(partitioned, parts, point, subsets, request, is_large)
         # If the loss is not finite, neither are its derivatives.
         value = point.outputs[0]
         if not compat.varying_axes(value):
@@ -73,7 +79,10 @@ def sums_along(
 
 
 def third_order_tensor(
-    problem: Problem, parts: Components, leaves: Leaves, batch_size: int | None
+    partitioned: PartitionedProgram,
+    parts: Components,
+    leaves: Leaves,
+    batch_size: int | None,
 ) -> jax.Array:
     """All of the third order, (K S, K S, K S).
 
@@ -85,11 +94,11 @@ def third_order_tensor(
     request = Request(False, parts.dtype, tangents_are_fixed=True)
 
     def linearize(leaves: Leaves) -> tuple[Residuals, Perturbations]:
-        point = problem.linearize(leaves)
+        point = partitioned.linearize(leaves)
         return point.residuals, point.cotangents
 
     values, treedef = jax.tree.flatten(linearize(leaves))
-    is_active = jax.tree.leaves(problem.program.active_residuals())
+    is_active = jax.tree.leaves(partitioned.program.active_residuals())
     num_values = sum(is_active)
     is_active += [True] * (len(values) - len(is_active))  # the cotangents
 
@@ -104,7 +113,7 @@ def third_order_tensor(
         filled = [next(rest) if flag else x for x, flag in pairs]
         residuals, cotangents = jax.tree.unflatten(treedef, filled)
         point = Linearized([], residuals, cotangents, None)
-        return _one_sweep(problem, parts, point, problem.order, request)[1]
+        return _one_sweep(partitioned, parts, point, partitioned.order, request)[1]
 
     start, values_along = jax.linearize(active_values, list(leaves))
     _, terms_along = jax.linearize(sum_of_terms, start)
@@ -121,7 +130,7 @@ def third_order_tensor(
 
 
 def _one_sweep(
-    problem: Problem,
+    partitioned: PartitionedProgram,
     parts: Components,
     point: Linearized,
     subsets: Sequence[int],
@@ -130,13 +139,15 @@ def _one_sweep(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradient, hessian and third, zero at all entries of other subsets."""
     components = _components_of(parts, subsets)
-    program, everyone = problem.program, Span(0, len(components))
+    program, everyone = partitioned.program, Span(0, len(components))
 
     def run(
         directions: Leaves, residuals: Residuals, cotangents: Perturbations
     ) -> tuple[list[Jet], Terms]:
-        jets = _jets_of_leaves(problem, directions, subsets)
-        terms = _sweep_ops(problem, residuals, cotangents, jets, request, outline_each)
+        jets = _jets_of_leaves(partitioned, directions, subsets)
+        terms = _sweep_ops(
+            partitioned, residuals, cotangents, jets, request, outline_each
+        )
         return [jets.get(v, Jet()) for v in ends], terms
 
     ends = program.final.read if program.final else program.outputs[:1]
@@ -157,7 +168,7 @@ def _one_sweep(
 
 
 def _sweep_ops(
-    problem: Problem,
+    partitioned: PartitionedProgram,
     residuals: Residuals,
     cotangents: Perturbations,
     jets: Jets,
@@ -165,12 +176,12 @@ def _sweep_ops(
     outline_each: bool,
 ) -> Terms:
     """Propagates jets through all operations, and adds those of all variables."""
-    ops = list(enumerate(problem.program.ops))
-    spans = spans_in(problem.program, {v: x.first.span for v, x in jets.items()})
+    ops = list(enumerate(partitioned.program.ops))
+    spans = spans_in(partitioned.program, {v: x.first.span for v, x in jets.items()})
     common = residuals, cotangents, jets, request
-    leaves = frozenset(problem.inputs)
+    leaves = frozenset(partitioned.inputs)
     terms, n = Terms(), 0
-    for repeat in problem.repeats:
+    for repeat in partitioned.repeats:
         terms += sweep(ops[n : repeat.start], *common, outline_each=outline_each)
         terms += sweep_repeat(repeat, leaves, spans, *common)
         n = repeat.stop
@@ -199,13 +210,13 @@ def _spread(size: int, places: np.ndarray, *arrays: jax.Array) -> tuple[jax.Arra
 
 
 def _jets_of_leaves(
-    problem: Problem, directions: Leaves, subsets: Sequence[int]
+    partitioned: PartitionedProgram, directions: Leaves, subsets: Sequence[int]
 ) -> Jets:
     """The directions of each leaf, with K rows for each subset with entries in it."""
     places = {s: n for n, s in enumerate(subsets)}
     jets = {}
     for v, u, label in zip(
-        problem.inputs, directions, problem.partition.labels, strict=True
+        partitioned.inputs, directions, partitioned.partition.labels, strict=True
     ):
         found = [places[s] for s in np.unique(label).tolist() if s in places]
         if not found:
@@ -230,12 +241,12 @@ def _subsets_of_sweeps(order: Sequence[int], batch_size: int) -> list[list[int]]
     return [x + y for x, y in itertools.combinations(blocks, 2)]
 
 
-def _bytes_of_a_row(problem: Problem) -> int:
+def _bytes_of_a_row(partitioned: PartitionedProgram) -> int:
     """The bytes per subset of the tangents of the largest operation; at least 1."""
-    place = {s: n for n, s in enumerate(problem.order)}
+    place = {s: n for n, s in enumerate(partitioned.order)}
     spans = {}
-    for v, label in zip(problem.inputs, problem.partition.labels, strict=True):
+    for v, label in zip(partitioned.inputs, partitioned.partition.labels, strict=True):
         found = [place[s] for s in np.unique(label).tolist() if s in place]
         if found:
             spans[v] = Span(min(found), max(found) - min(found) + 1)
-    return bytes_of_a_row(problem.program, spans)
+    return bytes_of_a_row(partitioned.program, spans)

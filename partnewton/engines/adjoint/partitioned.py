@@ -20,7 +20,7 @@ from partnewton.engines.collectives import refuse_named_axes
 from partnewton.engines.compat import Variable
 from partnewton.partitions import FROZEN, Partition
 
-__all__ = ["Linearized", "Problem", "ReverseModeError"]
+__all__ = ["Linearized", "PartitionedProgram", "ReverseModeError"]
 
 Leaves = Sequence[jax.Array]
 
@@ -45,7 +45,7 @@ class Linearized(NamedTuple):
     final: Final | None
 
 
-class Problem:
+class PartitionedProgram:
     """A loss as a program, and a partition of its inputs.
 
     Attributes:
@@ -105,14 +105,14 @@ class Problem:
         """The `cond` that contains most of the loss, if there is one."""
         return branch_point_of(self._jaxpr, self._branches)
 
-    def in_branch(self, number: int) -> "Problem":
-        """The problem with one branch in place of its branch point."""
-        problem = copy.copy(self)
-        problem._opaque = set()
-        problem._branches = {**self._branches, self.branch_point.place: number}
-        problem.__dict__.pop("branch_point")
-        problem._build()
-        return problem
+    def in_branch(self, number: int) -> "PartitionedProgram":
+        """The program with one branch in place of its branch point."""
+        partitioned = copy.copy(self)
+        partitioned._opaque = set()
+        partitioned._branches = {**self._branches, self.branch_point.place: number}
+        partitioned.__dict__.pop("branch_point")
+        partitioned._build()
+        return partitioned
 
     def attempted(self, compute: Callable[[], Any]) -> Any:
         """The result of a function that executes sweeps of the program.
