@@ -15,7 +15,8 @@ import jax, jax.numpy as jnp, numpy as np, optax
 import orbax.checkpoint as ocp
 import partnewton as pn
 
-command, folder = sys.argv[1], Path(sys.argv[2]) / "checkpoint"
+command, optimizer = sys.argv[1:3]
+folder = Path(sys.argv[3]) / "checkpoint"
 # Saved after 7 steps: the rates in force are those of the sixth, due again at the 11th.
 SAVED, END, INTERVAL = 7, 17, 5
 
@@ -26,16 +27,21 @@ def loss(params, x):
 
 
 def batch(i):
-    return jax.random.normal(jax.random.key(i), (16, 3))
+    key = jax.random.key(0 if optimizer == "subspace_newton" else i)
+    return jax.random.normal(key, (16, 3))
 
 
-tx = optax.chain(
-    optax.scale_by_adam(),
-    pn.scale_by_partition_newton(
-        update_interval=INTERVAL, average=pn.averaging.exponential(0.8)
+OPTIMIZERS = {
+    "adam_with_rates": lambda: optax.chain(
+        optax.scale_by_adam(),
+        pn.scale_by_partition_newton(
+            update_interval=INTERVAL, average=pn.averaging.exponential(0.8)
+        ),
+        optax.scale_by_learning_rate(optax.exponential_decay(0.3, 5, 0.9)),
     ),
-    optax.scale_by_learning_rate(optax.exponential_decay(0.3, 5, 0.9)),
-)
+    "subspace_newton": pn.subspace_newton,
+}
+tx = OPTIMIZERS[optimizer]()
 
 
 @jax.jit
@@ -67,10 +73,11 @@ print(json.dumps([x.tobytes().hex() for x in leaves]))
 
 
 @pytest.mark.slow
-def test_a_restored_run_continues_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam_with_rates", "subspace_newton"])
+def test_a_restored_run_continues_bit_for_bit(tmp_path, optimizer):
     def run(command):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        arguments = [sys.executable, "-c", SCRIPT, command, str(tmp_path)]
+        arguments = [sys.executable, "-c", SCRIPT, command, optimizer, str(tmp_path)]
         done = subprocess.run(
             arguments, env=environment, capture_output=True, text=True
         )

@@ -161,6 +161,29 @@ def test_training_decreases_the_loss(has_aux):
     assert np.any(mean != model.norm.mean[...])  # by the gradient's pass
 
 
+@pytest.mark.slow
+def test_a_fit_on_all_data_with_subspace_newton():
+    class Fit(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(3, 8, rngs=rngs)
+            self.output = nnx.Linear(8, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.output(jnp.tanh(self.hidden(x)))
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(loss_of)(model, X, Y)
+        optimizer.update(model, grads, value_fn=value_fn(model, loss_of, X, Y))
+
+    model = Fit(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, pn.subspace_newton(), wrt=nnx.Param)
+    for _ in range(100):
+        step(model, optimizer)
+    assert loss_of(model, X, Y) < 1e-6
+    assert len(pn.learning_rates(optimizer.opt_state)) == 4
+
+
 def test_a_loss_that_is_no_function_is_an_error():
     with pytest.raises(TypeError, match=r"^loss_fn must be a function"):
         value_fn(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), X, Y)
@@ -255,6 +278,26 @@ def test_linen_training_with_batch_norm_and_dropout_decreases_the_loss():
         state, loss = step(state)
         losses.append(float(loss))
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+@pytest.mark.slow
+def test_a_linen_fit_on_all_data_with_subspace_newton():
+    network = linen.Sequential([linen.Dense(8), jnp.tanh, linen.Dense(1)])
+
+    def loss_fn(params):
+        return jnp.mean((network.apply(params, X) - Y) ** 2)
+
+    @jax.jit
+    def step(state):
+        grads = jax.grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads, value_fn=loss_fn)
+
+    params = network.init(jax.random.key(0), X)
+    tx = pn.subspace_newton()
+    state = TrainState.create(apply_fn=network.apply, params=params, tx=tx)
+    for _ in range(100):
+        state = step(state)
+    assert loss_fn(state.params) < 1e-6
 
 
 class FlaxState(train_state.TrainState):

@@ -112,6 +112,24 @@ def test_metrics_contain_every_scalar_wherever_it_is_stored(trained, container):
         np.testing.assert_array_equal(np.squeeze(x), expected[name])
 
 
+@pytest.mark.slow
+def test_metrics_of_subspace_newton():
+    tx = pn.subspace_newton(history=1)
+    before, state = step(tx, PARAMS, tx.init(PARAMS))
+    params, state = step(tx, before, state)
+    found = pn.metrics(state)
+    np.testing.assert_allclose(found["loss"], loss(before, X), rtol=1e-6)
+    decrease = loss(before, X) - loss(params, X)
+    np.testing.assert_allclose(found["decrease"], decrease, rtol=1e-4)
+    assert found["count"] == 2
+    assert found["refused_count"] == found["notfinite_count"] == 0
+    moves = jax.tree.map(lambda x, y: jnp.sqrt(jnp.mean((x - y) ** 2)), params, before)
+    rates = jax.tree.leaves(moves)
+    for name, rms in zip(pn.subset_names(params), rates, strict=True):
+        np.testing.assert_allclose(found[f"learning_rate/{name}"], rms, rtol=1e-4)
+    assert pn.learning_rates(state).keys() == set(pn.subset_names(params))
+
+
 class Model(nnx.Module):
     def __init__(self, params):
         self.layer = nnx.Dict(jax.tree.map(nnx.Param, params["layer"]))

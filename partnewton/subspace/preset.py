@@ -73,9 +73,10 @@ def subspace_newton(
 
 
 class QuasiNewtonState(NamedTuple):
-    """State of :func:`quasi_newton`; arrays of the unused method have no entries.
+    """State of :func:`quasi_newton`; that of the unused method is of scalars.
 
-    So all states have the same structure, as :func:`optax.tree.map_params` needs.
+    So all states have the same structure, as :func:`optax.tree.map_params` needs, and
+    no array is empty, which orbax does not save.
 
     Attributes:
       broyden: the state of :func:`scale_by_broyden`.
@@ -93,19 +94,17 @@ def quasi_newton(
     dense, sparse = scale_by_broyden(max_size), lbfgs_direction(memory_size)
 
     def init_fn(params: optax.Params) -> QuasiNewtonState:
-        empty = jax.tree.map(lambda x: jnp.zeros(0, jnp.result_type(x)), params)
-        is_dense = optax.tree.size(params) <= max_size
-        return QuasiNewtonState(
-            dense.init(params if is_dense else empty),
-            sparse.init(empty if is_dense else params),
-        )
+        if optax.tree.size(params) <= max_size:
+            like = jax.tree.map(lambda x: jnp.zeros((), jnp.result_type(x)), params)
+            return QuasiNewtonState(dense.init(params), sparse.init(like))
+        return QuasiNewtonState(dense.init(jnp.zeros(())), sparse.init(params))
 
     def update_fn(
         updates: optax.Updates,
         state: QuasiNewtonState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, QuasiNewtonState]:
-        if state.broyden.params.size:
+        if optax.tree.size(updates) <= max_size:
             updates, broyden = dense.update(updates, state.broyden, params)
             return updates, state._replace(broyden=broyden)
         updates, lbfgs = sparse.update(updates, state.lbfgs, params)
