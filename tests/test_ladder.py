@@ -338,6 +338,13 @@ def test_fewer_rates_are_carried_over_to_equal_seconds():
     assert [j.rate for j in records if j.steps == 200] == [3.16e-3]
 
 
+def test_no_rate_is_carried_over_if_only_steps_are_compared():
+    settings = plan.Settings(100, ("partition_newton", "sgdm_cosine"), 2, carried=0)
+    records = simulated(settings, lambda job: record(job, job.rate / 2))
+    assert {j.steps for j in records} == {100}
+    assert {j.seed for j in records} == {0, 1}
+
+
 @pytest.mark.slow
 def test_a_small_run_is_stored_resumed_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reporting, "executor", lambda: ThreadPoolExecutor(1))

@@ -60,7 +60,7 @@ def _shorten(options: argparse.Namespace) -> None:
     if options.quick:
         options.rates = options.rates or 2
         options.carried = options.carried or 1
-    options.carried = options.carried or CARRIED
+    options.carried = 0 if options.steps_only else options.carried or CARRIED
     options.divide = options.divide or (QUICK_DIVISOR if options.quick else 1)
 
 
@@ -213,6 +213,9 @@ def _parser() -> reporting.Parser:
         type=reporting.integer,
         help="rates that are tried at equal seconds, the best ones at equal steps "
         f"(default: {CARRIED}, or 1 with --quick)",
+    )
+    parser.add_argument(
+        "--steps-only", action="store_true", help="no runs at equal seconds"
     )
     parser.add_argument(
         "--clock",

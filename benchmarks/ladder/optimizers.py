@@ -13,8 +13,9 @@ import optax
 from optax import contrib
 
 import partnewton as pn
+from partnewton import averaging, presets, rules
 
-__all__ = ["DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
+__all__ = ["ABLATIONS", "DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
 
 PyTree = Any
 WARM_UP = 0.05  # of the steps
@@ -118,16 +119,51 @@ OURS: dict[str, Entry] = {
 }
 """What a user writes; the second one knows the number of steps."""
 
+
+def _without(**arguments: Any) -> Entry:
+    """`total_steps` with other arguments."""
+    return Entry(
+        lambda rate, steps: pn.partition_newton(total_steps=steps, **arguments)
+    )
+
+
+def _rule(
+    seen: Callable[[pn.Summary], pn.Summary] = lambda summary: summary,
+    *,
+    third_order: bool = True,
+    shrinkage: float = 0.5,
+) -> rules.Rule:
+    """The rule of `partition_newton` for a part of what a summary contains."""
+    rule = rules.with_noise_floor(rules.robust(shrinkage=shrinkage))
+    return rules.Rule(lambda summary: rule(seen(summary)), third_order=third_order)
+
+
+def _second_order(summary: pn.Summary) -> pn.Summary:
+    return summary._replace(third=jnp.zeros_like(summary.gradient))
+
+
+def _diagonal(summary: pn.Summary) -> pn.Summary:
+    return summary._replace(hessian=jnp.diag(jnp.diag(summary.hessian)))
+
+
+ABLATIONS: dict[str, Entry] = {
+    "no_third_order": _without(rule=_rule(_second_order, third_order=False)),
+    "no_interactions": _without(rule=_rule(_diagonal)),
+    "no_common_rate": _without(rule=_rule(shrinkage=0.0)),
+    "one_rate": _without(param_labels="whole"),
+    "no_average": _without(average=averaging.relative(averaging.none())),
+    "no_lookback": _without(lookback_rate=0.0),
+    "not_equilibrated": _without(direction=presets.orthogonal_momentum()),
+    "adam_direction": _without(direction=optax.scale_by_adam()),
+}
+"""`total_steps`, each without one of its parts."""
+
 VARIANTS: dict[str, Entry] = {
     "lookback_rate=0.1": _fixed(lambda: pn.partition_newton(lookback_rate=0.1)),
     "weight_decay=0.1": Entry(
         lambda rate, steps: pn.partition_newton(total_steps=steps, weight_decay=0.1)
     ),
-    "adam_direction": Entry(
-        lambda rate, steps: pn.partition_newton(
-            direction=optax.scale_by_adam(), total_steps=steps
-        )
-    ),
+    **ABLATIONS,
     "factors": Entry(
         lambda rate, steps: pn.partition_newton(rate, total_steps=steps),
         (0.1, 0.2, 0.4),
