@@ -15,6 +15,7 @@ __all__ = [
     "check_number",
     "check_rule",
     "check_transformation",
+    "check_value_fn",
 ]
 
 
@@ -103,6 +104,19 @@ def check_transformation(name: str, value: Any) -> None:
         f"{name} must be an optax.GradientTransformation, such as "
         f"optax.scale_by_adam(), got {_described(value)}.{hint}"
     )
+
+
+def check_value_fn(value: Any) -> None:
+    """Check that `value` can be a loss.
+
+    Raises:
+      TypeError: it is no function.
+    """
+    if not callable(value):
+        raise TypeError(
+            "value_fn must be a function from params to a scalar loss, got "
+            f"{type(value).__name__}."
+        )
 
 
 def check_rule(value: Any) -> None:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from partnewton import partitions
+from partnewton._checks import check_value_fn
 from partnewton._error_hints import with_error_hints
 
-__all__ = ["EngineArguments"]
+__all__ = ["EngineArguments", "checked_loss"]
 
 PyTree = Any
 
@@ -34,11 +35,7 @@ class EngineArguments:
         param_labels: partitions.ParamLabels,
         has_aux: bool,
     ):
-        if not callable(value_fn):
-            raise TypeError(
-                "value_fn must be a function from params to a scalar loss, got "
-                f"{type(value_fn).__name__}."
-            )
+        check_value_fn(value_fn)
         partition = param_labels
         if not isinstance(partition, partitions.Partition):
             partition = partitions.partition_of(params, param_labels)
@@ -54,7 +51,7 @@ class EngineArguments:
             filled = partition.put_active(everything, leaves)
             value_of = with_error_hints(value_fn, params)
             result = value_of(jax.tree.unflatten(treedef, filled))
-            return _checked_loss(result, has_aux)
+            return checked_loss(result, has_aux)
 
         self.loss = loss
         self.leaves = [jnp.asarray(leaf) for leaf in leaves]
@@ -128,7 +125,7 @@ def _active_leaves(
     return active
 
 
-def _checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def checked_loss(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     """``(loss, aux)``, if the loss is a real floating point scalar."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(

@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from partnewton._checks import check_value_fn
+
 __all__ = ["check_arguments", "extract_fn_kwargs"]
 
 
@@ -36,11 +38,7 @@ def check_arguments(
             "partnewton.flax.TrainState, or write updates, opt_state = "
             "state.tx.update(grads, state.opt_state, state.params, value_fn=loss)."
         )
-    if not callable(value_fn):
-        raise TypeError(
-            "value_fn must be a function from params to a scalar loss, got "
-            f"{type(value_fn).__name__}."
-        )
+    check_value_fn(value_fn)
 
 
 def extract_fn_kwargs(

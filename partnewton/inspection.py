@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from partnewton import partitions, rules
-from partnewton._checks import check_rule
+from partnewton._checks import check_rule, check_value_fn
+from partnewton._engine_arguments import checked_loss
 from partnewton._error_hints import with_error_hints
 from partnewton._measured_direction import MeasuredDirection
 from partnewton.summary import Summary, summarize
@@ -91,6 +92,7 @@ def report(
     param_labels: partitions.ParamLabels = partitions.per_tensor,
     rule: Callable[[Summary], rules.Proposal] | None = None,
     measure_cost: bool = True,
+    has_aux: bool = False,
 ) -> Report:
     """Look at a loss: its interactions, learning rates, and what a step achieves.
 
@@ -109,6 +111,7 @@ def report(
       rule: computes the learning rates; by default ``rules.robust()``.
       measure_cost: whether to measure the time of a summary, in gradients: medians of
         five calls.
+      has_aux: whether `value_fn` returns ``(loss, aux)``; aux is ignored.
 
     Returns:
       A :class:`Report`. ``print(report)`` shows a table of at most 100 columns, and
@@ -135,16 +138,20 @@ def report(
     rule = rules.robust() if rule is None else rule
     check_rule(rule)
     partition = partitions.partition_of(params, param_labels)
-    if callable(value_fn):
-        value_fn = with_error_hints(value_fn, params)
-    gradient = jax.jit(jax.grad(value_fn, allow_int=True))
+    check_value_fn(value_fn)
+    value_fn = with_error_hints(value_fn, params)
+
+    def loss(params: PyTree) -> jax.Array:
+        return checked_loss(value_fn(params), has_aux)[0]
+
+    gradient = jax.jit(jax.grad(loss, allow_int=True))
     if direction is None:
         direction = gradient(params)
 
     @jax.jit
     def summary_of(params: PyTree, direction: PyTree) -> Summary:
         return summarize(
-            value_fn,
+            loss,
             params,
             direction,
             param_labels=partition,
@@ -154,7 +161,7 @@ def report(
     @jax.jit
     def loss_after(params: PyTree, direction: PyTree, rates: jax.Array) -> jax.Array:
         measured = MeasuredDirection(direction, params, param_labels, None)
-        return value_fn(measured.parameters_after(-rates))
+        return loss(measured.parameters_after(-rates))
 
     summary = summary_of(params, direction)
     proposal = jax.jit(functools.partial(rules.proposal_of, rule))(summary)

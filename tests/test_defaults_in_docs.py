@@ -175,7 +175,7 @@ def test_the_description_of_the_default_is_that_of_the_preset():
     for page in ("README.md", "docs/index.md"):
         text = text_of(page)
         assert "at most five times the common one" in text, page
-        assert re.search(r"the mean of the solution of the model and of the best", text)
+        assert "the mean of two minimisers of a cubic model" in text, page
     assert "differ by a factor of ten at most" in text_of("README.md")
 
 

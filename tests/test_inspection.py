@@ -124,8 +124,18 @@ def test_rates_that_are_negative_or_zero_are_marked():
     [
         ((loss, PARAMS, {"a": jnp.ones(2)}), "direction has no leaf 'b'"),
         ((lambda p: p["a"], PARAMS, PARAMS), "value_fn must return a scalar"),
+        ((lambda p: p["a"], PARAMS), "value_fn must return a scalar"),
     ],
 )
 def test_errors_are_those_of_summarize(arguments, message):
     with pytest.raises(ValueError, match=message):
         pn.report(*arguments)
+
+
+def test_aux_is_ignored():
+    found = pn.report(lambda p: (loss(p), p), PARAMS, measure_cost=False, has_aux=True)
+    expected = pn.report(loss, PARAMS, measure_cost=False)
+    np.testing.assert_array_equal(found.learning_rates, expected.learning_rates)
+    assert found.actual_decrease == expected.actual_decrease
+    with pytest.raises(TypeError, match="pass has_aux=True if it returns"):
+        pn.report(lambda p: (loss(p), p), PARAMS)
