@@ -276,6 +276,19 @@ def test_a_physics_informed_network_in_float32():
     assert loss(found[-1]) < 1e-6 * loss(params)
 
 
+def test_a_step_below_the_last_digit_of_the_parameters_is_refused():
+    weights = jnp.array([1.0, 10.0])
+    tx = newton(0, direction=optax.scale(1e-12))
+    loss, x = (lambda x: jnp.sum(weights * x**2)), jnp.array([1.0, 2.0])
+    (_, x, *_), state = trajectory(tx, loss, x, 1)  # in the subspace
+    updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+    assert np.any(x != 0)
+    np.testing.assert_array_equal(updates, 0)
+    assert state[0].refused_count == 1
+    assert state[0].decrease == 0
+    np.testing.assert_array_equal(state[0].learning_rates, 0)
+
+
 # --- harmless ------------------------------------------------------------------------
 
 

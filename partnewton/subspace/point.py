@@ -215,6 +215,19 @@ class Point:
             is_of_subspace=jnp.array(True),
         )
 
+    def moving(self, found: Step) -> Step:
+        """The step, refused if it is below the last digit of all parameters.
+
+        Its decrease, which slopes predict, is then not achieved.
+        """
+        after = jax.tree.leaves(self._after(found.step))
+        after = self._partition.take_active(after)
+        moves = [jnp.any(x != y) for x, y in zip(after, self._likes, strict=True)]
+        is_moving = jnp.any(jnp.stack(moves))
+        kept = found.step, found.rms, found.decrease
+        step, rms, decrease = jax.tree.map(lambda x: jnp.where(is_moving, x, 0), kept)
+        return found._replace(step=step, rms=rms, decrease=decrease)
+
     def _described(
         self,
         step: list[jax.Array],

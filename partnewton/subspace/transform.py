@@ -43,8 +43,8 @@ class ScaleBySubspaceNewtonState(NamedTuple):
         refused one, and where slopes contradict the loss, shape ().
       summary_count: the number of updates at which the subspace was used, shape (),
         int32.
-      refused_count: the number of updates at which no step decreased the loss, which
-        then return zeros, shape (), int32.
+      refused_count: the number of updates at which no step decreased the loss, or only
+        one below the last digit of all parameters; they return zeros, shape (), int32.
       notfinite_count: the number of updates at which the incoming updates or the
         derivatives of the loss were not finite, which then return zeros, shape (),
         int32.
@@ -216,6 +216,7 @@ def scale_by_subspace_newton(
             found = point.subspace_step(*arguments)
         else:
             found = point.step(*arguments, skips_second=state.count == 0)
+        found = point.moving(found)
         steps = state.steps
         if steps:
             treedef = jax.tree.structure(steps[0])
