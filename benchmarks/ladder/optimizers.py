@@ -15,7 +15,7 @@ from optax import contrib
 import partnewton as pn
 from partnewton import averaging, presets, rules
 
-__all__ = ["ABLATIONS", "DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
+__all__ = ["DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
 
 PyTree = Any
 WARM_UP = 0.05  # of the steps
