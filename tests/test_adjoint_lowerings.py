@@ -112,6 +112,27 @@ def test_inner_products_of_many_long_rows_are_computed_in_blocks(monkeypatch):
     np.testing.assert_allclose(found, np.einsum("imn,jmn,mn->ij", a, a, weight))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("length", "count"), [(3 * 2**11, 6), (1024, 1), (8191, 1)])
+def test_inner_products_of_long_rows_are_computed_in_parallel(
+    length, count, weighted, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    a, b = normal(3, length), normal(2, length)
+    weight = normal(length) if weighted else np.ones(length)
+    with jax.enable_x64(True):
+        arguments = [jnp.array(x) for x in (a, b)]
+        arguments += [jnp.array(weight)] if weighted else []
+        (product,) = (
+            e
+            for e in compat.open_jaxpr(jax.make_jaxpr(inner.gram)(*arguments)).eqns
+            if e.primitive.name == "dot_general"
+        )
+        found = quick_jit(inner.gram)(*arguments)
+    assert product.outvars[0].aval.size == 3 * 2 * count
+    np.testing.assert_allclose(found, (a * weight) @ b.T, rtol=1e-12, atol=1e-11)
+
+
 # --- Sums over the last axes ---------------------------------------------------------
 
 

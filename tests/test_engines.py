@@ -91,6 +91,8 @@ MOST_DIFFERENT = ("partial", "per_tensor")
 @functools.cache
 def oracle(name) -> tuple[models.Problem, Tensors]:
     """The problem in float64 and its derivatives along the finest of the splits."""
+    if name == "convolutional_network" and jax.default_backend() != "cpu":
+        pytest.skip("jax says that max pooling has no precise second derivative here.")
     with jax.enable_x64(True):
         problem = models.make(name, jnp.float64)
         return problem, by_forward_mode(problem, squares(problem.params))

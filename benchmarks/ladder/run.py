@@ -57,7 +57,8 @@ def run(rung: str, job: Job, *, clock: str, scale: int) -> dict[str, Any]:
       evaluations;
     - ``gradient_seconds``: the mean time of one value with gradient, measured between
       the parts of the run, so that other load on the machine affects both;
-    - ``compile_seconds``: of the initialisation and the step, tracing included.
+    - ``compile_seconds``: of the initialisation and the step, tracing included;
+    - ``temp_bytes``: the memory that the step needs beside its arguments and results.
 
     Losses that are not finite are None, and end the run.
     """
@@ -93,6 +94,7 @@ def run(rung: str, job: Job, *, clock: str, scale: int) -> dict[str, Any]:
         "parameters": sum(x.size for x in leaves),
         "tensors": len(leaves),
         "compile_seconds": program.compile_seconds,
+        "temp_bytes": program.temp_bytes,
         "gradient_seconds": gradients / calls,
         "at": at[: len(curves)].tolist(),
         "seconds": seconds,
@@ -137,6 +139,8 @@ class CompiledOptimizer:
         step = jax.jit(self._advance, donate_argnums=0)
         self._step = step.lower(carry, data, indices, *2 * one[1:], *one).compile()
         self.compile_seconds = timer() - begin
+        memory = self._step.memory_analysis()
+        self.temp_bytes = None if memory is None else memory.temp_size_in_bytes
         self._estimate = jax.jit(self._statistics)
 
     def start(self, job: Job) -> Carry:

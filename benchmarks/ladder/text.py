@@ -84,5 +84,8 @@ def _tokens(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     train, test = corpus()
     merges = bpe.learn(train[:LEARNED_FROM], vocabulary)
     found = bpe.encode(train, merges), bpe.encode(test, merges)
-    np.savez(path, train=found[0], test=found[1], merges=np.array(merges))
+    # All of the file or nothing: another process may look for it at this moment.
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        np.savez(file, train=found[0], test=found[1], merges=np.array(merges))
+    Path(file.name).replace(path)
     return found

@@ -13,6 +13,7 @@ __all__ = ["concatenate", "in_blocks", "outlined"]
 _LARGE = 2**20  # bytes
 _BEYOND_CACHE = 2**23  # numbers
 _BLOCK = 2**10  # numbers of each row
+_SHORTEST, _LONGEST = 2**6, 2**10  # numbers of each row, of a block on GPUs
 _MANY_ROWS = 8  # with fewer rows, each is read only a few times
 
 
@@ -40,18 +41,22 @@ def in_blocks(
 ) -> jax.Array:
     """A sum of products along the last axis of matrices, block by block.
 
-    Matrix products on CPUs read long rows from memory several times.
+    Matrix products on CPUs read long rows from memory several times. On GPUs, one of
+    the many processors computes all of a product with so small a result: with 16 rows
+    of 12 million numbers, 124 ms on an H200, and 1 ms in blocks that are independent.
 
     Args:
       product: from matrices to a matrix, linear in the entries along the last axis.
       operands: the matrices, with equal last axes; the first two are the large ones.
     """
     a, b, *_ = operands
-    if min(len(a), len(b)) < _MANY_ROWS or a.size + b.size < _BEYOND_CACHE:
-        return product(*operands)
-    count, rest = divmod(a.shape[1], _BLOCK)
+    length = a.shape[1]
 
-    def blockwise(*operands: jax.Array) -> jax.Array:
+    def one_by_one(*operands: jax.Array) -> jax.Array:
+        if min(len(a), len(b)) < _MANY_ROWS or a.size + b.size < _BEYOND_CACHE:
+            return product(*operands)
+        count, rest = divmod(length, _BLOCK)
+
         def block(n: jax.typing.ArrayLike, size: int) -> jax.Array:
             start = n * _BLOCK
             return product(
@@ -65,4 +70,17 @@ def in_blocks(
         total = jax.lax.fori_loop(1, count, lambda n, x: x + block(n, _BLOCK), total)
         return total + block(count, rest) if rest else total
 
-    return switch.on_cpu(blockwise, product, *operands)
+    def at_once(*operands: jax.Array) -> jax.Array:
+        count = _divisor(length)
+        if count == 1:
+            return product(*operands)
+        blocks = [x.reshape(len(x), count, length // count) for x in operands]
+        return jnp.sum(jax.vmap(product, in_axes=1)(*blocks), axis=0)
+
+    return switch.on_cpu(one_by_one, product, *operands, elsewhere=at_once)
+
+
+def _divisor(length: int) -> int:
+    """The smallest number of equal blocks that are short enough, or 1."""
+    counts = range(-(-length // _LONGEST), length // _SHORTEST + 1)
+    return next((count for count in counts if length % count == 0), 1)

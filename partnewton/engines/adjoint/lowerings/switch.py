@@ -29,10 +29,19 @@ def disabled() -> Iterator[None]:
         _enabled.reset(token)
 
 
-def on_cpu(fast: Callable, plain: Callable, *operands: jax.Array) -> Any:
-    """The result of `fast` if the default backend is a CPU, else that of `plain`."""
+def on_cpu(
+    fast: Callable,
+    plain: Callable,
+    *operands: jax.Array,
+    elsewhere: Callable | None = None,
+) -> Any:
+    """The result of `fast` if the default backend is a CPU, else that of `elsewhere`.
+
+    The result of `plain`, which is also the default of `elsewhere`, if no lowering is
+    used.
+    """
+    if not are_enabled() or compat.may_be_sharded(*operands):
+        return plain(*operands)
     # Not `jax.lax.platform_dependent`, which traces and lowers both.
     on_cpu = jax.default_backend() == "cpu"
-    if not on_cpu or not are_enabled() or compat.may_be_sharded(*operands):
-        return plain(*operands)
-    return fast(*operands)
+    return (fast if on_cpu else elsewhere or plain)(*operands)
