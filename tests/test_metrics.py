@@ -1,5 +1,7 @@
 """Metrics: every number under its name, and no waiting for it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support import documents
 from support.selection import some
 
 import partnewton as pn
@@ -128,6 +131,22 @@ def test_metrics_of_subspace_newton():
     for name, rms in zip(pn.subset_names(params), rates, strict=True):
         np.testing.assert_allclose(found[f"learning_rate/{name}"], rms, rtol=1e-4)
     assert pn.learning_rates(state).keys() == set(pn.subset_names(params))
+
+
+@pytest.mark.parametrize(
+    ("page", "make"),
+    [
+        ("docs/logging.md", pn.partition_newton),
+        ("docs/full_batch.md", pn.subspace_newton),
+    ],
+)
+def test_pages_name_all_metrics(page, make):
+    text = (documents.ROOT / page).read_text(encoding="utf-8")
+    table = text[text.index("| name | meaning |") :].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    named = {name for cell in cells for name in re.findall("`(.*?)`", cell)}
+    found = pn.metrics(make().init({"NAME": jnp.ones(2)}))
+    assert named == found.keys()
 
 
 class Model(nnx.Module):
