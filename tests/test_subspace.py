@@ -190,6 +190,18 @@ def test_the_loss_decreases_at_each_step(x64, make):
     np.testing.assert_allclose(state[0].decrease, losses[-2] - losses[-1], rtol=1e-6)
 
 
+def test_a_step_beyond_the_validity_of_the_model_is_shortened():
+    def loss(x):  # has a step of 300 by its curvature at 0.001, and its minimum at 1
+        return -x * jnp.exp(-(x**2) / 2) - 0.1 * jnp.tanh(x)
+
+    x = jnp.float32(0.001)
+    tx = pn.scale_by_subspace_newton(history=0)
+    gradient, state = jax.grad(loss)(x), tx.init(x)
+    step, _ = tx.update(gradient, state, x, value_fn=loss)
+    assert loss(x - step) < loss(x) - 0.3
+    assert abs(step) < 3
+
+
 @pytest.mark.slow
 @each_optimizer
 def test_negative_curvature_is_left(x64, make):

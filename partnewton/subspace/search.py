@@ -11,7 +11,8 @@ from partnewton.subspace.model import Model, damped_step
 __all__ = ["Trial", "is_lost_in_rounding", "search"]
 
 _FACTORS = (0.1, 1.0, 10.0)  # of the damping, tried at each update
-_RETRIES = 6  # with a damping 100 times as large each, if none decreases the loss
+_RETRIES = 6  # with a damping 100 times as large each, if none has the share
+_SHARE = 0.1  # of the predicted decrease; with less, the model is not valid so far away
 _AGREEMENT = 0.1  # of a slope after a step with that of the model
 _MAX_DAMPING = 1e3  # the step is then one along the scaled gradient, 1e-3 long
 
@@ -92,7 +93,8 @@ def search(
 
     def is_unfinished(state: tuple[jax.Array, Trial]) -> jax.Array:
         i, best = state
-        may_retry = (best.decrease <= 0) & (i < len(_FACTORS) + _RETRIES)
+        is_poor = best.decrease <= _SHARE * best.predicted_decrease
+        may_retry = is_poor & (i < len(_FACTORS) + _RETRIES)
         return (i < len(_FACTORS)) | may_retry
 
     def step(state: tuple[jax.Array, Trial]) -> tuple[jax.Array, Trial]:

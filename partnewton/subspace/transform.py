@@ -93,9 +93,9 @@ def scale_by_subspace_newton(
     are replaced by their absolute values, and D_s^2 is the norm of the diagonal block
     of subset s. So the step depends neither on the scale of a direction nor on that of
     a subset. The loss is evaluated for three dampings, a tenth, once and ten times the
-    last one, and the step with the largest decrease is taken. If none decreases the
-    loss, the damping is increased further, and if this does not help either, the
-    outgoing updates are zero.
+    last one, and the step with the largest decrease is taken. If its decrease is less
+    than a tenth of the predicted one, the damping is increased further. If no step
+    decreases the loss, the outgoing updates are zero.
 
     Such a step costs some tens of gradients. The updates of `direction`, if they
     have the length of a Newton step, are tried first, in full and up to four times
