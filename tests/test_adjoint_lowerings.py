@@ -133,6 +133,27 @@ def test_inner_products_of_long_rows_are_computed_in_parallel(
     np.testing.assert_allclose(found, (a * weight) @ b.T, rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("shape", "count"), [((6, 5, 700), 30), ((9, 8), 1)])
+def test_inner_products_under_a_mesh_are_computed_slice_by_slice(
+    shape, count, weighted, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    a, b = normal(3, *shape), normal(2, *shape)
+    weight = normal(*shape) if weighted else np.ones(shape)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        arguments = [jnp.array(x) for x in (a, b)]
+        arguments += [jnp.array(weight)] if weighted else []
+        text = jax.jit(inner.gram).lower(*arguments).as_text()
+        found = quick_jit(inner.gram)(*arguments)
+    (product,) = (line for line in text.splitlines() if "dot_general" in line)
+    sizes = map(int, product.split("tensor<")[-1].split("xf64")[0].split("x"))
+    assert np.prod(list(sizes)) == 3 * 2 * count
+    expected = np.tensordot(a * weight, b, ([*range(1, a.ndim)],) * 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-11)
+
+
 # --- Sums over the last axes ---------------------------------------------------------
 
 

@@ -21,9 +21,11 @@ def gram(a: jax.Array, b: jax.Array, weight: jax.Array | None = None) -> jax.Arr
     dtype = wide_dtype(a, b)
     a, b = a.astype(dtype), b.astype(dtype)
     weights = [] if weight is None else [weight.astype(dtype)]
+    if compat.is_explicit(a) or compat.is_explicit(b):
+        return _weighted(a, b, *weights).real
     if compat.may_be_sharded(a, b):
         # A reshape that joins sharded axes would gather the arrays.
-        return _weighted(a, b, *weights).real
+        return lowerings.in_slices(_weighted, [a, b], weights).real
     # One contracted axis: with several, some backends are much slower.
     rows = [x.reshape(len(x), -1) for x in (a, b)]
     rows += [x.reshape(1, -1) for x in weights]

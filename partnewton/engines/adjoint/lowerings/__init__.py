@@ -8,6 +8,7 @@ may be sharded. Only that of inner products of long rows is also for other platf
 from partnewton.engines.adjoint.lowerings.memory import (
     concatenate,
     in_blocks,
+    in_slices,
     outlined,
 )
 from partnewton.engines.adjoint.lowerings.products import in_order
@@ -21,6 +22,7 @@ __all__ = [
     "function_of_rows",
     "in_blocks",
     "in_order",
+    "in_slices",
     "outlined",
     "sum_over",
     "transposable",

@@ -1,5 +1,6 @@
 """Large arrays that are written to memory once, and read once."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from partnewton.engines import compat
 from partnewton.engines.adjoint.lowerings import switch
 
-__all__ = ["concatenate", "in_blocks", "outlined"]
+__all__ = ["concatenate", "in_blocks", "in_slices", "outlined"]
 
 _LARGE = 2**20  # bytes
 _BEYOND_CACHE = 2**23  # numbers
@@ -78,6 +79,30 @@ def in_blocks(
         return jnp.sum(jax.vmap(product, in_axes=1)(*blocks), axis=0)
 
     return switch.on_cpu(one_by_one, product, *operands, elsewhere=at_once)
+
+
+def in_slices(
+    product: Callable[..., jax.Array],
+    rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+) -> jax.Array:
+    """As :func:`in_blocks`, for arrays that may not be reshaped: slices along axes.
+
+    Args:
+      product: a sum over all entries of `rows` and `weights`, to a matrix.
+      rows: arrays (r, *shape).
+      weights: at most one array (*shape).
+    """
+    shape = rows[0].shape[1:]
+    is_short = math.prod(shape) <= _LONGEST or len(shape) == 1
+    if is_short or jax.default_backend() == "cpu" or not switch.are_enabled():
+        return product(*rows, *weights)
+
+    def sliced(*operands: jax.Array) -> jax.Array:
+        return in_slices(product, operands[: len(rows)], operands[len(rows) :])
+
+    in_axes = (1,) * len(rows) + (0,) * len(weights)
+    return jnp.sum(jax.vmap(sliced, in_axes)(*rows, *weights), axis=0)
 
 
 def _divisor(length: int) -> int:
