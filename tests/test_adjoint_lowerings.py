@@ -1,4 +1,4 @@
-"""The fast engine: equivalent computations that are faster on CPUs."""
+"""The fast engine: equivalent computations that are faster on CPUs or GPUs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -113,7 +113,9 @@ def test_inner_products_of_many_long_rows_are_computed_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("length", "count"), [(3 * 2**11, 6), (1024, 1), (8191, 1)])
+@pytest.mark.parametrize(
+    ("length", "count"), [(3 * 2**11, 6), (1024, 1), (8191, 1), (0, 1)]
+)
 def test_inner_products_of_long_rows_are_computed_in_parallel(
     length, count, weighted, monkeypatch
 ):

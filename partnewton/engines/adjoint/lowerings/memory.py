@@ -107,5 +107,5 @@ def in_slices(
 
 def _divisor(length: int) -> int:
     """The smallest number of equal blocks that are short enough, or 1."""
-    counts = range(-(-length // _LONGEST), length // _SHORTEST + 1)
+    counts = range(max(1, -(-length // _LONGEST)), length // _SHORTEST + 1)
     return next((count for count in counts if length % count == 0), 1)
