@@ -69,7 +69,6 @@ class CompiledStep:
         trace_seconds = time.process_time() - begin
         compiled = lowered.compile()
         compile_seconds = time.process_time() - begin
-        memory = compiled.memory_analysis()
         self.row = Row(
             network,
             name,
@@ -79,7 +78,7 @@ class CompiledStep:
             trace_seconds,
             compile_seconds,
             sum(x.nbytes for x in jax.tree.leaves(state)),
-            None if memory is None else memory.temp_size_in_bytes,
+            reporting.temp_bytes(compiled),
         )
 
     def steps(self, seconds: float) -> int:

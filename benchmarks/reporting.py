@@ -31,6 +31,7 @@ __all__ = [
     "number",
     "positive",
     "started",
+    "temp_bytes",
     "use_one_thread",
     "write",
 ]
@@ -122,6 +123,12 @@ def in_a_process(function: Callable, *args: Any) -> Any:
     """Call a function in a new process, which can use all memory of the device."""
     with executor() as process:
         return process.submit(function, *args).result()
+
+
+def temp_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """The memory that an executable needs beside arguments and results, if known."""
+    memory = compiled.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import optax
 from benchmarks.ladder import rungs, text
 from benchmarks.ladder.optimizers import ENTRIES
 from benchmarks.ladder.rung import Batch, Rung
+from benchmarks.reporting import temp_bytes
 from benchmarks.training_loop import batches, evenly_spaced
 from benchmarks.training_step import training_step
 
@@ -139,8 +140,7 @@ class CompiledOptimizer:
         step = jax.jit(self._advance, donate_argnums=0)
         self._step = step.lower(carry, data, indices, *2 * one[1:], *one).compile()
         self.compile_seconds = timer() - begin
-        memory = self._step.memory_analysis()
-        self.temp_bytes = None if memory is None else memory.temp_size_in_bytes
+        self.temp_bytes = temp_bytes(self._step)
         self._estimate = jax.jit(self._statistics)
 
     def start(self, job: Job) -> Carry:

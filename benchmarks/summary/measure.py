@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 import partnewton as pn
 from benchmarks import models
+from benchmarks.reporting import temp_bytes
 from partnewton import engines
 
 __all__ = ["Measurement", "measure"]
@@ -280,8 +281,7 @@ def _compile(row: Measurement, function: Callable, arguments: tuple) -> Callable
     row.trace_seconds = time.perf_counter() - start
     compiled = lowered.compile()
     row.compile_seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    row.temp_bytes = None if memory is None else memory.temp_size_in_bytes
+    row.temp_bytes, cost = temp_bytes(compiled), compiled.cost_analysis()
     row.flops = None if cost is None else cost.get("flops")
     return compiled
 
