@@ -45,6 +45,9 @@ def search(
 ) -> Trial:
     """The step with the largest decrease of the loss among several dampings.
 
+    There are three trials, and more with larger dampings while the largest decrease is
+    less than a tenth of what the model predicts for its step.
+
     A decrease that may be mostly rounding errors of the loss is replaced by the
     integral of the slope along the step, from the cubic polynomial with the exact first
     and second derivative at its start and the exact first derivative at its end. The

@@ -1,8 +1,8 @@
 """Equivalent computations that are faster with XLA's backends, mostly that for CPUs.
 
 The engine is correct without them: inside the context :func:`disabled`, none is used.
-Each file explains what is slow otherwise, and why. They are not used for arrays that
-may be sharded. Only that of inner products of long rows is also for other platforms.
+Each file explains what is slow otherwise, and why. They are for CPUs, and for arrays
+that are not sharded; only inner products of long rows have others, for GPUs.
 """
 
 from partnewton.engines.adjoint.lowerings.memory import (
