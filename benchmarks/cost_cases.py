@@ -11,7 +11,7 @@ from optax import contrib
 
 import partnewton as pn
 from benchmarks import models, problems
-from partnewton import averaging, directions, presets, rules
+from partnewton import averaging, directions, rules
 from partnewton._refresh import default_refreshes
 
 __all__ = [
@@ -46,7 +46,7 @@ def _average() -> averaging.Average:
 TRANSFORMATIONS: dict[str, MeasuredOptimizer] = {
     "direction": MeasuredOptimizer(
         lambda: directions.skip_nonfinite(
-            directions.equilibrated(presets.orthogonal_momentum()),
+            directions.equilibrated(directions.orthogonal_momentum()),
             param_labels=pn.partitions.auto,
         )
     ),

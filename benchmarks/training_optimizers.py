@@ -11,7 +11,7 @@ import optax
 from optax import contrib
 
 import partnewton as pn
-from partnewton import averaging, presets, rules
+from partnewton import averaging, rules
 
 __all__ = [
     "GRADIENT",
@@ -101,7 +101,7 @@ _FACTORS = np.array([0.1, 0.2, 0.3, 0.45])
 
 
 def _equilibrated(power: jax.Array) -> Any:
-    muon = optax.chain(contrib.muon(1.0), optax.scale(-1.0))
+    muon = pn.directions.orthogonal_momentum()
     return pn.partition_newton(direction=pn.directions.equilibrated(muon, power))
 
 
@@ -144,7 +144,7 @@ def _variant(
 ) -> Any:
     """The chain of `partition_newton`, with arguments that it does not expose."""
     if direction is None:
-        direction = pn.directions.equilibrated(presets.orthogonal_momentum())
+        direction = pn.directions.equilibrated(pn.directions.orthogonal_momentum())
     if average is None:
         average = averaging.exponential(0.9, absolute_third=True)
         average = averaging.relative(average)
@@ -177,7 +177,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "not with_noise_floor": {"rule": rules.robust(shrinkage=0.5)},
     "no average": {"average": averaging.relative(averaging.none())},
     "not relative": {"average": averaging.exponential(0.9, absolute_third=True)},
-    "not equilibrated": {"direction": presets.orthogonal_momentum()},
+    "not equilibrated": {"direction": pn.directions.orthogonal_momentum()},
     "lengths in norm": {"normalize": "norm"},
     "backtracking=0": {"backtracking": 0},
     "lookback_rate=0": {"lookback_rate": 0.0},

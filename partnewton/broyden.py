@@ -37,7 +37,7 @@ from partnewton._checks import check_number
 from partnewton._strictness import at_least_float32
 from partnewton._tree import select
 from partnewton.directions import KeepsFinite
-from partnewton.partitions.partition import sharded_like
+from partnewton.partitions.partition import gathered, sharded_like
 
 __all__ = ["ScaleByBroydenState", "scale_by_broyden"]
 
@@ -157,12 +157,7 @@ def scale_by_broyden(max_size: int = 5000) -> optax.GradientTransformation:
 
 def _flat(tree: Any, dtype: jnp.dtype) -> jax.Array:
     """The entries of all leaves, which are gathered on a mesh with explicit axes."""
-    leaves = [
-        jax.sharding.reshard(x, jax.sharding.PartitionSpec())
-        if jax.typeof(x).sharding.mesh.explicit_axes
-        else x
-        for x in _arrays(tree)
-    ]
+    leaves = map(gathered, _arrays(tree))
     return jnp.concatenate(
         [jnp.zeros(0, dtype), *(jnp.ravel(x).astype(dtype) for x in leaves)]
     )

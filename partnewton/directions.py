@@ -1,9 +1,9 @@
 """Transformations that produce update directions.
 
-Any transformation of optax can produce a direction. The two functions of this module
-wrap one: `skip_nonfinite`, so that updates that are not finite and frozen parameters do
-not enter its state, and `equilibrated`, for matrices whose rows or columns have
-different scales.
+Any transformation of optax can produce a direction. `orthogonal_momentum` is the one of
+Muon. The two other functions of this module wrap a direction: `skip_nonfinite`, so that
+updates that are not finite and frozen parameters do not enter its state, and
+`equilibrated`, for matrices whose rows or columns have different scales.
 """
 
 import functools
@@ -18,8 +18,15 @@ from partnewton._checks import check_transformation
 from partnewton._strictness import at_least_float32, permissive
 from partnewton._tree import select
 from partnewton.engines.compat import as_call
+from partnewton.orthogonal import orthogonal_momentum
+from partnewton.partitions.partition import gathered
 
-__all__ = ["EquilibratedState", "equilibrated", "skip_nonfinite"]
+__all__ = [
+    "EquilibratedState",
+    "equilibrated",
+    "orthogonal_momentum",
+    "skip_nonfinite",
+]
 
 
 class KeepsFinite(optax.GradientTransformation):
@@ -164,7 +171,7 @@ def equilibrated(
     Leaves that are not matrices are not scaled.
 
     Args:
-      direction: any transformation, such as that of :func:`optax.contrib.muon`.
+      direction: any transformation, such as :func:`orthogonal_momentum`.
       power: p, nonnegative; 0 applies the direction without scaling.
       decay: the decay of the running means.
       eps: added to r and c, whose mean is 1; it bounds the scaling of rows whose
@@ -227,7 +234,7 @@ def _running_mean_square(
 ) -> jax.Array:
     """The running mean of the mean squares of rows (axis 1) or columns (axis 0)."""
     square = jnp.mean(u.astype(_accumulation_dtype(u)) ** 2, axis, keepdims=True)
-    return (decay * before + (1 - decay) * square).astype(before.dtype)
+    return (decay * before + (1 - decay) * gathered(square)).astype(before.dtype)
 
 
 def _unit(

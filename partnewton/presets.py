@@ -117,7 +117,9 @@ def partition_newton(
     if total_steps is not None:
         check_number("total_steps", total_steps, minimum=1)
     if direction is None:
-        direction = compiled_direction(directions.equilibrated(orthogonal_momentum()))
+        direction = compiled_direction(
+            directions.equilibrated(directions.orthogonal_momentum())
+        )
     if average is None:
         average = averaging.relative(averaging.exponential(0.9, absolute_third=True))
     labels = partitions.auto if param_labels is None else param_labels
@@ -178,25 +180,6 @@ def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLi
     if callable(learning_rate):
         return 5.0  # as for the default
     return jnp.maximum(1.0, 1.0 / learning_rate)
-
-
-def orthogonal_momentum() -> optax.GradientTransformation:
-    """The direction of :func:`optax.contrib.muon`, with the sign of a gradient.
-
-    An array with four axes or more is the kernel of a convolution. It is reshaped to a
-    matrix whose columns correspond to its last axis.
-    """
-
-    def as_matrix(x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if x.ndim == 2 or x.ndim >= 4:
-            return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
-        return None
-
-    def numbers(params: optax.Params) -> optax.Params:
-        return jax.tree.map(as_matrix, params)
-
-    muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=numbers)
-    return optax.chain(muon, optax.scale(-1.0))
 
 
 def paper_newton(

@@ -11,7 +11,7 @@ import pytest
 
 import partnewton as pn
 from partnewton._eager import compiled_direction, compiled_when_eager
-from partnewton.presets import orthogonal_momentum
+from partnewton.directions import orthogonal_momentum
 
 X = jnp.array([0.3, -0.8, 1.1])
 _lowered = []

@@ -79,8 +79,7 @@ def assert_same(actual, expected):
 def test_partition_newton_is_a_chain_of_four():
     ours, _, _ = train(pn.partition_newton(0.3, update_interval=3), steps=25)
     chain = optax.chain(
-        directions.equilibrated(optax.contrib.muon(1.0)),
-        optax.scale(-1.0),
+        directions.equilibrated(directions.orthogonal_momentum()),
         pn.scale_by_partition_newton(
             normalize="rms",
             rule=rules.with_noise_floor(rules.robust(shrinkage=0.5)),
@@ -190,9 +189,11 @@ def test_the_published_variants_run_and_lower_the_loss():
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_defaults_train(direction):
-    _, state, losses = train(preset(direction))
+    # From larger weights, one run in ten saturates a unit in its first steps.
+    params = jax.tree.map(lambda x: 0.3 * x, PARAMS)
+    _, state, losses = train(preset(direction), params)
     # Steps of held length bounce in the valley: rounding decides when they settle.
-    assert losses[-1] < 0.05 * float(loss(PARAMS))
+    assert losses[-1] < 0.05 * float(loss(params))
     assert newton_state(state).notfinite_count == 0
 
 

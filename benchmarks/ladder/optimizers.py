@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 import partnewton as pn
-from partnewton import averaging, presets, rules
+from partnewton import averaging, rules
 
 __all__ = ["DEFAULT", "ENTRIES", "FAMILIES", "OURS", "VARIANTS", "Entry"]
 
@@ -153,7 +153,7 @@ ABLATIONS: dict[str, Entry] = {
     "one_rate": _without(param_labels="whole"),
     "no_average": _without(average=averaging.relative(averaging.none())),
     "no_lookback": _without(lookback_rate=0.0),
-    "not_equilibrated": _without(direction=presets.orthogonal_momentum()),
+    "not_equilibrated": _without(direction=pn.directions.orthogonal_momentum()),
     "adam_direction": _without(direction=optax.scale_by_adam()),
 }
 """`total_steps`, each without one of its parts."""

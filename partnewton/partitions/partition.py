@@ -228,6 +228,13 @@ def sharded_like(x: jax.Array, array: jax.typing.ArrayLike) -> jax.typing.ArrayL
     return jax.sharding.reshard(array, sharding.spec)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """`x`, replicated on explicit mesh axes."""
+    if not jax.typeof(x).sharding.mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, jax.P())
+
+
 def _reduce_at(
     results: jax.Array, slots: np.ndarray, terms: jax.Array, operation: str
 ) -> jax.Array:
