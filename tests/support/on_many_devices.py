@@ -305,6 +305,7 @@ def assert_the_state_is_sharded_like(params, state):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direction):
     """The loss gathers nothing, so all that is gathered is for the direction."""
+
     def gathered_by(tx):
         state = jax.jit(tx.init)(params)
         return sorted(
