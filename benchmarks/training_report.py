@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.training_optimizers import OURS, SWEEPS, TUNED, UNTUNED, VARIANTS
 
-__all__ = ["FLOOR", "markdown", "picture"]
+__all__ = ["FLOOR", "final_losses", "markdown", "picture"]
 
 FLOOR = 1e-6
 """Smaller losses are replaced by this value: in float32 they are rounding error."""
@@ -62,14 +62,14 @@ def markdown(results: dict[str, Results]) -> str:
 def best(row: Results, name: str) -> tuple[str, int] | None:
     """The entry and the index of the rate with the smallest final training loss."""
     entries = [x for x in TUNED.get(name, (name,)) if x in row]
-    found = [(_finals(row[x]), x) for x in entries]
+    found = [(final_losses(row[x]), x) for x in entries]
     if not found:
         return None
     losses, entry = min(found, key=lambda pair: np.min(pair[0]))
     return entry, int(np.argmin(losses))
 
 
-def _finals(entry: Results) -> np.ndarray:
+def final_losses(entry: Results) -> np.ndarray:
     """For each rate, the geometric mean over seeds of the final training loss."""
     final = np.array(entry["train"], float)[:, :, -1]
     final = np.where(np.isfinite(final), np.clip(final, FLOOR, 1e9), 1e9)
@@ -84,7 +84,7 @@ def _curves(row: Results, name: str, field: str) -> np.ndarray | None:
 
 def _loss(row: Results, name: str) -> float | None:
     place = best(row, name)
-    return None if place is None else float(_finals(row[place[0]])[place[1]])
+    return None if place is None else float(final_losses(row[place[0]])[place[1]])
 
 
 def _ratio(row: Results, name: str) -> float | None:
@@ -186,7 +186,7 @@ def _sweep(results: dict[str, Results], sweep: str) -> str:
     ]
     for problem, row in results.items():
         if sweep in row:
-            cells = [f"{x:.3g}" for x in _finals(row[sweep])]
+            cells = [f"{x:.3g}" for x in final_losses(row[sweep])]
             adam = _loss(row, "adam")
             cells.append("" if adam is None else f"{adam:.3g}")
             lines.append(f"| {problem} | {' | '.join(cells)} |")

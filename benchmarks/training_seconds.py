@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from benchmarks import problems, reporting
 from benchmarks.training_loop import EVALUATIONS, seconds_per_step, train
-from benchmarks.training_optimizers import OPTIMIZERS, TUNED
-from benchmarks.training_report import FLOOR
+from benchmarks.training_optimizers import OPTIMIZERS
+from benchmarks.training_report import final_losses
 
 __all__ = ["main", "table"]
 
 REFERENCE = "partition_newton"  # the time of its steps is what all others have
 OURS = (REFERENCE, "total_steps")
-RIVALS = ("adam", "muon")
+RIVALS = ("adam_s", "muon_s")  # with the cosine schedule
 
 Row = dict[str, dict[str, Any]]  # of one problem: optimizer -> steps, losses, metrics
 
@@ -56,28 +56,19 @@ def _parser() -> argparse.ArgumentParser:
 def _measured(name: str, seeds: int) -> Row:
     """All optimizers on one problem, each for as long as the reference takes."""
     problem = problems.make(name)
-    rates = {x: OPTIMIZERS[x].rates for x in OURS}
-    schedules = {x: x for x in OURS}
-    for rival in RIVALS:
-        for x in TUNED[rival]:
-            rates[x] = OPTIMIZERS[x].rates
-            schedules[x] = TUNED[rival][-1]  # a constant rate takes no less time
-    seconds = {
-        x: seconds_per_step(problem, OPTIMIZERS[x].make, rates[x])
-        for x in dict.fromkeys(schedules.values())
-    }
+    chosen = {x: OPTIMIZERS[x] for x in (*OURS, *RIVALS)}
+    seconds = {x: seconds_per_step(problem, *chosen[x][:2]) for x in chosen}
     row = {}
-    for x, timed in schedules.items():
-        ratio = seconds[REFERENCE] / seconds[timed]
-        steps = EVALUATIONS * max(round(problem.steps * ratio / EVALUATIONS), 1)
-        longer = problem._replace(steps=problem.steps if x == REFERENCE else steps)
-        curves = train(longer, OPTIMIZERS[x].make, rates[x], seeds)
+    for x, (make, rates, _) in chosen.items():
+        steps = problem.steps * seconds[REFERENCE] / seconds[x]
+        steps = EVALUATIONS * max(round(steps / EVALUATIONS), 1)
+        curves = train(problem._replace(steps=steps), make, rates, seeds)
         row[x] = {
-            "steps": longer.steps,
-            "seconds_per_step": seconds[timed],
-            "rates": rates[x].tolist(),
-            "train": curves.train_loss[:, :, -1].tolist(),
-            "metric": curves.test_metric[:, :, -1].tolist(),
+            "steps": steps,
+            "seconds_per_step": seconds[x],
+            "rates": rates.tolist(),
+            "train": curves.train_loss[:, :, -1:].tolist(),
+            "metric": curves.test_metric[:, :, -1:].tolist(),
         }
     return row
 
@@ -87,10 +78,10 @@ def _measured(name: str, seeds: int) -> Row:
 
 def table(rows: dict[str, Row]) -> list[str]:
     """Losses, test metrics and steps, and the ratios of ours to the better rival."""
-    header = ["problem", *OURS, *RIVALS, "ratio", "ratio with total_steps"]
+    header = ["problem", *OURS, "adam", "muon", "ratio", "ratio with total_steps"]
     lines, ratios = [], []
     for name, row in rows.items():
-        entries = {x: _best(row, TUNED.get(x, (x,))) for x in (*OURS, *RIVALS)}
+        entries = {x: _best(row[x]) for x in (*OURS, *RIVALS)}
         rival = min(entries[x][0] for x in RIVALS)
         ratios.append([entries[x][0] / rival for x in OURS])
         cells = [f"{a:.3g} / {b:.3g} ({n})" for a, b, n in entries.values()]
@@ -101,17 +92,11 @@ def table(rows: dict[str, Row]) -> list[str]:
     return reporting.markdown(header, lines)
 
 
-def _best(row: Row, names: tuple[str, ...]) -> tuple[float, float, int]:
-    """Loss, test metric and steps with the schedule and rate of the lowest loss."""
-    found = []
-    for name in names:
-        losses = np.array(row[name]["train"], float)
-        losses = np.where(np.isfinite(losses), np.clip(losses, FLOOR, 1e9), 1e9)
-        losses = np.exp(np.log(losses).mean(1))
-        rate = int(np.argmin(losses))
-        metric = float(np.mean(row[name]["metric"][rate]))
-        found.append((float(losses[rate]), metric, row[name]["steps"]))
-    return min(found)
+def _best(entry: dict[str, Any]) -> tuple[float, float, int]:
+    """Loss, test metric and steps with the rate of the lowest training loss."""
+    losses = final_losses(entry)
+    rate = int(np.argmin(losses))
+    return losses[rate], float(np.mean(entry["metric"][rate])), entry["steps"]
 
 
 if __name__ == "__main__":

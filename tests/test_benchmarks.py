@@ -32,9 +32,11 @@ from benchmarks import (
     state,
     training_optimizers,
     training_report,
+    training_seconds,
 )
 from benchmarks.summary import command_line, measure, report
 from benchmarks.summary.measure import Measurement
+from benchmarks.training_loop import TrainingCurves
 
 NETWORKS = models.NETWORKS | models.MORE
 SMALL = ["--scale", "16", "--batch", "2", "--repeats", "2"]
@@ -440,6 +442,30 @@ def test_losses_at_equal_gradients_are_read_off_the_curves():
     )
     text = training_report.markdown({"curve": row})
     assert "| curve | 2.00 |" in text
+
+
+def test_at_equal_seconds_the_faster_optimizer_makes_more_steps(monkeypatch):
+    """Losses are 1 / steps here, and a step of Adam takes a quarter of the time."""
+    problem = problems.make("diabetes")
+    adam = training_optimizers.OPTIMIZERS["adam_s"].make
+
+    def seconds_per_step(problem, make, rates):
+        return 0.5 if make is adam else 2.0
+
+    def train(problem, make, rates, seeds):
+        shape = len(rates), seeds, 26
+        best = np.arange(len(rates)) == 1  # the others are worse
+        loss = np.broadcast_to(np.where(best, 1, 2)[:, None, None], shape)
+        return TrainingCurves(*[loss / problem.steps] * 3)
+
+    monkeypatch.setattr(training_seconds, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(training_seconds, "train", train)
+    row = training_seconds._measured("diabetes", 2)
+    assert row["adam_s"]["steps"] == 4 * problem.steps
+    assert row["muon_s"]["steps"] == row["total_steps"]["steps"] == problem.steps
+    line = training_seconds.table({"diabetes": row})[2]
+    assert line.endswith("| 8.00 | 8.00 |")  # ours has one rate, the worse one here
+    assert f"({4 * problem.steps})" in line
 
 
 @pytest.mark.parametrize("name", some(problems.UNSEEN, default=["denoising"]))
