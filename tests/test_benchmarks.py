@@ -449,8 +449,8 @@ def test_at_equal_seconds_the_faster_optimizer_makes_more_steps(monkeypatch):
     problem = problems.make("diabetes")
     adam = training_optimizers.OPTIMIZERS["adam_s"].make
 
-    def seconds_per_step(problem, make, rates):
-        return 0.5 if make is adam else 2.0
+    def timed_run(problem, make, rates):
+        return lambda: 0.5 if make is adam else 2.0
 
     def train(problem, make, rates, seeds):
         shape = len(rates), seeds, 26
@@ -458,7 +458,7 @@ def test_at_equal_seconds_the_faster_optimizer_makes_more_steps(monkeypatch):
         loss = np.broadcast_to(np.where(best, 1, 2)[:, None, None], shape)
         return TrainingCurves(*[loss / problem.steps] * 3)
 
-    monkeypatch.setattr(training_seconds, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(training_seconds, "timed_run", timed_run)
     monkeypatch.setattr(training_seconds, "train", train)
     row = training_seconds._measured("diabetes", 2)
     assert row["adam_s"]["steps"] == 4 * problem.steps
