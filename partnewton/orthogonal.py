@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from partnewton._checks import check_number
 from partnewton._strictness import at_least_float32
 from partnewton.partitions.partition import gathered, sharded_like
 
@@ -42,12 +43,15 @@ def orthogonal_momentum(
     to a matrix whose columns correspond to its last axis.
 
     Args:
-      decay: the decay of the momentum of matrices, from 0 to 1.
+      decay: the decay of the momentum of matrices, at least 0 and below 1.
 
     Returns:
       A :class:`optax.GradientTransformation`. Its state is one momentum for each
       matrix, and two averages for each other leaf. Matrices in a precision below
       float32 are orthogonalised in float32.
+
+    Raises:
+      ValueError, TypeError: `decay` is out of bounds, or not a number.
 
     Example:
       >>> tx = orthogonal_momentum()
@@ -61,6 +65,8 @@ def orthogonal_momentum(
       K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
       N. Amsel et al., arXiv 2505.16932: the polynomials.
     """
+
+    check_number("decay", decay, below=1)
 
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda x: "matrix" if _is_matrix(x) else "other", params)

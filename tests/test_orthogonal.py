@@ -105,3 +105,9 @@ def test_the_momentum_is_nesterovs():
     np.testing.assert_allclose(
         found, orthogonalize(grads[2] + 0.5 * trace), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, np.nan])
+def test_a_decay_out_of_bounds_is_refused(decay):
+    with pytest.raises(ValueError, match="decay"):
+        orthogonal_momentum(decay)
