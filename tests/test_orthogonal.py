@@ -6,7 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from partnewton.orthogonal import COEFFICIENTS, orthogonal_momentum, orthogonalize
+from partnewton.directions.orthogonal import (
+    COEFFICIENTS,
+    orthogonal_momentum,
+    orthogonalize,
+)
 
 SHAPES = [(5, 5), (4, 9), (9, 4), (30, 3), (7, 1), (1, 7), (1, 1), (3, 3, 2, 8)]
 
