@@ -144,8 +144,8 @@ def test_what_the_gradient_descends_is_trained(loss):
     for name, start in PARAMS.items():
         assert np.linalg.norm(params[name] - start) > 1e-2
     if loss is temporal_difference:
-        # Its targets move, for Adam too. A refresh at which its value jumps, one in ten
-        # here with any direction, leaves the shortest lengths until the next refresh.
+        # Its targets move, for Adam too. A refresh at which its value jumps, as happens
+        # with any direction, leaves the shortest lengths until the next refresh.
         return
     assert np.mean(values[-5:]) < 0.8 * values[0]
     rates = state[1].learning_rates  # zero where the momentum goes uphill
