@@ -30,14 +30,15 @@ def train(preset, loss, params, num_steps=20):
             params, state = carry
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = tx.update(grads, state, params, value_fn=loss)
-            return (optax.apply_updates(params, updates), state), value
+            found = value, state[1].learning_rates, state[1].gradient
+            return (optax.apply_updates(params, updates), state), found
 
         return jax.lax.scan(step, (params, tx.init(params)), length=num_steps)
 
-    (params, state), values = steps(params)
+    (params, state), history = steps(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert pn.metrics(state)["notfinite_count"] == 0
-    return params, state, values
+    return params, state, history
 
 
 # --- a third derivative that is infinite -------------------------------------------
@@ -65,7 +66,7 @@ def test_where_the_third_order_is_not_finite_the_second_is_enough(loss, preset):
     assert not np.isfinite(summary.third).all()
     assert np.isfinite(jax.grad(loss)(IMAGE)["pixels"]).all()
 
-    params, state, values = train(preset, loss, IMAGE)
+    params, state, (values, *_) = train(preset, loss, IMAGE)
     assert loss(params) < 0.7 * values[0]
     measured = state[1].summary
     assert all(np.isfinite(x).all() for x in measured)
@@ -140,13 +141,15 @@ def temporal_difference(params):
     ),
 )
 def test_what_the_gradient_descends_is_trained(loss):
-    params, state, values = train(pn.partition_newton, loss, PARAMS)
+    params, _, (values, rates, gradients) = train(pn.partition_newton, loss, PARAMS)
     for name, start in PARAMS.items():
         assert np.linalg.norm(params[name] - start) > 1e-2
+    is_uphill = np.sum(gradients * rates, 1) <= 0  # the momentum; rates are zero there
+    is_trained = np.all(rates > 1e-3, axis=1) | is_uphill
     if loss is temporal_difference:
-        # Its targets move, for Adam too. A refresh at which its value jumps, as happens
-        # with any direction, leaves the shortest lengths until the next refresh.
-        return
-    assert np.mean(values[-5:]) < 0.8 * values[0]
-    rates = state[1].learning_rates  # zero where the momentum goes uphill
-    assert np.all((rates > 1e-3) | (state[1].gradient @ rates <= 0))
+        # Its targets move, for Adam too, and a refresh whose value jumps far more
+        # than the slope explains leaves the shortest lengths: not the first two here.
+        assert np.all(is_trained[:10])
+    else:
+        assert np.mean(values[-5:]) < 0.8 * values[0]
+        assert np.all(is_trained)
