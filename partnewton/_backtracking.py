@@ -18,6 +18,7 @@ def descending_fraction(
     value: jax.Array,
     slope: jax.Array,
     max_halvings: jax.typing.ArrayLike,
+    smallest: jax.typing.ArrayLike = 0.0,
 ) -> jax.Array:
     """The largest t of 1, 1/2, 1/4, ... at which a step decreases the loss enough.
 
@@ -30,14 +31,16 @@ def descending_fraction(
     targets, straight-through estimators, surrogates of a constant value. The measured
     change then contradicts the slope down to the smallest t at which it can be
     measured, and t = 1 is returned, since no better information is available. If the
-    loss increases by far more than the slope could explain, or `max_halvings` ends the
-    search before that, the smallest t is returned.
+    loss increases by far more than the slope could explain, or the search ends before
+    that, the smallest t is returned. It ends at the last t that is not below
+    `smallest`, unless the loss is not finite there, and after `max_halvings`.
 
     Args:
       loss_at: the loss after the step times t.
       value: the loss at t = 0.
       slope: the first-order prediction of the decrease at t = 1.
-      max_halvings: the smallest t is ``0.5**max_halvings``.
+      max_halvings: the maximal number of halvings, also if the loss is not finite.
+      smallest: a lower bound of t below 1, if the loss is finite there.
 
     Returns:
       t, shape ().
@@ -48,20 +51,21 @@ def descending_fraction(
     def is_visible(t: jax.Array) -> jax.Array:
         return t * jnp.abs(slope) > rounding
 
-    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        t, failed, _ = state
-        return (t > 1) | (failed & (t > 0.5**max_halvings) & is_visible(t))
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        t, failed, _, finite = state
+        is_long = (t > 0.5**max_halvings) & (~finite | (t >= 2 * smallest))
+        return (t > 1) | (failed & is_long & is_visible(t))
 
-    def halve(
-        state: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        t, _, explosive = state
+    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        t, _, explosive, _ = state
         t = t / 2
         rise = loss_at(t) - value
         bound = _EXPLOSIVE * t * jnp.abs(slope) + rounding
-        return t, ~(rise <= t * allowed), explosive | ~(rise <= bound)
+        failed, explosive = ~(rise <= t * allowed), explosive | ~(rise <= bound)
+        return t, failed, explosive, jnp.isfinite(rise)
 
-    start = jnp.full((), 2, slope.dtype), jnp.array(True), jnp.array(False)
-    t, failed, explosive = jax.lax.while_loop(unfinished, halve, start)
+    true, false = jnp.array(True), jnp.array(False)
+    start = jnp.full((), 2, slope.dtype), true, false, false
+    t, failed, explosive, _ = jax.lax.while_loop(unfinished, halve, start)
     is_contradicted = failed & ~explosive & ((t <= _SHORT) | ~is_visible(t))
     return jnp.where(is_contradicted, 1, t)

@@ -55,8 +55,8 @@ def partition_newton(
     :func:`partnewton.scale_by_lookback`. It grows while the loss of the newest batch
     still decreases along the displacement of the last ten steps, later of more steps.
     It decays if noise or a narrow valley makes the steps oscillate. If `learning_rate`
-    is a number up to 1, the product of the two is at most 1, so that no step exceeds
-    the computed lengths; with a schedule, the factor is at most 5.
+    is a number up to 2, the product of the two is at most 2, so that no step exceeds
+    twice the computed lengths; with a schedule, the factor is at most 10.
 
     Args:
       learning_rate: the initial factor for all lengths, a number or a schedule; 1
@@ -176,10 +176,13 @@ def _decaying(
 
 
 def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
-    """The upper bound of the factor: with it, the lengths are applied in full."""
+    """The upper bound of the factor.
+
+    A step of twice the length that minimises a quadratic function does not decrease it.
+    """
     if callable(learning_rate):
-        return 5.0  # as for the default
-    return jnp.maximum(1.0, 1.0 / learning_rate)
+        return 10.0  # as for the default
+    return jnp.maximum(1.0, 2.0 / learning_rate)
 
 
 def paper_newton(

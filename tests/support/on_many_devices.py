@@ -26,6 +26,14 @@ from support.oracles import quick_jit
 each_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
 each_mesh = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 
+
+def each_layout_with(names, first, *others):
+    """The first values with each layout, the others, which add less, with fsdp."""
+    cases = [(layout, *first) for layout in LAYOUTS]
+    cases += [("fsdp", *values) for values in others]
+    return pytest.mark.parametrize(f"layout, {names}", cases)
+
+
 LAYOUTS = {
     "replicated": {
         "in": {"kernel": P(None, None), "bias": P(None)},
@@ -139,9 +147,8 @@ def started_on_a_mesh(tx, layout, axis_type):
         yield quick_jit(make_step(tx, loss)), params, jax.jit(tx.init)(params), batch
 
 
-@each_engine
 @each_mesh
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_layout_with("engine", ["adjoint"], ["jvp_of_grad"])
 def test_training_is_what_it_is_on_one_device(layout, axis_type, engine):
     start = started_on_a_mesh(make_optimizer(engine), layout, axis_type)
     with start as (step, params, state, batch):
@@ -218,12 +225,16 @@ def newton_on_one_device(engine, inside_leaves):
     return quick_jit(make_step(tx, loss_in_place))(params, tx.init(params))
 
 
-@each_engine
 @each_mesh
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("inside_leaves", [False, True])
+@each_layout_with(
+    "engine, inside_leaves",
+    ["adjoint", True],
+    ["adjoint", False],
+    ["jvp_of_grad", True],
+    ["jvp_of_grad", False],
+)
 def test_no_parameter_is_gathered_that_the_loss_does_not_gather(
-    inside_leaves, layout, axis_type, engine
+    layout, engine, inside_leaves, axis_type
 ):
     """The loss gathers nothing, so the step must not gather anything either."""
     mesh, tx = make_mesh(axis_type), make_newton(engine, inside_leaves)
@@ -255,7 +266,6 @@ DIRECTIONS = {
     "muon": lambda: pn.directions.equilibrated(orthogonal_momentum()),
     "adam": optax.scale_by_adam,
 }
-each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
 def make_preset(direction):
@@ -271,9 +281,8 @@ def preset_on_one_device(direction):
     return train(step, params, tx.init(params), *make_data())
 
 
-@each_direction
 @each_mesh
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_layout_with("direction", ["muon"], ["adam"])
 def test_the_preset_is_what_it_is_on_one_device(layout, axis_type, direction):
     start = started_on_a_mesh(make_preset(direction), layout, axis_type)
     with start as (step, params, state, batch):
@@ -300,9 +309,8 @@ def assert_the_state_is_sharded_like(params, state):
     assert moments >= len(expected)
 
 
-@each_direction
 @each_mesh
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_layout_with("direction", ["muon"], ["adam"])
 def test_the_preset_gathers_what_its_direction_gathers(layout, axis_type, direction):
     """The loss gathers nothing, so all that is gathered is for the direction."""
 
@@ -351,7 +359,7 @@ def test_shard_map_with_the_mean_in_the_loss_is_what_it_is_on_one_device(engine)
     assert_equal_to_rounding(train(step, *start(engine)), on_one_device(engine))
 
 
-@each_direction
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_preset_inside_shard_map_is_what_it_is_on_one_device(direction):
     tx, params = make_preset(direction), make_params()
     step = local_step(tx, mean_loss)
