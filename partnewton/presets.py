@@ -55,8 +55,9 @@ def partition_newton(
     :func:`partnewton.scale_by_lookback`. It grows while the loss of the newest batch
     still decreases along the displacement of the last ten steps, later of more steps.
     It decays if noise or a narrow valley makes the steps oscillate. If `learning_rate`
-    is a number up to 2, the product of the two is at most 2, so that no step exceeds
-    twice the computed lengths; with a schedule, the factor is at most 10.
+    is a number up to 1, the product of the two is at most 1, so that no step exceeds
+    the computed lengths, and at most 2 with `total_steps`; with a schedule, the factor
+    is at most 5, or 10.
 
     Args:
       learning_rate: the initial factor for all lengths, a number or a schedule; 1
@@ -141,7 +142,7 @@ def partition_newton(
         ),
         scale_by_lookback(
             lookback_rate,
-            max_scale=_largest_factor(learning_rate),
+            max_scale=_largest_factor(learning_rate, total_steps),
             adapt_steps=None if total_steps is None else _decay_begin(total_steps),
             param_labels=labels,
             has_aux=has_aux,
@@ -175,14 +176,18 @@ def _decaying(
     return schedule
 
 
-def _largest_factor(learning_rate: optax.ScalarOrSchedule) -> jax.typing.ArrayLike:
+def _largest_factor(
+    learning_rate: optax.ScalarOrSchedule, total_steps: jax.typing.ArrayLike | None
+) -> jax.typing.ArrayLike:
     """The upper bound of the factor.
 
-    A step of twice the length that minimises a quadratic function does not decrease it.
+    With it, the lengths are applied in full, or twice, if steps that oscillate decay at
+    the end: twice the length that minimises a quadratic function does not decrease it.
     """
+    largest = 1.0 if total_steps is None else 2.0
     if callable(learning_rate):
-        return 10.0  # as for the default
-    return jnp.maximum(1.0, 2.0 / learning_rate)
+        return largest / 0.2  # as for the default
+    return jnp.maximum(1.0, largest / learning_rate)
 
 
 def paper_newton(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.selection import some
 
 import partnewton as pn
 from partnewton.presets import _DECAY_FRACTION
@@ -65,6 +66,28 @@ def test_then_the_factor_is_kept_and_the_lengths_decrease_linearly_to_zero():
     )
     assert np.all(expected[:STEPS] > 0)
     assert not np.any(updates[STEPS:])
+
+
+@pytest.mark.parametrize(
+    "case",  # learning_rate, total_steps, and the largest factor
+    some(
+        [
+            (0.2, None, 5.0),
+            (0.2, STEPS, 10.0),
+            (1.0, None, 1.0),
+            (1.0, STEPS, 2.0),
+            (4.0, STEPS, 1.0),
+            (optax.constant_schedule(1e-3), None, 5.0),
+            (optax.constant_schedule(1e-3), STEPS, 10.0),
+        ],
+        default=[(0.2, STEPS, 10.0)],
+    ),
+)
+def test_the_bound_of_the_factor(case):
+    learning_rate, total_steps, largest = case
+    tx = pn.partition_newton(learning_rate, lookback_rate=9.0, total_steps=total_steps)
+    _, factors, _, _ = train(tx, steps=12, scale=0.0)
+    assert np.max(factors) == pytest.approx(largest, rel=1e-6)
 
 
 def test_a_schedule_is_multiplied_by_the_decay():
