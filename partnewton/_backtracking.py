@@ -31,16 +31,18 @@ def descending_fraction(
     targets, straight-through estimators, surrogates of a constant value. The measured
     change then contradicts the slope down to the smallest t at which it can be
     measured, and t = 1 is returned, since no better information is available. If the
-    loss increases by far more than the slope could explain, or the search ends before
-    that, the smallest t is returned. It ends at the last t that is not below
-    `smallest`, unless the loss is not finite there, and after `max_halvings`.
+    loss increases by far more than the slope could explain, or `max_halvings` ends the
+    search before that, the smallest t is returned.
+
+    Unless the change contradicts the slope, the last t that is not below `smallest` is
+    returned instead of a smaller one, if the loss is finite there.
 
     Args:
       loss_at: the loss after the step times t.
       value: the loss at t = 0.
       slope: the first-order prediction of the decrease at t = 1.
-      max_halvings: the maximal number of halvings, also if the loss is not finite.
-      smallest: a lower bound of t below 1, if the loss is finite there.
+      max_halvings: the smallest t is ``0.5**max_halvings``.
+      smallest: a lower bound of t, up to 1.
 
     Returns:
       t, shape ().
@@ -52,20 +54,21 @@ def descending_fraction(
         return t * jnp.abs(slope) > rounding
 
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
-        t, failed, _, finite = state
-        is_long = (t > 0.5**max_halvings) & (~finite | (t >= 2 * smallest))
-        return (t > 1) | (failed & is_long & is_visible(t))
+        t, failed, *_ = state
+        return (t > 1) | (failed & (t > 0.5**max_halvings) & is_visible(t))
 
     def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        t, _, explosive, _ = state
+        t, _, explosive, kept, finite = state
         t = t / 2
         rise = loss_at(t) - value
         bound = _EXPLOSIVE * t * jnp.abs(slope) + rounding
         failed, explosive = ~(rise <= t * allowed), explosive | ~(rise <= bound)
-        return t, failed, explosive, jnp.isfinite(rise)
+        is_kept = ~finite | (t >= smallest)
+        finite = jnp.where(is_kept, jnp.isfinite(rise), finite)
+        return t, failed, explosive, jnp.where(is_kept, t, kept), finite
 
-    true, false = jnp.array(True), jnp.array(False)
-    start = jnp.full((), 2, slope.dtype), true, false, false
-    t, failed, explosive, _ = jax.lax.while_loop(unfinished, halve, start)
+    two, true, false = jnp.full((), 2, slope.dtype), jnp.array(True), jnp.array(False)
+    start = two, true, false, two, false
+    t, failed, explosive, kept, _ = jax.lax.while_loop(unfinished, halve, start)
     is_contradicted = failed & ~explosive & ((t <= _SHORT) | ~is_visible(t))
-    return jnp.where(is_contradicted, 1, t)
+    return jnp.where(is_contradicted, 1, kept)

@@ -991,7 +991,11 @@ def test_where_the_value_is_not_what_the_gradient_descends_rates_are_kept(
 ):
     plain = first_rate(value_fn, start, 0)
     assert plain > 0
-    assert first_rate(value_fn, start, 30) == pytest.approx(plain, rel=1e-6)
+    tx, params = scale_by_newton(backtracking=30), jnp.array([start])
+    state = tx.init(params)
+    for _ in range(2):  # the second time, old rates limit what is halved
+        _, state = step(tx, params, state, value_fn)
+        assert float(state.learning_rates[0]) == pytest.approx(plain, rel=1e-6)
 
 
 def test_a_step_that_explodes_at_every_length_is_not_trusted():
