@@ -18,7 +18,6 @@ def descending_fraction(
     value: jax.Array,
     slope: jax.Array,
     max_halvings: jax.typing.ArrayLike,
-    smallest: jax.typing.ArrayLike = 0.0,
 ) -> jax.Array:
     """The largest t of 1, 1/2, 1/4, ... at which a step decreases the loss enough.
 
@@ -34,15 +33,11 @@ def descending_fraction(
     loss increases by far more than the slope could explain, or `max_halvings` ends the
     search before that, the smallest t is returned.
 
-    Unless the change contradicts the slope, the last t that is not below `smallest` is
-    returned instead of a smaller one, if the loss is finite there.
-
     Args:
       loss_at: the loss after the step times t.
       value: the loss at t = 0.
       slope: the first-order prediction of the decrease at t = 1.
       max_halvings: the smallest t is ``0.5**max_halvings``.
-      smallest: a lower bound of t, up to 1.
 
     Returns:
       t, shape ().
@@ -53,22 +48,20 @@ def descending_fraction(
     def is_visible(t: jax.Array) -> jax.Array:
         return t * jnp.abs(slope) > rounding
 
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
-        t, failed, *_ = state
+    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        t, failed, _ = state
         return (t > 1) | (failed & (t > 0.5**max_halvings) & is_visible(t))
 
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        t, _, explosive, kept, finite = state
+    def halve(
+        state: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        t, _, explosive = state
         t = t / 2
         rise = loss_at(t) - value
         bound = _EXPLOSIVE * t * jnp.abs(slope) + rounding
-        failed, explosive = ~(rise <= t * allowed), explosive | ~(rise <= bound)
-        is_kept = ~finite | (t >= smallest)
-        finite = jnp.where(is_kept, jnp.isfinite(rise), finite)
-        return t, failed, explosive, jnp.where(is_kept, t, kept), finite
+        return t, ~(rise <= t * allowed), explosive | ~(rise <= bound)
 
-    two, true, false = jnp.full((), 2, slope.dtype), jnp.array(True), jnp.array(False)
-    start = two, true, false, two, false
-    t, failed, explosive, kept, _ = jax.lax.while_loop(unfinished, halve, start)
+    start = jnp.full((), 2, slope.dtype), jnp.array(True), jnp.array(False)
+    t, failed, explosive = jax.lax.while_loop(unfinished, halve, start)
     is_contradicted = failed & ~explosive & ((t <= _SHORT) | ~is_visible(t))
-    return jnp.where(is_contradicted, 1, kept)
+    return jnp.where(is_contradicted, 1, t)

@@ -26,8 +26,6 @@ __all__ = [
     "size_for_intervals",
 ]
 
-_SHRINKAGE = 0.25  # of the largest rate, at most, by backtracking at one refresh
-
 Loss = Callable[[Any], Any]  # from parameters to the loss, or to the loss and aux
 
 
@@ -93,12 +91,7 @@ class Refresh:
         silent = (summary.gradient == 0) & jnp.all(summary.hessian == 0, axis=1)
         eta = jnp.where(silent, old_rates, rates)
         if self.backtracks:
-            # The old rates served until now: the loss of one unusual batch must not
-            # stop the training until the next refresh.
-            tiny = jnp.finfo(eta.dtype).tiny
-            largest = jnp.maximum(jnp.max(jnp.abs(eta)), tiny)
-            smallest = _SHRINKAGE * jnp.max(jnp.abs(old_rates)) / largest
-            eta *= self.accepted_fraction(loss, direction, summary, eta, smallest)
+            eta = eta * self.accepted_fraction(loss, direction, summary, eta)
         return Refreshed(summary, proposal, eta, average_state, smoothing_state)
 
     def measured(self, loss: Loss, direction: MeasuredDirection) -> Summary:
@@ -125,7 +118,6 @@ class Refresh:
         direction: MeasuredDirection,
         summary: Summary,
         eta: jax.Array,
-        smallest: jax.Array,
     ) -> jax.Array:
         """The fraction of the step that decreases the loss enough, see backtracking."""
 
@@ -141,9 +133,7 @@ class Refresh:
             return value(direction.parameters_after(-t * eta))
 
         slope = jnp.sum(summary.gradient * eta)
-        return descending_fraction(
-            loss_at, summary.value, slope, self.backtracking, smallest
-        )
+        return descending_fraction(loss_at, summary.value, slope, self.backtracking)
 
     def _summary(
         self, loss: Loss, direction: MeasuredDirection, *, third_order: bool

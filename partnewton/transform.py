@@ -148,9 +148,7 @@ def scale_by_partition_newton(
         protects against models that are far from the loss, for example at a saturated
         softmax, where the curvature vanishes. If the gradient is not the derivative of
         the loss, as with stop-gradient targets, and shorter steps do not help, rates
-        are not halved. Nor is the largest rate reduced to less than a quarter of the
-        largest one before, as long as the loss is finite: one unusual batch must not
-        stop the training.
+        are not halved.
       weight_decay: decoupled weight decay, as in :func:`optax.adamw`, except that the
         length of the step, ``|eta_s| * rms(u_s)``, takes the place of the learning
         rate: ``weight_decay * length * theta_s`` is added to the outgoing updates.
