@@ -56,8 +56,8 @@ def partition_newton(
     still decreases along the displacement of the last ten steps, later of more steps.
     It decays if noise or a narrow valley makes the steps oscillate. If `learning_rate`
     is a number up to 1, the product of the two is at most 1, so that no step exceeds
-    the computed lengths, and at most 2 with `total_steps`; with a schedule, the factor
-    is at most 5, or 10.
+    the computed lengths, and at most 2 with `total_steps`. With a schedule as
+    `learning_rate`, the factor is at most 5, and at most 10 with `total_steps`.
 
     Args:
       learning_rate: the initial factor for all lengths, a number or a schedule; 1
