@@ -54,7 +54,6 @@ class CompiledStep:
         self._is_brief = True
         partition = pn.partitions.partition_of(model.params, pn.partitions.auto)
         size = size_for_intervals(partition)
-        self._refreshes = lambda steps: chosen.refreshes(steps, size)
         self._batch = model.batch
         begin = time.process_time()
         state = jax.block_until_ready(tx.init(model.params))
@@ -79,34 +78,42 @@ class CompiledStep:
             compile_seconds,
             sum(x.nbytes for x in jax.tree.leaves(state)),
             reporting.temp_bytes(compiled),
+            long_run_refreshes=len(chosen.refreshes(LONG_RUN, size)),
         )
 
     def steps(self, seconds: float) -> int:
         """How many steps make a turn, of so many seconds if they can."""
-        times, _ = self._run(4)  # the first may have a refresh
+        times, *_ = self._run(4)  # the first may have a refresh
         self._is_brief = min(times) < WARM
-        steps = int(min(max(seconds / min(times), LEAST_STEPS), MOST_STEPS))
-        self.row.refreshes = self._refreshes(steps)
-        self.row.long_run_refreshes = len(self._refreshes(LONG_RUN))
-        return steps
+        return int(min(max(seconds / min(times), LEAST_STEPS), MOST_STEPS))
 
-    def turn(self, steps: int) -> tuple[list[float], list[float]]:
-        """The seconds of each of the first steps, and the CPU seconds of each."""
+    def turn(self, steps: int) -> tuple[list[float], list[float], list[int]]:
+        """Seconds and CPU seconds of the first steps, and which of them refresh."""
         if self._is_brief:
             self._run(1)
         return self._run(steps)
 
-    def _run(self, steps: int) -> tuple[list[float], list[float]]:
+    def _run(self, steps: int) -> tuple[list[float], list[float], list[int]]:
         params, state = jax.block_until_ready(_copy(self._start))
-        seconds, cpu_seconds = [], []
-        for _ in range(steps):
+        seconds, cpu_seconds, refreshes = [], [], []
+        due = _next_refresh(state)
+        for n in range(steps):
             begin, cpu_begin = time.perf_counter(), time.process_time()
             params, state, _ = jax.block_until_ready(
                 self._step(params, state, self._batch)
             )
             seconds.append(time.perf_counter() - begin)
             cpu_seconds.append(time.process_time() - cpu_begin)
-        return seconds, cpu_seconds
+            if n == due:
+                refreshes.append(n)
+                due = _next_refresh(state)
+        return seconds, cpu_seconds, refreshes
+
+
+def _next_refresh(state: PyTree) -> int | None:
+    """The number of steps before the next refresh; None for other optimizers."""
+    count = optax.tree.get(state, "next_refresh")
+    return None if count is None else int(count)
 
 
 def _copy(tree: PyTree) -> PyTree:
@@ -124,11 +131,11 @@ def _prepare(network: str, name: str, scale: int) -> Row:
     return _here.row
 
 
-def _steps(seconds: float) -> tuple[int, Row]:
-    return _here.steps(seconds), _here.row
+def _steps(seconds: float) -> int:
+    return _here.steps(seconds)
 
 
-def _turn(steps: int) -> tuple[list[float], list[float]]:
+def _turn(steps: int) -> tuple[list[float], list[float], list[int]]:
     return _here.turn(steps)
 
 
@@ -169,13 +176,12 @@ def measure(
         for _ in range(turns):
             for name, process in processes.items():
                 if name not in counts:
-                    counts[name], found = process.submit(_steps, seconds).result()
-                    rows[name].refreshes = found.refreshes
-                    rows[name].long_run_refreshes = found.long_run_refreshes
+                    counts[name] = process.submit(_steps, seconds).result()
                 row = rows[name]
                 if sum(map(sum, row.turns)) < max_seconds:
-                    times, cpu_times = process.submit(_turn, counts[name]).result()
-                    row.turns.append(times)
-                    row.cpu_turns.append(cpu_times)
+                    turn = process.submit(_turn, counts[name]).result()
+                    row.turns.append(turn[0])
+                    row.cpu_turns.append(turn[1])
+                    row.refreshes = turn[2]
                     log(f"{network} {name}: {1e3 * row.average:.3f} ms a step")
                     yield row

@@ -21,6 +21,7 @@ __all__ = [
     "Refresh",
     "Refreshed",
     "default_refreshes",
+    "is_cut",
     "next_refresh",
     "refresh_interval",
     "size_for_intervals",
@@ -150,6 +151,10 @@ class Refresh:
         return result[0] if self.has_aux else result
 
 
+_CUT = 0.25  # by less than this, rates change from refresh to refresh anyway
+_AFTER_CUT = 3  # updates; other numbers: docs/design_notes.md
+
+
 def size_for_intervals(partition: Partition) -> int:
     """The number of subsets, or of tensors if it is larger.
 
@@ -164,19 +169,32 @@ def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
     return xp.clip(count // 4, 20, max(20, 5 * size))
 
 
+def is_cut(old_rates: jax.Array, new_rates: jax.Array) -> jax.Array:
+    """Whether the largest rate has become much smaller."""
+    old, new = (jnp.max(jnp.abs(rates)) for rates in (old_rates, new_rates))
+    return new < _CUT * old
+
+
 def next_refresh(
-    count: jax.Array, update_interval: jax.typing.ArrayLike | None, size: int
+    count: jax.Array,
+    update_interval: jax.typing.ArrayLike | None,
+    size: int,
+    after_cut: jax.typing.ArrayLike = False,
 ) -> jax.Array:
-    """The count at which the rates are refreshed next."""
+    """The count at which the rates are refreshed next.
+
+    By default soon after a cut of all rates, because one unusual batch can cause it.
+    """
     if update_interval is None:
-        following = count + refresh_interval(count, size)
+        interval = jnp.where(after_cut, _AFTER_CUT, refresh_interval(count, size))
+        following = count + interval
     else:
         following = count + update_interval - count % update_interval
     return jnp.asarray(following, count.dtype)
 
 
 def default_refreshes(num_updates: int, size: int) -> list[int]:
-    """The counts, below `num_updates`, at which rates are refreshed by default."""
+    """The counts below `num_updates` of the default refreshes, without cuts."""
     counts, count = [], 0
     while count < num_updates:
         counts.append(count)

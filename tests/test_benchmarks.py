@@ -264,9 +264,18 @@ def test_a_training_step_is_measured():
     assert row.compile_seconds > row.trace_seconds > 0
     assert training.steps(1e-9) == cost_training.LEAST_STEPS
     for _ in range(2):  # from the same place, which is not donated
-        for times in training.turn(3):
+        *both, refreshes = training.turn(3)
+        for times in both:
             assert len(times) == 3
             assert min(times) > 0
+        assert refreshes == []
+
+
+@pytest.mark.slow
+def test_the_refreshes_that_are_measured_are_those_that_are_made():
+    training = cost_training.CompiledStep("diabetes", "partition_newton")
+    assert training.row.long_run_refreshes > 0
+    assert training.turn(21)[2] == [0, 20]
 
 
 def test_the_persistent_cache_is_not_used_and_then_as_it_was(monkeypatch):
@@ -319,7 +328,7 @@ DIFFERENT = [
 @pytest.mark.parametrize("network", some(DIFFERENT, default=["diabetes"]))
 def test_each_network_of_the_cost_takes_a_step_in_small(network):
     training = cost_training.CompiledStep(network, "sgd", scale=16)
-    seconds, _ = training.turn(1)
+    seconds, *_ = training.turn(1)
     assert seconds[0] > 0
     assert training.row.compile_seconds > 0
 

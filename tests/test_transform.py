@@ -991,6 +991,38 @@ def test_by_default_refreshes_become_rarer_up_to_five_times_the_number_of_subset
     assert gaps[-1] == min(max(20, 5 * size), max(counts[-2] // 4, 20))
 
 
+def curved_at_20(params, count, curvature):
+    return jnp.where(count == 20, curvature, 1.0) * jnp.sum(params**2) / 2
+
+
+@pytest.mark.parametrize(
+    ("update_interval", "curvature", "made"),
+    [
+        (None, 5.0, [0, 20, 23, 43]),  # one batch cuts the rate, from 1 to 1/5
+        (None, 3.0, [0, 20, 40]),
+        (None, 0.2, [0, 20, 40, 43]),  # it makes it five times as long
+        (20, 5.0, [0, 20, 40]),
+    ],
+)
+def test_after_a_cut_the_rates_are_refreshed_soon(update_interval, curvature, made):
+    tx = scale_by_newton(update_interval=update_interval)
+    params = jnp.ones(2)
+
+    def one(state, count):
+        extra = {"value_fn": curved_at_20, "count": count, "curvature": curvature}
+        direction = jax.grad(curved_at_20)(params, count, curvature)
+        _, state = tx.update(direction, state, params, **extra)
+        return state, (state.next_refresh, state.learning_rates[0])
+
+    _, (following, rates) = jax.jit(
+        lambda state: jax.lax.scan(one, state, jnp.arange(45))
+    )(tx.init(params))
+    assert [0, *np.unique(following)[:-1].tolist()] == made
+    expected = np.where(np.arange(45) < 20, 1, 1 / curvature)
+    expected[made[2] :] = 1
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_tensors_count_if_there_are_more_of_them_than_subsets():
     """With one subset for 30 tensors, the interval is as long as with 30 subsets."""

@@ -11,11 +11,9 @@ import optax
 from flax import nnx
 
 import partnewton as pn
-from partnewton._refresh import default_refreshes, size_for_intervals
 from partnewton.demo import data
 from partnewton.demo.models import MODELS, as_function
 from partnewton.demo.text import Transformer, standard_library
-from partnewton.partitions import partition_of
 
 __all__ = ["BATCH", "Config", "Experiment", "labels_of", "make_writable", "prepare"]
 
@@ -69,12 +67,6 @@ class Experiment(NamedTuple):
     logits_fn: Callable[[PyTree, jax.Array], jax.Array]
     value_fn: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
     param_labels: Callable[[PyTree], PyTree]
-
-    @property
-    def refreshes(self) -> list[int]:
-        """The steps at which `partition_newton` refreshes by default."""
-        partition = partition_of(self.params, self.param_labels)
-        return default_refreshes(self.config.steps, size_for_intervals(partition))
 
 
 def prepare(config: Config) -> Experiment:

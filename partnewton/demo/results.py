@@ -106,10 +106,10 @@ def run(experiment: Experiment) -> Results:
     phase = f"{'measuring':16}  partition Hessian and timings in {seconds:.2f} s"
     print(phase, file=sys.stderr, flush=True)
     curves = {name: training.curves for name, training in trained.items()}
-    for name, curve in curves.items():
-        refresh = cost.refresh / cost.gradient if name == PARTITION_NEWTON else 0.0
+    for curve in curves.values():
+        refreshes = curve.logged.get("step", [])
         curve.gradient_equivalents = [
-            step + refresh * bisect.bisect_left(experiment.refreshes, step)
+            step + cost.refresh / cost.gradient * bisect.bisect_left(refreshes, step)
             for step in curve.steps
         ]
     names = pn.subset_names(experiment.params, experiment.param_labels)

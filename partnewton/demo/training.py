@@ -62,9 +62,8 @@ def optimizers(experiment: Experiment) -> dict[str, Optimizer]:
     ours = pn.partition_newton(param_labels=experiment.param_labels)
     adam = optax.with_extra_args_support(optax.adam(ADAM_RATE))
     sgd = optax.with_extra_args_support(optax.sgd(SGD_RATE, SGD_MOMENTUM))
-    refreshes = len(experiment.refreshes)
     return {
-        PARTITION_NEWTON: Optimizer(ours, f"no arguments; {refreshes} refreshes", 10.0),
+        PARTITION_NEWTON: Optimizer(ours, "no arguments", 10.0),
         "adam": Optimizer(adam, f"learning rate {ADAM_RATE:g}", 1.5),
         "sgd": Optimizer(
             sgd, f"learning rate {SGD_RATE:g}, momentum {SGD_MOMENTUM:g}", 1.2
@@ -119,8 +118,7 @@ def train(
     curves = ImageCurves(optimizer.settings, FACTOR)
     steps, batches = experiment.config.steps, jnp.asarray(experiment.batches)
     state = initial_params_and_state(experiment, optimizer)
-    refreshes = set(experiment.refreshes)
-    snapshot_step, params = 0, None
+    snapshot_step, params, next_refresh = 0, None, 0
 
     # No bar if the output is not a terminal, but one line at the end.
     options = {"unit": "step", "mininterval": 0.5, "disable": None}
@@ -144,10 +142,12 @@ def train(
             seconds, begin = 0.0, time.perf_counter()
             for i in range(first, last):
                 state = step(i, state, images, batches)
-                if log is not None and i in refreshes:
+                if log is not None and i == next_refresh:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - begin
-                    curves.log(log(i, state, images, batches))
+                    entry = log(i, state, images, batches)
+                    next_refresh = int(entry.pop("next_refresh"))
+                    curves.log(entry)
                     begin = time.perf_counter()
             jax.block_until_ready(state)
             seconds += time.perf_counter() - begin
@@ -156,6 +156,8 @@ def train(
                 snapshot_step, params = last, jax.tree.map(jnp.copy, state[0])
             bar.set_postfix_str(f"train loss {curves.train_loss[-1]:.3g}")
             bar.update(last - first)
+    if log is not None:
+        curves.settings += f"; {len(curves.logged['step'])} refreshes"
     if bar.disable:
         print(curves.line(name), file=sys.stderr, flush=True)
     return Training(curves, snapshot_step, params, step)
@@ -173,7 +175,10 @@ def _evaluated_steps(steps: int) -> list[int]:
 
 
 def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str, Any]]:
-    """A function that computes the log of step `i`, a refresh, from the state after."""
+    """A function that computes the log of step `i`, a refresh, from the state after.
+
+    Its "next_refresh" is the step of the next one.
+    """
 
     def log(
         i: jax.Array, state: PyTree, images: Images, batches: jax.Array
@@ -181,12 +186,14 @@ def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str,
         params, opt_state = state
         found = pn.metrics(opt_state, params)
         is_ours = pn.ScaleByPartitionNewtonState
-        summary = next(x for x in opt_state if isinstance(x, is_ours)).summary
+        ours = next(x for x in opt_state if isinstance(x, is_ours))
+        summary = ours.summary
         rates = jnp.stack(list(pn.learning_rates(opt_state).values()))
         eta = FACTOR * found["factor"] * rates
         batch = (x[batches[i]] for x in images)
         return found | {
             "step": i,
+            "next_refresh": ours.next_refresh,
             "predicted": eta @ summary.gradient - eta @ summary.hessian @ eta / 2,
             "actual": summary.value - experiment.value_fn(params, *batch),
         }
