@@ -6,7 +6,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support.selection import some
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -49,11 +48,8 @@ def shortened(notebook, constant, shorter):
 
 # zmq and the loop of the kernel's client are not ours.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "path",
-    some(PATHS, default=[ROOT / "notebooks" / "quickstart.ipynb"]),
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@each_notebook
 def test_notebook_runs_from_top_to_bottom(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONWARNINGS", "error:::partnewton")
