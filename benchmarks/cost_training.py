@@ -180,8 +180,8 @@ def measure(
                 row = rows[name]
                 if sum(map(sum, row.turns)) < max_seconds:
                     turn = process.submit(_turn, counts[name]).result()
-                    row.turns.append(turn[0])
-                    row.cpu_turns.append(turn[1])
-                    row.refreshes = turn[2]
+                    times, cpu_times, row.refreshes = turn
+                    row.turns.append(times)
+                    row.cpu_turns.append(cpu_times)
                     log(f"{network} {name}: {1e3 * row.average:.3f} ms a step")
                     yield row

@@ -151,8 +151,8 @@ class Refresh:
         return result[0] if self.has_aux else result
 
 
-_CUT = 0.25  # by less than this, rates change from refresh to refresh anyway
-_AFTER_CUT = 3  # updates; other numbers: docs/design_notes.md
+_CUT = 0.25  # of the largest rate before
+_AFTER_CUT = 3  # updates until the next refresh; others: docs/design_notes.md
 
 
 def size_for_intervals(partition: Partition) -> int:
@@ -170,7 +170,7 @@ def refresh_interval(count: Any, size: int, xp: Any = jnp) -> Any:
 
 
 def is_cut(old_rates: jax.Array, new_rates: jax.Array) -> jax.Array:
-    """Whether the largest rate has become much smaller."""
+    """Whether the largest rate is less than a quarter of the largest one before."""
     old, new = (jnp.max(jnp.abs(rates)) for rates in (old_rates, new_rates))
     return new < _CUT * old
 
@@ -179,11 +179,12 @@ def next_refresh(
     count: jax.Array,
     update_interval: jax.typing.ArrayLike | None,
     size: int,
-    after_cut: jax.typing.ArrayLike = False,
+    after_cut: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The count at which the rates are refreshed next.
 
-    By default soon after a cut of all rates, because one unusual batch can cause it.
+    By default, this is soon if all rates were cut, since one unusual batch can be the
+    reason.
     """
     if update_interval is None:
         interval = jnp.where(after_cut, _AFTER_CUT, refresh_interval(count, size))
@@ -194,7 +195,7 @@ def next_refresh(
 
 
 def default_refreshes(num_updates: int, size: int) -> list[int]:
-    """The counts below `num_updates` of the default refreshes, without cuts."""
+    """The counts below `num_updates` of the default refreshes if no rates are cut."""
     counts, count = [], 0
     while count < num_updates:
         counts.append(count)

@@ -134,11 +134,12 @@ def scale_by_partition_newton(
         for a quarter of the updates so far, at least 20 and at most 5 S, where tensors
         count instead of subsets if there are more of them.
         A summary costs up to about S/2 gradients, so that in the long run refreshes
-        cost at most a tenth of the gradients in between. With None, the next
-        refresh follows after three updates if the largest rate is less than a quarter
-        of the one before, because one unusual batch can be the reason. While all rates
-        are zero, they are refreshed at each update, because the parameters do not
-        change until then; a direction of zeros never causes a refresh.
+        cost at most a tenth of the gradients in between, without those after a cut:
+        with None, the next refresh follows after three updates if the largest rate is
+        less than a quarter of the one before, because one unusual batch can be the
+        reason. While all rates are zero, they are refreshed at each update, because the
+        parameters do not change until then; a direction of zeros never causes a
+        refresh.
       average: a running average of the summaries, see :mod:`partnewton.averaging`; by
         default the newest summary is used.
       smoothing: a running average of the rates that the rule proposes, as a tuple of

@@ -124,6 +124,7 @@ def test_what_is_logged_is_of_the_batch_of_the_refresh(tmp_path):
     logged = curves.logged
     assert logged["step"] == [0, 20]
     assert logged["count"] == [1, 21]
+    assert logged["next_refresh"] == [20, 40]
     assert curves.settings.endswith("2 refreshes")
     images, labels = (x[experiment.batches[0]] for x in experiment.dataset[:2])
     before = experiment.value_fn(experiment.params, images, labels)

@@ -998,9 +998,9 @@ def curved_at_20(params, count, curvature):
 @pytest.mark.parametrize(
     ("update_interval", "curvature", "made"),
     [
-        (None, 5.0, [0, 20, 23, 43]),  # one batch cuts the rate, from 1 to 1/5
+        (None, 5.0, [0, 20, 23, 43]),  # one batch cuts the rate from 1 to 1/5
         (None, 3.0, [0, 20, 40]),
-        (None, 0.2, [0, 20, 40, 43]),  # it makes it five times as long
+        (None, 0.2, [0, 20, 40, 43]),  # the batch after it cuts the rate from 5 to 1
         (20, 5.0, [0, 20, 40]),
     ],
 )

@@ -145,9 +145,8 @@ def train(
                 if log is not None and i == next_refresh:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - begin
-                    entry = log(i, state, images, batches)
-                    next_refresh = int(entry.pop("next_refresh"))
-                    curves.log(entry)
+                    curves.log(log(i, state, images, batches))
+                    next_refresh = curves.logged["next_refresh"][-1]
                     begin = time.perf_counter()
             jax.block_until_ready(state)
             seconds += time.perf_counter() - begin
@@ -175,25 +174,19 @@ def _evaluated_steps(steps: int) -> list[int]:
 
 
 def _logging(experiment: Experiment, *arguments: Any) -> Callable[..., dict[str, Any]]:
-    """A function that computes the log of step `i`, a refresh, from the state after.
-
-    Its "next_refresh" is the step of the next one.
-    """
+    """A function that computes the log of step `i`, a refresh, from the state after."""
 
     def log(
         i: jax.Array, state: PyTree, images: Images, batches: jax.Array
     ) -> dict[str, jax.Array]:
         params, opt_state = state
         found = pn.metrics(opt_state, params)
-        is_ours = pn.ScaleByPartitionNewtonState
-        ours = next(x for x in opt_state if isinstance(x, is_ours))
-        summary = ours.summary
+        summary = pn.newton_state(opt_state).summary
         rates = jnp.stack(list(pn.learning_rates(opt_state).values()))
         eta = FACTOR * found["factor"] * rates
         batch = (x[batches[i]] for x in images)
         return found | {
             "step": i,
-            "next_refresh": ours.next_refresh,
             "predicted": eta @ summary.gradient - eta @ summary.hessian @ eta / 2,
             "actual": summary.value - experiment.value_fn(params, *batch),
         }
