@@ -24,7 +24,7 @@ __all__ = ["main", "table"]
 
 REFERENCE = "partition_newton"  # the time of its steps is what all others have
 OURS = (REFERENCE, "total_steps")
-TURNS = 5
+TURNS = 25
 RIVALS = ("adam_s", "muon_s")  # with the cosine schedule
 
 Row = dict[str, dict[str, Any]]  # of one problem: optimizer -> steps, losses, metrics
