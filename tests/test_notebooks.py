@@ -36,7 +36,7 @@ def test_there_are_seven_notebooks():
 SHORTER = {
     "looking_at_interactions": ("STEPS = 150", "STEPS = 30"),
     "quickstart": ("steps=600", "steps=100"),
-    "pinn": ("SECONDS = 90", "SECONDS = 3"),
+    "pinn": ("SECONDS = 90", "SECONDS = 1"),
     "transformer": ("STEPS = 200", "STEPS = 30"),
 }
 
