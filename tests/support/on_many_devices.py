@@ -170,7 +170,8 @@ def full_batch_on_one_device(max_size):
 
 
 @each_mesh
-@each_layout_with("max_size", (4000,), (1,))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_size", [4000, 1])
 def test_full_batch_training_is_what_it_is_on_one_device(max_size, layout, axis_type):
     """With the matrix of Broyden's method, and with the memory of L-BFGS."""
     tx = pn.subspace_newton(direction=quasi_newton(max_size))
