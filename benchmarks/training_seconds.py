@@ -20,12 +20,13 @@ from benchmarks.training_loop import EVALUATIONS, timed_run, train
 from benchmarks.training_optimizers import OPTIMIZERS
 from benchmarks.training_report import final_losses
 
-__all__ = ["main", "table"]
+__all__ = ["conclusion", "main", "table"]
 
 REFERENCE = "partition_newton"  # the time of its steps is what all others have
 OURS = (REFERENCE, "total_steps")
 TURNS = 25
 RIVALS = ("adam_s", "muon_s")  # with the cosine schedule
+COMPARED = (*OURS, *RIVALS)
 
 Row = dict[str, dict[str, Any]]  # of one problem: optimizer -> steps, losses, metrics
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         if name not in rows:
             rows[name] = reporting.in_a_process(_measured, name, options.seeds)
             path.write_text(json.dumps(rows))
-    text = "\n".join(table({name: rows[name] for name in names}))
+    shown = {name: rows[name] for name in names}
+    text = "\n".join([*table(shown), "", *(conclusion(shown, x) for x in OURS)])
     (options.output / "training_seconds.md").write_text(f"    {command}\n\n{text}\n")
     print(text)
 
@@ -56,14 +58,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measured(name: str, seeds: int) -> Row:
     """All optimizers on one problem, each for as long as the reference takes."""
+    return _trained(name, seeds, _timed(name))
+
+
+def _timed(name: str) -> dict[str, float]:
+    """For each optimizer, the smallest time of a step, in seconds."""
     problem = problems.make(name)
-    chosen = {x: OPTIMIZERS[x] for x in (*OURS, *RIVALS)}
-    runs = {x: timed_run(problem, *chosen[x][:2]) for x in chosen}
+    runs = {x: timed_run(problem, *OPTIMIZERS[x][:2]) for x in COMPARED}
     # In turns, so that other load on the machine meets all of them.
     turns = [{x: run() for x, run in runs.items()} for _ in range(TURNS)]
-    seconds = {x: min(turn[x] for turn in turns) for x in runs}
+    return {x: min(turn[x] for turn in turns) for x in runs}
+
+
+def _trained(name: str, seeds: int, seconds: dict[str, float]) -> Row:
+    """As many steps of each optimizer as take the time of those of the reference."""
+    problem = problems.make(name)
     row = {}
-    for x, (make, rates, _) in chosen.items():
+    for x in COMPARED:
+        make, rates, _ = OPTIMIZERS[x]
         steps = problem.steps * seconds[REFERENCE] / seconds[x]
         steps = EVALUATIONS * max(round(steps / EVALUATIONS), 1)
         curves = train(problem._replace(steps=steps), make, rates, seeds)
@@ -85,7 +97,7 @@ def table(rows: dict[str, Row]) -> list[str]:
     header = ["problem", *OURS, "adam", "muon", "ratio", "ratio with total_steps"]
     lines, ratios = [], []
     for name, row in rows.items():
-        entries = {x: _best(row[x]) for x in (*OURS, *RIVALS)}
+        entries = {x: _best(row[x]) for x in COMPARED}
         rival = min(entries[x][0] for x in RIVALS)
         ratios.append([entries[x][0] / rival for x in OURS])
         cells = [f"{a:.3g} / {b:.3g} ({n})" for a, b, n in entries.values()]
@@ -96,11 +108,35 @@ def table(rows: dict[str, Row]) -> list[str]:
     return reporting.markdown(header, lines)
 
 
+def conclusion(rows: dict[str, Row], name: str) -> str:
+    """On how many problems one of ours is as good as the better rival."""
+    level = near = 0
+    worse = []
+    for problem, row in rows.items():
+        rival = min((row[x] for x in RIVALS), key=lambda entry: _best(entry)[0])
+        ratio = _best(row[name])[0] / _best(rival)[0]
+        level += ratio <= 1.01
+        near += ratio <= 1.2
+        excess = _best(row[name])[1] - _best(rival)[1]
+        if excess > np.ptp(rival["metric"][_best_rate(rival)]):
+            worse.append(f"`{problem}`")
+    return (
+        f"- `{name}`: at or below the better rival, or within 1 %, on {level} of "
+        f"{len(rows)} problems; within 20 % on {near}; its test metric exceeds that of "
+        f"this rival by more than the range of its seeds on {len(worse)}: "
+        f"{', '.join(worse) or 'none'}."
+    )
+
+
 def _best(entry: dict[str, Any]) -> tuple[float, float, int]:
     """Loss, test metric and steps with the rate of the lowest training loss."""
-    losses = final_losses(entry)
-    rate = int(np.argmin(losses))
-    return losses[rate], float(np.mean(entry["metric"][rate])), entry["steps"]
+    rate = _best_rate(entry)
+    metric = float(np.mean(entry["metric"][rate]))
+    return final_losses(entry)[rate], metric, entry["steps"]
+
+
+def _best_rate(entry: dict[str, Any]) -> int:
+    return int(np.argmin(final_losses(entry)))
 
 
 if __name__ == "__main__":

@@ -477,6 +477,26 @@ def test_at_equal_seconds_the_faster_optimizer_makes_more_steps(monkeypatch):
     assert f"({4 * problem.steps})" in line
 
 
+def test_the_conclusion_counts_problems_at_equal_seconds():
+    def entry(loss, *metrics):
+        return {
+            "steps": 100,
+            "train": [[[loss]] * 2],
+            "metric": [[[x] for x in metrics]],
+        }
+
+    rivals = {"adam_s": entry(3.0, 9.0, 9.0), "muon_s": entry(1.0, 0.4, 0.6)}
+    ours = {
+        "level": entry(1.005, 0.5, 0.8),  # 0.15 above a mean of 0.5, whose range is 0.2
+        "near": entry(1.15, 0.1, 0.1),
+        "far": entry(2.0, 0.6, 0.9),
+    }
+    rows = {x: {"total_steps": found, **rivals} for x, found in ours.items()}
+    text = training_seconds.conclusion(rows, "total_steps")
+    assert "within 1 %, on 1 of 3 problems; within 20 % on 2;" in text
+    assert text.endswith("range of its seeds on 1: `far`.")
+
+
 @pytest.mark.parametrize("name", some(problems.UNSEEN, default=["denoising"]))
 def test_an_unseen_problem_can_be_trained_and_tested_on(name):
     problem = problems.make(name)
