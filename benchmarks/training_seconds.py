@@ -10,7 +10,7 @@ CPU seconds. Results are stored, and an interrupted run is continued.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import problems, reporting
 from benchmarks.training_loop import EVALUATIONS, timed_run, train
 from benchmarks.training_optimizers import OPTIMIZERS
-from benchmarks.training_report import final_losses
+from benchmarks.training_report import best, final_losses
 
 __all__ = ["conclusion", "main", "table"]
 
@@ -92,18 +92,26 @@ def _trained(name: str, seeds: int, seconds: dict[str, float]) -> Row:
 # --- The table -----------------------------------------------------------------------
 
 
+class _Final(NamedTuple):
+    """What an optimizer reaches with the rate of the lowest training loss."""
+
+    loss: float
+    metrics: np.ndarray  # on the test data, of each seed
+    steps: int
+
+
 def table(rows: dict[str, Row]) -> list[str]:
     """Losses, test metrics and steps, and the ratios of ours to the better rival."""
     header = ["problem", *OURS, "adam", "muon", "ratio", "ratio with total_steps"]
     lines, ratios = [], []
     for name, row in rows.items():
-        entries = {x: _best(row[x]) for x in COMPARED}
-        rival = min(entries[x][0] for x in RIVALS)
-        ratios.append([entries[x][0] / rival for x in OURS])
-        cells = [f"{a:.3g} / {b:.3g} ({n})" for a, b, n in entries.values()]
+        rival = _better_rival(row)
+        finals = [_final(row, x) for x in COMPARED]
+        ratios.append([_final(row, x).loss / rival.loss for x in OURS])
+        cells = [f"{x.loss:.3g} / {np.mean(x.metrics):.3g} ({x.steps})" for x in finals]
         lines.append([f"`{name}`", *cells, *(f"{x:.2f}" for x in ratios[-1])])
     means = np.exp(np.mean(np.log(ratios), axis=0))
-    blank = [""] * (len(OURS) + len(RIVALS))
+    blank = [""] * len(COMPARED)
     lines.append(["**geometric mean**", *blank, *(f"{x:.2f}" for x in means)])
     return reporting.markdown(header, lines)
 
@@ -113,12 +121,11 @@ def conclusion(rows: dict[str, Row], name: str) -> str:
     level = near = 0
     worse = []
     for problem, row in rows.items():
-        rival = min((row[x] for x in RIVALS), key=lambda entry: _best(entry)[0])
-        ratio = _best(row[name])[0] / _best(rival)[0]
-        level += ratio <= 1.01
-        near += ratio <= 1.2
-        excess = _best(row[name])[1] - _best(rival)[1]
-        if excess > np.ptp(rival["metric"][_best_rate(rival)]):
+        ours, rival = _final(row, name), _better_rival(row)
+        level += ours.loss <= 1.01 * rival.loss
+        near += ours.loss <= 1.2 * rival.loss
+        excess = np.mean(ours.metrics) - np.mean(rival.metrics)
+        if not excess <= np.ptp(rival.metrics):  # or it is not a number
             worse.append(f"`{problem}`")
     return (
         f"- `{name}`: at or below the better rival, or within 1 %, on {level} of "
@@ -128,15 +135,15 @@ def conclusion(rows: dict[str, Row], name: str) -> str:
     )
 
 
-def _best(entry: dict[str, Any]) -> tuple[float, float, int]:
-    """Loss, test metric and steps with the rate of the lowest training loss."""
-    rate = _best_rate(entry)
-    metric = float(np.mean(entry["metric"][rate]))
-    return final_losses(entry)[rate], metric, entry["steps"]
+def _better_rival(row: Row) -> _Final:
+    return min((_final(row, x) for x in RIVALS), key=lambda final: final.loss)
 
 
-def _best_rate(entry: dict[str, Any]) -> int:
-    return int(np.argmin(final_losses(entry)))
+def _final(row: Row, name: str) -> _Final:
+    entry, rate = best(row, name)
+    results = row[entry]
+    metrics = np.array(results["metric"], float)[rate, :, -1]
+    return _Final(final_losses(results)[rate], metrics, results["steps"])
 
 
 if __name__ == "__main__":

@@ -490,11 +490,12 @@ def test_the_conclusion_counts_problems_at_equal_seconds():
         "level": entry(1.005, 0.5, 0.8),  # 0.15 above a mean of 0.5, whose range is 0.2
         "near": entry(1.15, 0.1, 0.1),
         "far": entry(2.0, 0.6, 0.9),
+        "broken": entry(2.0, 0.6, np.nan),
     }
     rows = {x: {"total_steps": found, **rivals} for x, found in ours.items()}
     text = training_seconds.conclusion(rows, "total_steps")
-    assert "within 1 %, on 1 of 3 problems; within 20 % on 2;" in text
-    assert text.endswith("range of its seeds on 1: `far`.")
+    assert "within 1 %, on 1 of 4 problems; within 20 % on 2;" in text
+    assert text.endswith("range of its seeds on 2: `far`, `broken`.")
 
 
 @pytest.mark.parametrize("name", some(problems.UNSEEN, default=["denoising"]))
